@@ -1,0 +1,25 @@
+"""A small hybrid language model of Python source, in two minutes on a laptop.
+
+  python launch/train.py --config=configs/lm/quickstart.py --workdir=runs/quickstart
+"""
+
+import ml_collections
+
+
+def get_config(arg: str = '') -> ml_collections.ConfigDict:
+  """Three layers: two of gated linear attention, one of softmax attention."""
+  del arg
+  config = ml_collections.ConfigDict()
+  config.steps = 1000
+  config.batch_size = 8
+  config.model = dict(
+    name='lm',
+    d_model=96,
+    num_layers=3,
+    num_heads=4,
+    pattern=('gla', 'gla', 'attention'),
+    mixers=dict(gla=dict(chunk_size=32), attention=dict(num_kv_heads=4)),
+  )
+  config.data = dict(name='text', seq_len=256)
+  config.optimizer = dict(learning_rate=6e-3, warmup_steps=50)
+  return config

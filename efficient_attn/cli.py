@@ -1,0 +1,83 @@
+"""What the scripts in `launch/` share: flags, one-line errors, the devices.
+
+Nothing here imports the rest of the package, so that the devices can be set up
+before JAX starts.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+
+import jax
+
+from efficient_attn import config as configs
+from efficient_attn.config import Config, ConfigError
+
+
+def parse_config(
+  parser: argparse.ArgumentParser, argv: list[str] | None = None
+) -> tuple[Config, argparse.Namespace]:
+  """Adds --config and --config.key=value to a parser, and reads them.
+
+  Returns:
+    The resolved config and the other flags.
+
+  Raises:
+    ConfigError: the file, a key or a value is wrong.
+  """
+  parser.add_argument(
+    '--config',
+    required=True,
+    help='configs/**/x.py[:arg], or the config.json of a run; '
+    '--config.model.d_model=128 changes a key',
+  )
+  args, rest = parser.parse_known_args(argv)
+  changes = {}
+  for flag in rest:
+    key, equals, value = flag.removeprefix('--config.').partition('=')
+    if not flag.startswith('--config.') or not equals:
+      parser.error(f'{flag}: unknown flag; a key is set by --config.key=value')
+    changes[key] = value
+  values = configs.override(configs.load(args.config), changes)
+  return configs.resolve(values), args
+
+
+@contextlib.contextmanager
+def clear_errors():
+  """Ends the program with one line when the user's configuration is wrong."""
+  try:
+    yield
+  except ConfigError as e:
+    print(f'error: {e}', file=sys.stderr)
+    raise SystemExit(2) from None
+
+
+def cpu_devices(config: Config, cores: int) -> int:
+  """Returns how many virtual CPU devices serve a run best.
+
+  XLA runs small batched matmuls on one core, so one device a core is faster as
+  long as each gets whole rows of a micro-batch.
+  """
+  if config.cpu_devices:
+    return config.cpu_devices
+  rows = config.batch_size // config.accumulate
+  return max(n for n in range(1, cores + 1) if rows % n == 0)
+
+
+def start_devices(config: Config) -> None:
+  """Sets up JAX's devices; call it before anything touches them.
+
+  Several processes find each other through jax.distributed: by themselves under
+  SLURM, on TPU slices and GKE, otherwise through JAX_COORDINATOR_ADDRESS,
+  JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+  """
+  several = 'JAX_COORDINATOR_ADDRESS' in os.environ
+  cores = len(os.sched_getaffinity(0)) if not several else 1
+  jax.config.update('jax_num_cpu_devices', cpu_devices(config, cores))
+  if several:
+    jax.distributed.initialize(
+      os.environ['JAX_COORDINATOR_ADDRESS'],
+      int(os.environ['JAX_NUM_PROCESSES']),
+      int(os.environ['JAX_PROCESS_ID']),
+    )

@@ -1,0 +1,70 @@
+"""What every dataset shares: its result, the split, batching, the processes."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import grain
+import numpy as np
+from absl import flags
+
+from efficient_attn.data.tokenizer import Tokenizer
+
+# Elements are made when asked for: a batch takes about a millisecond.
+READ = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+  """The two splits of a dataset, as this process sees them.
+
+  Attributes:
+    train: Endless and shuffled anew every epoch. `iter(train)` has `get_state`
+      and `set_state`, and Orbax saves it as it is.
+    valid: Every validation token or image once, in order; can be iterated
+      again and again. Zeros fill the last batch, with segment id or weight 0.
+    tokenizer: Of text; None for images.
+    valid_bytes: Returns the raw validation text; None for images.
+  """
+
+  train: grain.IterDataset
+  valid: grain.IterDataset
+  tokenizer: Tokenizer | None = None
+  valid_bytes: Callable[[], bytes] | None = None
+
+
+def held_out(count: int, every: int) -> np.ndarray:
+  """Returns which of `count` numbered examples, one in `every`, validate.
+
+  The number decides alone (by Knuth's multiplicative hash), so that examples
+  which are appended later never move one from training to validation.
+  """
+  hashed = np.arange(count, dtype=np.uint32) * np.uint32(2654435761)
+  return (hashed >> 16) % every == 0
+
+
+def finite(
+  examples: grain.IterDataset, batch_size: int, rows: range
+) -> grain.IterDataset:
+  """Batches all examples and keeps the `rows` of this process.
+
+  Every process prepares whole batches, so that all have equally many.
+  """
+  batches = examples.batch(batch_size, drop_remainder=False)
+  return batches.map(functools.partial(_fill, batch_size=batch_size, rows=rows))
+
+
+def _fill(batch, batch_size, rows):
+  filled = {}
+  for name, array in batch.items():
+    missing = batch_size - len(array)
+    widths = [(0, missing)] + [(0, 0)] * (array.ndim - 1)
+    filled[name] = np.pad(array, widths)[rows.start : rows.stop]
+  return filled
+
+
+def prefetch(batches: grain.IterDataset, workers: int) -> grain.IterDataset:
+  """Prepares batches in other processes; how many decides their order."""
+  if workers and not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()  # grain reads its own, also in a notebook
+  return batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))

@@ -1,0 +1,64 @@
+"""scikit-learn's 1797 handwritten digits, 8 x 8 pixels, ten classes.
+
+One image in six validates, chosen by its number. Batches are
+`dict(image [B, 8, 8, 1] float32, label [B] int32, weight [B] float32)`.
+"""
+
+import grain
+import numpy as np
+
+from efficient_attn.config import DataConfig
+from efficient_attn.data import batches
+
+VALID_EVERY = 6
+MEAN, STD = 0.3053, 0.3760  # of all pixels in [0, 1]
+
+
+class _Digits:
+  """Random access to the digits of one split."""
+
+  def __init__(self, valid: bool):
+    from sklearn import datasets  # takes a second that text need not wait for
+
+    data = datasets.load_digits()
+    chosen = batches.held_out(len(data.target), VALID_EVERY) == valid
+    images = data.images[chosen, :, :, None] / 16
+    self.images = ((images - MEAN) / STD).astype(np.float32)
+    self.labels = data.target[chosen].astype(np.int32)
+
+  def __len__(self):
+    return len(self.labels)
+
+  def __getitem__(self, index):
+    return dict(
+      image=self.images[index],
+      label=self.labels[index],
+      weight=np.float32(1),
+    )
+
+
+def _shift(example, rng: np.random.Generator):
+  """Moves the image by up to one pixel; background fills the border."""
+  padded = np.pad(
+    example['image'], ((1, 1), (1, 1), (0, 0)), constant_values=-MEAN / STD
+  )
+  top, left = rng.integers(0, 3, size=2)
+  return example | {'image': padded[top : top + 8, left : left + 8]}
+
+
+def load(
+  config: DataConfig, *, batch_size: int, seed: int, rows: range
+) -> batches.Data:
+  """Returns both splits; see `efficient_attn.data.load`."""
+  train = grain.MapDataset.source(_Digits(valid=False)).seed(seed)
+  train = train.shuffle().repeat()
+  if config.augment:
+    train = train.random_map(_shift)
+  # Batch i of process p is global batch i's rows p * size to (p + 1) * size.
+  size = len(rows)
+  train = train.batch(size)[rows.start // size :: batch_size // size]
+  valid = grain.MapDataset.source(_Digits(valid=True))
+  return batches.Data(
+    train=batches.prefetch(train.to_iter_dataset(batches.READ), config.workers),
+    valid=batches.finite(valid.to_iter_dataset(batches.READ), batch_size, rows),
+  )

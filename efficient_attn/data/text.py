@@ -1,0 +1,153 @@
+"""Text: documents -> shuffle -> tokens -> rows of seq_len + 1 -> batches.
+
+Row r of the batch is a stream of its own: records r, r + B, r + 2 B, ... of the
+shuffled records, tokenized and cut into rows one after the other. So a batch
+mixes B documents however long they are, and processes, which own rows, read
+disjoint records and together the same batches as one process would.
+
+A batch is `dict(tokens, segment_ids, positions)`, each [B, seq_len + 1] int32.
+Rows overlap by one token, so that as the target of the one before it
+(`tokens[:, 1:]`) every token counts exactly once an epoch. A target counts if
+its segment id is positive and equal to that of its input.
+
+  packing='concat': every document ends with the tokenizer's end token, and
+    what follows may look back at it. All segment ids are 1.
+  packing='segments': a document also begins with the end token, and has a
+    segment id and positions of its own within the row. (In training, so has a
+    piece of a file, whose first token then is no target.)
+"""
+
+import functools
+import lzma
+import zlib
+
+import grain
+import numpy as np
+
+from efficient_attn.config import DataConfig
+from efficient_attn.data import batches, documents, sources
+from efficient_attn.data.tokenizer import ByteTokenizer, load_tokenizer
+
+
+def load(
+  config: DataConfig, *, batch_size: int, seed: int, rows: range
+) -> batches.Data:
+  """Returns both splits; see `efficient_attn.data.load`."""
+  tokenizer = load_tokenizer(config.tokenizer)
+  segments = config.packing == 'segments'
+  exact = isinstance(tokenizer, ByteTokenizer)  # a piece of a file is a row
+  layout = sources.Layout(
+    piece=config.seq_len if exact else 32 * config.seq_len,
+    marks=2 if segments else 1,
+    lines=not exact,
+  )
+  train, valid = documents.load(config, layout)
+  make_rows = functools.partial(
+    _rows, config=config, tokenizer=tokenizer, segments=segments
+  )
+  records = grain.MapDataset.source(train).seed(seed).shuffle().repeat()
+  streams = [make_rows(records[row::batch_size], shuffled=True) for row in rows]
+  batched = grain.experimental.ZipIterDataset(streams).map(_stack)
+  in_order = make_rows(grain.MapDataset.source(valid), shuffled=False)
+  return batches.Data(
+    train=batches.prefetch(batched, config.workers),
+    valid=batches.finite(in_order, batch_size, rows),
+    tokenizer=tokenizer,
+    valid_bytes=functools.partial(_raw, valid),
+  )
+
+
+def _rows(records, *, config, tokenizer, segments, shuffled):
+  encode = functools.partial(
+    _encode, tokenizer=tokenizer, segments=segments, shuffled=shuffled
+  )
+  pairs = records.map(encode).to_iter_dataset(batches.READ)
+  return _Pack(pairs, config.seq_len).map(
+    functools.partial(_row, segments=segments)
+  )
+
+
+def _encode(parts, *, tokenizer, segments, shuffled):
+  """Returns [N, 2]: the token before each token (-1: none to see), and it."""
+  end = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], int)
+  pairs = []
+  for part in parts:
+    tokens = [tokenizer.encode(part.text)]
+    if part.begins and segments:
+      tokens.insert(0, end)
+    if part.ends:
+      tokens.append(end)
+    tokens = np.concatenate(tokens)
+    if segments and (part.begins or shuffled):
+      known = end[:0]
+    else:
+      known = tokenizer.encode(part.before) if part.before else end
+    previous = known[-1] if len(known) else -1
+    shifted = np.concatenate([[previous], tokens])[: len(tokens)]
+    pairs.append(np.stack([shifted, tokens], axis=1))
+  return {'pairs': np.concatenate(pairs).astype(np.int32)}
+
+
+def _row(packed, *, segments):
+  """Returns one row of a batch from seq_len pairs."""
+  previous, tokens = packed['pairs'].T
+  ids = (packed['pairs_segment_ids'] > 0).astype(np.int32)  # 0 is padding
+  if segments:
+    begins = previous < 0
+    ids *= np.cumsum(begins, dtype=np.int32) + (not begins[0])
+  # The first input belongs to the first target, unless nothing precedes it.
+  ids = np.concatenate([[ids[0] * (previous[0] >= 0)], ids])
+  index = np.arange(len(ids))
+  changes = np.concatenate([[True], ids[1:] != ids[:-1]])
+  positions = index - np.maximum.accumulate(index * changes)
+  return dict(
+    tokens=np.concatenate([np.maximum(previous[:1], 0), tokens]),
+    segment_ids=ids.astype(np.int32),
+    positions=positions.astype(np.int32),
+  )
+
+
+def _stack(rows):
+  return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+class _Pack(grain.experimental.ConcatThenSplitIterDataset):
+  """Concatenates pairs and cuts them into rows of `length`."""
+
+  def __init__(self, parent, length):
+    super().__init__(parent, length_struct={'pairs': length})
+
+  def __iter__(self):
+    return _PackIterator(super().__iter__())
+
+
+class _PackIterator(grain.DatasetIterator):
+  """Grain's iterator, with a state that survives JSON.
+
+  The packer compares its slices with a tuple; JSON, in which checkpoints keep
+  them, has only lists.
+  """
+
+  def __next__(self):
+    return next(self._parent)
+
+  def get_state(self):
+    return self._parent.get_state()
+
+  def set_state(self, state):
+    slices = {k: tuple(v) for k, v in state['remainder_slices'].items()}
+    self._parent.set_state(state | {'remainder_slices': slices})
+
+
+def _raw(source) -> bytes:
+  parts = (part.text for i in range(len(source)) for part in source[i])
+  return b''.join(t.encode() if isinstance(t, str) else t for t in parts)
+
+
+def compressed_bits_per_byte(data: bytes) -> dict[str, float]:
+  """Returns what general compressors reach on `data`, at their best level."""
+  sizes = {
+    'zlib': len(zlib.compress(data, 9)),
+    'xz': len(lzma.compress(data, preset=9)),
+  }
+  return {name: 8 * size / len(data) for name, size in sizes.items()}

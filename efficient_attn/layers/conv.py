@@ -1,0 +1,44 @@
+"""The short causal convolution many recurrent mixers put before q, k and v."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_attn import sharding
+from efficient_attn.layers.param import fan_in_normal, param
+from efficient_attn.ops.short_conv import short_conv
+
+
+class ShortConv(nnx.Module):
+  """silu of a causal depthwise convolution over heads, [B,T,N,H] -> same."""
+
+  def __init__(self, heads: tuple[int, int], width: int, *, rngs: nnx.Rngs):
+    weight = fan_in_normal()(rngs.params(), (*heads, width), width)
+    axes = ('heads', 'head_dim', None)
+    self.weight = param(weight, axes, weight_decay=False)
+    self.shape = (width - 1, *heads)
+
+  def __call__(self, x, *, segment_ids=None, state=None):
+    """Returns the convolved x and the last width - 1 inputs."""
+
+    def op(x, weight, segment_ids, state):
+      def flat(a):  # heads and channels as one axis
+        return a.reshape(*a.shape[:2], -1)
+
+      y, new_state = short_conv(
+        flat(x),
+        weight.reshape(-1, weight.shape[-1]),
+        segment_ids=segment_ids,
+        initial_state=None if state is None else flat(state),
+      )
+      split = (-1, *x.shape[2:])
+      rows = (x.shape[0],)
+      return y.reshape(x.shape), new_state.reshape(rows + split)
+
+    op = sharding.local_op(op, ('BTNH', 'NHW', 'BT', 'BTNH'), ('BTNH', 'BTNH'))
+    y, state = op(x, self.weight[...].astype(x.dtype), segment_ids, state)
+    return jax.nn.silu(y), state
+
+  def init_state(self, batch: int, dtype) -> jax.Array:
+    """Returns the zero inputs before the first token, [B, width-1, N, H]."""
+    return jnp.zeros((batch, *self.shape), dtype)

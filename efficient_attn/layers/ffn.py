@@ -1,0 +1,49 @@
+"""Feed-forward layers: the plain MLP and the gated linear unit."""
+
+import jax
+from flax import nnx
+
+from efficient_attn.layers.param import Projection
+
+ACTIVATIONS = {
+  'silu': jax.nn.silu,
+  'gelu': jax.nn.gelu,
+  'relu': jax.nn.relu,
+  'sigmoid': jax.nn.sigmoid,
+}
+
+
+class MLP(nnx.Module):
+  """y = W_down act(W_up x)."""
+
+  def __init__(self, d_model: int, ffn_dim: int, activation, *, rngs):
+    ffn_dim = ffn_dim or 4 * d_model
+    self.up = Projection({'embed': d_model}, {'ffn': ffn_dim}, rngs=rngs)
+    self.down = Projection({'ffn': ffn_dim}, {'embed': d_model}, rngs=rngs)
+    self.activation = activation
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [B, T, D] to [B, T, D]."""
+    return self.down(self.activation(self.up(x)))
+
+
+class GLU(nnx.Module):
+  """y = W_down (act(W_gate x) * W_up x) (Shazeer, 2002.05202).
+
+  SwiGLU with silu, GEGLU with gelu. The default width, 8/3 D rounded up to a
+  multiple of 32, gives it the parameters of an MLP of width 4 D.
+  """
+
+  def __init__(self, d_model: int, ffn_dim: int, activation, *, rngs):
+    ffn_dim = ffn_dim or -(-8 * d_model // 96) * 32
+    self.gate = Projection({'embed': d_model}, {'ffn': ffn_dim}, rngs=rngs)
+    self.up = Projection({'embed': d_model}, {'ffn': ffn_dim}, rngs=rngs)
+    self.down = Projection({'ffn': ffn_dim}, {'embed': d_model}, rngs=rngs)
+    self.activation = activation
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [B, T, D] to [B, T, D]."""
+    return self.down(self.activation(self.gate(x)) * self.up(x))
+
+
+FFNS = {'glu': GLU, 'mlp': MLP}

@@ -1,0 +1,80 @@
+"""Gated linear attention (Yang et al. 2312.06635).
+
+  S_t = diag(alpha_t) S_{t-1} + k_t v_t^T     o_t = S_t^T q_t / sqrt(H)
+  alpha_t = sigmoid(W_2 W_1 x_t + b)^(1/16)   per key channel, rank 16
+
+Keys are half as wide as values; the output is normalised per head and gated by
+silu(W_g x). `conv_width` > 0 puts a short convolution before q, k and v.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_attn.config import ConfigError
+from efficient_attn.layers.param import Projection
+from efficient_attn.layers.qkv import QKV
+from efficient_attn.layers.recurrence import GatedOutput, run_linear
+
+
+class GLA(nnx.Module):
+  """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  def __init__(
+    self,
+    *,
+    d_model: int,
+    num_heads: int,
+    causal: bool,
+    rngs: nnx.Rngs,
+    expand_k: float = 0.5,
+    expand_v: float = 1.0,
+    gate_rank: int = 16,
+    gate_temperature: float = 16.0,
+    conv_width: int = 0,
+    chunk_size: int = 64,
+  ):
+    key_dim = int(expand_k * d_model / num_heads)
+    value_dim = int(expand_v * d_model / num_heads)
+    if conv_width and not causal:
+      raise ConfigError('gla: conv_width > 0 is causal; use 0 in an encoder')
+    keys = (num_heads, key_dim)
+    self.qkv = QKV(
+      d_model,
+      query=keys,
+      key=keys,
+      value=(num_heads, value_dim),
+      conv_width=conv_width,
+      rngs=rngs,
+    )
+    d_in, rank = {'embed': d_model}, {'rank': gate_rank}
+    self.gate_down = Projection(d_in, rank, rngs=rngs)
+    self.gate_up = Projection(
+      rank, {'heads': num_heads, 'head_dim': key_dim}, bias=True, rngs=rngs
+    )
+    self.out = GatedOutput(d_model, num_heads, value_dim, rngs=rngs)
+    self.gate_temperature = gate_temperature
+    self.state_shape = (num_heads, key_dim, value_dim)
+    self.options = dict(bidirectional=not causal, chunk_size=chunk_size)
+
+  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
+    """Mixes tokens; see `layers.mixers` for the contract."""
+    qkv, tails = self.qkv(
+      x, segment_ids=segment_ids, tails=cache and cache['conv']
+    )
+    gate = self.gate_up(self.gate_down(x)).astype(jnp.float32)
+    o, state = run_linear(
+      *qkv,
+      log_decay=jax.nn.log_sigmoid(gate) / self.gate_temperature,
+      segment_ids=segment_ids,
+      state=cache and cache['state'],
+      **self.options,
+    )
+    if cache is not None:
+      cache = dict(state=state, conv=tails)
+    return self.out(o, x), cache
+
+  def init_cache(self, batch: int, max_len: int, dtype):
+    """Returns the zero state; `max_len` does not matter."""
+    state = jnp.zeros((batch, *self.state_shape))
+    return dict(state=state, conv=self.qkv.init_tails(batch, dtype))

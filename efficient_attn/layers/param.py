@@ -1,0 +1,91 @@
+"""Parameters that know their logical axes, and the projection built on them."""
+
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_attn import sharding
+
+
+def param(
+  value: jax.Array,
+  axes: tuple[str | None, ...],
+  *,
+  inputs: int = 0,
+  weight_decay: bool | None = None,
+) -> nnx.Param:
+  """Returns an `nnx.Param` with the metadata the trainer reads.
+
+  Args:
+    value: float32 array.
+    axes: logical axis of each dimension (see `sharding.RULES`).
+    inputs: how many leading dimensions a matrix contracts; 0: not a matrix.
+    weight_decay: whether the optimizer decays it; None: if it is a matrix.
+  """
+  if value.ndim != len(axes):
+    raise ValueError(f'{value.ndim} dimensions but axes={axes}')
+  decay = inputs > 0 if weight_decay is None else weight_decay
+  return nnx.Param(value, axes=axes, inputs=inputs, weight_decay=decay)
+
+
+def fan_in_normal(scale: float = 1.0) -> Callable:
+  """Truncated normal of standard deviation scale / sqrt(fan_in)."""
+
+  def init(key, shape, fan_in):
+    std = scale / math.sqrt(fan_in)
+    # The variance of a unit normal cut at 2 is 0.8796^2.
+    unit = jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32)
+    return unit * (std / 0.87962566)
+
+  return init
+
+
+class Projection(nnx.Module):
+  """A linear map between named axes: `{'embed': D} -> {'heads': N, 'dim': H}`.
+
+  The names are logical axes, so the projection also knows its sharding. The
+  weight has the shape of the inputs followed by the outputs, is kept in float32
+  and used in the dtype of the activations.
+  """
+
+  def __init__(
+    self,
+    inputs: Mapping[str, int],
+    outputs: Mapping[str, int],
+    *,
+    rngs: nnx.Rngs,
+    bias: bool = False,
+    init: Callable | None = None,
+  ):
+    shape = (*inputs.values(), *outputs.values())
+    init = init or fan_in_normal()
+    weight = init(rngs.params(), shape, math.prod(inputs.values()))
+    self.weight = param(weight, (*inputs, *outputs), inputs=len(inputs))
+    zeros = jnp.zeros(tuple(outputs.values()))
+    self.bias = param(zeros, (*outputs,)) if bias else None
+    self.num_inputs = len(inputs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [..., *inputs] to [..., *outputs]."""
+    names = self.weight.axes
+    weight = sharding.constrain(self.weight[...].astype(x.dtype), *names)
+    lead = x.ndim - self.num_inputs
+    out = activation_axes(lead) + names[self.num_inputs :]
+    contract = (tuple(range(lead, x.ndim)), tuple(range(self.num_inputs)))
+    y = jax.lax.dot_general(
+      x,
+      weight,
+      (contract, ((), ())),
+      out_sharding=sharding.current(sharding.activation_spec(out)),
+    )
+    if self.bias is not None:
+      y = y + self.bias[...].astype(x.dtype)
+    return y
+
+
+def activation_axes(lead: int) -> tuple[str | None, ...]:
+  """Returns the logical axes of `lead` leading activation dimensions."""
+  return ('batch',) + (None,) * (lead - 1)

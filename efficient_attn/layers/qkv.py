@@ -1,0 +1,61 @@
+"""Query, key and value heads, with the short convolution some mixers add."""
+
+import jax
+from flax import nnx
+
+from efficient_attn.layers.conv import ShortConv
+from efficient_attn.layers.param import Projection
+
+
+class QKV(nnx.Module):
+  """Maps x [B, T, D] to query, key and value heads.
+
+  Each of `query`, `key` and `value` is (number of heads, width of a head). With
+  `conv_width` > 0 each passes through a short causal convolution and silu,
+  whose last inputs (the tails) continue a sequence.
+  """
+
+  def __init__(
+    self,
+    d_model: int,
+    *,
+    query: tuple[int, int],
+    key: tuple[int, int],
+    value: tuple[int, int],
+    conv_width: int = 0,
+    rngs: nnx.Rngs,
+  ):
+    shapes = (query, key, value)
+    self.query, self.key, self.value = (
+      Projection(
+        {'embed': d_model}, {'heads': heads, 'head_dim': dim}, rngs=rngs
+      )
+      for heads, dim in shapes
+    )
+    if conv_width:
+      self.convs = nnx.List(
+        ShortConv(shape, conv_width, rngs=rngs) for shape in shapes
+      )
+    else:
+      self.convs = None
+
+  def __call__(
+    self, x: jax.Array, *, segment_ids=None, tails=None
+  ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple | None]:
+    """Returns (query, key, value) and the tails (None without convolutions)."""
+    heads = (self.query(x), self.key(x), self.value(x))
+    if self.convs is None:
+      return heads, None
+    done = [
+      conv(h, segment_ids=segment_ids, state=tail)
+      for conv, h, tail in zip(
+        self.convs, heads, tails or (None,) * 3, strict=True
+      )
+    ]
+    return tuple(y for y, _ in done), tuple(tail for _, tail in done)
+
+  def init_tails(self, batch: int, dtype) -> tuple | None:
+    """Returns the zero inputs before the first token."""
+    if self.convs is None:
+      return None
+    return tuple(conv.init_state(batch, dtype) for conv in self.convs)

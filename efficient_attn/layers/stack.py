@@ -1,0 +1,169 @@
+"""Blocks and their stack: a pattern of mixers repeated over depth.
+
+With `scan_layers` the repetitions of the pattern are one `jax.lax.scan`, so
+that compile time does not grow with depth; parameters and caches then carry a
+leading axis of repetitions. Layers left over after the last full repetition are
+unrolled behind it.
+"""
+
+import functools
+
+import jax
+from flax import nnx
+
+from efficient_attn.config import ModelConfig, choose
+from efficient_attn.layers.ffn import ACTIVATIONS, FFNS
+from efficient_attn.layers.mixers import build_mixer
+from efficient_attn.layers.norm import NORMS
+
+_policies = jax.checkpoint_policies
+
+# What a block keeps for its backward pass; the rest is computed again.
+REMAT_POLICIES = {
+  'none': _policies.everything_saveable,
+  'full': _policies.nothing_saveable,
+  'dots': _policies.dots_with_no_batch_dims_saveable,
+  'all_dots': _policies.dots_saveable,
+}
+
+
+class Block(nnx.Module):
+  """Mixer and ffn, each with a norm and a residual connection.
+
+  pre:  x + f(norm(x))      post:  norm(x + f(x))
+  """
+
+  def __init__(self, config: ModelConfig, mixer: str, causal: bool, *, rngs):
+    self.mixer = build_mixer(
+      mixer,
+      d_model=config.d_model,
+      num_heads=config.num_heads,
+      causal=causal,
+      rngs=rngs,
+      **config.mixers.get(mixer, {}),
+    )
+    self.ffn = choose('model.ffn', config.ffn, FFNS)(
+      config.d_model,
+      config.ffn_dim,
+      choose('model.activation', config.activation, ACTIVATIONS),
+      rngs=rngs,
+    )
+    norm = choose('model.norm', config.norm, NORMS)
+    self.mixer_norm = norm(config.d_model)
+    self.ffn_norm = norm(config.d_model)
+    self.norm_first = config.norm_position == 'pre'
+    self.dropout = config.dropout
+
+  def __call__(
+    self, x, *, positions=None, segment_ids=None, cache=None, key=None
+  ):
+    """Maps x [B, T, D] to the same shape, and the cache to the next one."""
+    keys = (None, None) if key is None else jax.random.split(key)
+    with jax.named_scope('mixer'):
+      y = self.mixer_norm(x) if self.norm_first else x
+      y, cache = self.mixer(
+        y, positions=positions, segment_ids=segment_ids, cache=cache
+      )
+      x = x + dropout(y, self.dropout, keys[0])
+      x = x if self.norm_first else self.mixer_norm(x)
+    with jax.named_scope('ffn'):
+      y = self.ffn(self.ffn_norm(x) if self.norm_first else x)
+      x = x + dropout(y, self.dropout, keys[1])
+      x = x if self.norm_first else self.ffn_norm(x)
+    return x, cache
+
+
+class Period(nnx.Module):
+  """One repetition of the pattern."""
+
+  def __init__(self, config: ModelConfig, pattern, causal: bool, *, rngs):
+    self.blocks = nnx.List(
+      Block(config, mixer, causal, rngs=rngs) for mixer in pattern
+    )
+    self.policy = None
+    if config.remat != 'none':
+      self.policy = choose('model.remat', config.remat, REMAT_POLICIES)
+
+  def __call__(self, x, cache, key, *, positions, segment_ids):
+    """Runs the blocks; `cache` and `key` hold one entry each, or None."""
+    cache = [None] * len(self.blocks) if cache is None else list(cache)
+    for i, block in enumerate(self.blocks):
+      block_key = None if key is None else jax.random.fold_in(key, i)
+
+      def run(block, x, cache, key):
+        return block(
+          x,
+          positions=positions,
+          segment_ids=segment_ids,
+          cache=cache,
+          key=key,
+        )
+
+      if self.policy is not None:
+        run = jax.checkpoint(run, policy=self.policy)
+      x, cache[i] = run(block, x, cache[i], block_key)
+    return x, cache
+
+  def init_cache(self, batch: int, max_len: int, dtype):
+    """Returns one cache a block."""
+    return [b.mixer.init_cache(batch, max_len, dtype) for b in self.blocks]
+
+
+class Stack(nnx.Module):
+  """`config.num_layers` blocks in the order of `config.pattern`."""
+
+  def __init__(self, config: ModelConfig, causal: bool, *, rngs: nnx.Rngs):
+    pattern = config.pattern
+    self.repeats, rest = divmod(config.num_layers, len(pattern))
+    self.scan = config.scan_layers and self.repeats > 1
+    make = functools.partial(Period, config, causal=causal)
+    if self.scan:
+      keys = jax.random.split(rngs.params(), self.repeats)
+      self.periods = jax.vmap(lambda k: make(pattern, rngs=nnx.Rngs(k)))(keys)
+    else:
+      self.periods = nnx.List(
+        make(pattern, rngs=rngs) for _ in range(self.repeats)
+      )
+    self.rest = make(pattern[:rest], rngs=rngs) if rest else None
+
+  def __call__(
+    self, x, *, positions=None, segment_ids=None, cache=None, key=None
+  ):
+    """Maps x [B, T, D] to the same shape, and the cache to the next one."""
+    run = functools.partial(
+      Period.__call__, positions=positions, segment_ids=segment_ids
+    )
+    keys = None if key is None else jax.random.split(key, self.repeats + 1)
+    periods, rest = (None, None) if cache is None else cache
+    if self.scan:
+
+      def body(x, inputs):
+        return run(inputs[0], x, *inputs[1:])
+
+      scan_keys = None if keys is None else keys[:-1]
+      x, periods = jax.lax.scan(body, x, (self.periods, periods, scan_keys))
+    else:
+      periods = [None] * self.repeats if periods is None else list(periods)
+      for i, period in enumerate(self.periods):
+        period_key = None if keys is None else keys[i]
+        x, periods[i] = run(period, x, periods[i], period_key)
+    if self.rest is not None:
+      x, rest = run(self.rest, x, rest, None if keys is None else keys[-1])
+    return x, None if cache is None else (periods, rest)
+
+  def init_cache(self, batch: int, max_len: int, dtype):
+    """Returns the caches of all blocks, stacked where the blocks are."""
+    args = (batch, max_len, dtype)
+    if self.scan:
+      periods = jax.vmap(lambda p: p.init_cache(*args))(self.periods)
+    else:
+      periods = [period.init_cache(*args) for period in self.periods]
+    return periods, self.rest and self.rest.init_cache(*args)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+  """Zeroes a share `rate` of x and scales the rest; no key: unchanged."""
+  if key is None or rate == 0:
+    return x
+  keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+  return jax.numpy.where(keep, x / (1 - rate), 0)

@@ -1,0 +1,89 @@
+"""FLOPs and memory of a function, counted by walking its jaxpr.
+
+XLA's own cost analysis counts the body of a loop once; here a scan counts its
+length. Only matrix products and convolutions are counted as FLOPs, as is usual
+for the utilisation of a machine.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.extend import core
+
+
+def flops(function: Callable, *args: Any) -> float:
+  """Returns the FLOPs (2 per multiply-add) of the products in a call.
+
+  Args:
+    function: traced, not run.
+    *args: arrays or their shapes.
+
+  Raises:
+    NotImplementedError: a loop whose number of turns is not known.
+  """
+  return _flops(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def largest_array(function: Callable, *args: Any) -> int:
+  """Returns the elements of the largest array that a call computes."""
+  jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+  return max(
+    math.prod(v.aval.shape)
+    for eqn in _walk(jaxpr)
+    for v in eqn.outvars
+    if hasattr(v.aval, 'shape')
+  )
+
+
+def _flops(jaxpr) -> float:
+  total = 0.0
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == 'dot_general':
+      (contract, _), _ = eqn.params['dimension_numbers']
+      lhs = eqn.invars[0].aval.shape
+      summed = math.prod(lhs[axis] for axis in contract)
+      total += 2 * summed * math.prod(eqn.outvars[0].aval.shape)
+    elif eqn.primitive.name == 'conv_general_dilated':
+      kernel = eqn.invars[1].aval.shape
+      outputs = eqn.params['dimension_numbers'].rhs_spec[0]
+      per_output = math.prod(kernel) / kernel[outputs]
+      total += 2 * per_output * math.prod(eqn.outvars[0].aval.shape)
+    elif eqn.primitive.name == 'cond':
+      total += max(_flops(b.jaxpr) for b in eqn.params['branches'])
+    elif eqn.primitive.name == 'while':
+      inner = sum(_flops(j) for j in _jaxprs(eqn))
+      if inner:
+        raise NotImplementedError(
+          'matrix products in a loop of unknown length; use lax.scan'
+        )
+    else:
+      times = eqn.params.get('length', 1) if _is_scan(eqn) else _shards(eqn)
+      total += times * sum(_flops(j) for j in _jaxprs(eqn))
+  return total
+
+
+def _is_scan(eqn) -> bool:
+  return eqn.primitive.name == 'scan'
+
+
+def _shards(eqn) -> int:
+  """Returns on how many shards the body of a shard_map runs, else 1."""
+  return eqn.params['mesh'].size if eqn.primitive.name == 'shard_map' else 1
+
+
+def _jaxprs(eqn) -> Iterator[core.Jaxpr]:
+  for value in eqn.params.values():
+    for item in value if isinstance(value, (tuple, list)) else (value,):
+      if isinstance(item, core.ClosedJaxpr):
+        yield item.jaxpr
+      elif isinstance(item, core.Jaxpr):
+        yield item
+
+
+def _walk(jaxpr) -> Iterator[core.JaxprEqn]:
+  for eqn in jaxpr.eqns:
+    yield eqn
+    for inner in _jaxprs(eqn):
+      yield from _walk(inner)

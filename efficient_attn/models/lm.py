@@ -1,0 +1,76 @@
+"""Decoder language model: embed, stack of causal blocks, norm, logits."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_attn.config import LMConfig
+from efficient_attn.layers.embed import POSITIONS, Embed
+from efficient_attn.layers.norm import NORMS
+from efficient_attn.layers.stack import Stack, dropout
+
+
+class LM(nnx.Module):
+  """Maps token ids to the logits of the next token."""
+
+  def __init__(self, config: LMConfig, *, rngs: nnx.Rngs):
+    self.embed = Embed(config.vocab_size, config.d_model, rngs=rngs)
+    if config.position == 'none':
+      self.position = None
+    else:
+      self.position = POSITIONS[config.position](
+        config.max_len, config.d_model, rngs=rngs
+      )
+    self.stack = Stack(config, causal=True, rngs=rngs)
+    if config.norm_position == 'pre':
+      self.norm = NORMS[config.norm](config.d_model)
+    else:  # the last block has normalised already
+      self.norm = None
+    if config.tie_embeddings:
+      self.unembed = None
+    else:
+      self.unembed = Embed(config.vocab_size, config.d_model, rngs=rngs)
+    self.dropout = config.dropout
+    self.dtype = jnp.dtype(config.dtype)
+
+  def __call__(
+    self, tokens, *, positions=None, segment_ids=None, cache=None, key=None
+  ):
+    """Runs the model.
+
+    Args:
+      tokens: int32 [B, T].
+      positions: int32 [T] or [B, T]; default: counted from the cache's end.
+      segment_ids: int32 [B, T]; packed sequences do not see each other.
+      cache: from `init_cache` or an earlier call; None for whole sequences.
+      key: PRNG key for dropout; None to not drop.
+
+    Returns:
+      float32 logits [B, T, vocab] and the next cache (None without one).
+    """
+    length = 0 if cache is None else cache['length']
+    x = self.embed(tokens, self.dtype)
+    if self.position is not None:
+      rows = positions
+      if rows is None:
+        rows = length + jnp.arange(tokens.shape[1])
+      x = self.position(x, rows)
+    keys = (None, None) if key is None else jax.random.split(key)
+    x = dropout(x, self.dropout, keys[0])
+    x, layers = self.stack(
+      x,
+      positions=positions,
+      segment_ids=segment_ids,
+      cache=cache and cache['layers'],
+      key=keys[1],
+    )
+    if self.norm is not None:
+      x = self.norm(x)
+    if cache is not None:
+      cache = dict(layers=layers, length=length + tokens.shape[1])
+    return (self.unembed or self.embed).logits(x), cache
+
+  def init_cache(self, batch: int, max_len: int):
+    """Returns the cache of `batch` empty sequences of at most `max_len`."""
+    layers = self.stack.init_cache(batch, max_len, self.dtype)
+    return dict(layers=layers, length=jnp.zeros((), jnp.int32))

@@ -1,0 +1,138 @@
+"""Which mesh axis each logical axis lives on; the only file that says so.
+
+The mesh always has the axes `data`, `fsdp` and `tensor` (of size 1 when not
+asked for). Layers name the logical axes of their parameters and activations;
+`RULES` maps the names to mesh axes. Parameters sharded on `fsdp` are gathered
+where they are used, and their gradients scattered, because activations spend
+`fsdp` on the batch. Ops never see the mesh: `local_op` runs them on the shards.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+from efficient_attn.config import ConfigError, nearest
+
+MESH_AXES = ('data', 'fsdp', 'tensor')
+
+# Logical axis -> mesh axes. A name that is not here is replicated.
+RULES = {
+  'batch': ('data', 'fsdp'),
+  'embed': ('fsdp',),
+  'heads': ('tensor',),
+  'ffn': ('tensor',),
+}
+
+
+def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
+  """Reads 'data=2,tensor=4'; what is left of the devices goes to `data`."""
+  sizes = {}
+  for part in filter(None, text.replace(' ', '').split(',')):
+    name, _, size = part.partition('=')
+    if name not in MESH_AXES:
+      raise ConfigError(
+        f'mesh={text!r}: unknown axis {name!r}; {nearest(name, MESH_AXES)}'
+      )
+    if not size.isdigit() or int(size) < 1:
+      raise ConfigError(f'mesh={text!r}: {name} needs a size, as in {name}=2')
+    sizes[name] = int(size)
+  used = 1
+  for size in sizes.values():
+    used *= size
+  if 'data' not in sizes:
+    sizes['data'] = max(num_devices // used, 1)
+    used *= sizes['data']
+  if used != num_devices:
+    raise ConfigError(
+      f'mesh={text!r} uses {used} devices but there are {num_devices}'
+    )
+  return {axis: sizes.get(axis, 1) for axis in MESH_AXES}
+
+
+def make_mesh(text: str = '', devices=None) -> jax.sharding.Mesh:
+  """Returns an explicit mesh over `devices` (all by default)."""
+  devices = jax.devices() if devices is None else devices
+  sizes = parse_mesh(text, len(devices))
+  return jax.make_mesh(tuple(sizes.values()), MESH_AXES, devices=devices)
+
+
+def param_spec(names: tuple[str | None, ...]) -> P:
+  """Returns where a parameter with these logical axes is stored."""
+  return _spec(names, used=())
+
+
+def activation_spec(names: tuple[str | None, ...]) -> P:
+  """Returns the layout in computation, where `batch` owns its mesh axes."""
+  return _spec(names, used=() if 'batch' in names else RULES['batch'])
+
+
+def _spec(names, used):
+  parts, used = [], set(used)
+  for name in names:
+    axes = tuple(a for a in RULES.get(name, ()) if a not in used)
+    used.update(axes)
+    parts.append(axes[0] if len(axes) == 1 else axes or None)
+  return P(*parts)
+
+
+def current(spec: P) -> P | None:
+  """Returns `spec` under a mesh and None without one, for `out_sharding=`."""
+  return None if jax.sharding.get_abstract_mesh().empty else spec
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+  """Lays `x` out for computation by its logical axes (no mesh: unchanged)."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  return jax.sharding.reshard(x, activation_spec(names))
+
+
+def lookup(table: jax.Array, ids: jax.Array, *names: str | None) -> jax.Array:
+  """Returns table[ids]; `names` are the logical axes of the result.
+
+  The table is gathered on every device first.
+  """
+  gathered = constrain(table, *[None] * table.ndim)
+  return gathered.at[ids].get(out_sharding=current(activation_spec(names)))
+
+
+# The letters of array layouts that are sharded inside ops: 'BTNH'.
+LETTERS = {'B': 'batch', 'N': 'heads', 'K': 'heads', 'F': 'ffn'}
+
+
+def local_op(op: Callable, inputs: tuple, outputs) -> Callable:
+  """Wraps a single-device op so that it runs on each shard of its arguments.
+
+  Args:
+    op: a function of positional arrays (or pytrees of them, or None).
+    inputs: the layout of each argument as letters, 'BTNH', where B is sharded
+      as the batch and N (or K) as heads; for a pytree such as a mask a function
+      from an array leaf to its letters.
+    outputs: the same for the results, as a pytree prefix.
+
+  Returns:
+    A function of the same arguments: `op` itself without a mesh, else one
+    `jax.shard_map` over the batch and the heads.
+  """
+
+  def spec(letters):
+    return activation_spec(tuple(map(LETTERS.get, letters)))
+
+  def lay_out(letters, arg):
+    def leaf(x):
+      chosen = letters(x) if callable(letters) else letters
+      return jax.sharding.reshard(x, spec(chosen))
+
+    return jax.tree.map(leaf, arg)
+
+  @functools.wraps(op)
+  def wrapped(*args):
+    if jax.sharding.get_abstract_mesh().empty:
+      return op(*args)
+    args = [lay_out(i, a) for i, a in zip(inputs, args, strict=True)]
+    out_specs = jax.tree.map(spec, outputs)
+    return jax.shard_map(op, out_specs=out_specs, check_vma=False)(*args)
+
+  return wrapped

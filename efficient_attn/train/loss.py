@@ -1,0 +1,110 @@
+"""What each model is trained on, as sums over a batch.
+
+A loss returns sums, not means, so that micro-batches, devices and evaluation
+batches of unequal weight all add up to exactly the mean over the whole.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from efficient_attn import sharding
+from efficient_attn.config import Config
+
+
+def cross_entropy(
+  logits: jax.Array,
+  labels: jax.Array,
+  *,
+  label_smoothing: float = 0.0,
+  z_loss: float = 0.0,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the training objective and the plain cross-entropy, in nats.
+
+    nll = log Z - logits[label],    log Z = logsumexp(logits)
+    objective = (1 - e) nll + e mean_c (log Z - logits[c]) + z (log Z)^2
+
+  Args:
+    logits: [..., classes].
+    labels: int [...].
+    label_smoothing: e above.
+    z_loss: z above (Chowdhery et al. 2204.02311).
+
+  Returns:
+    Two float32 arrays [...].
+  """
+  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  log_z = jax.nn.logsumexp(logits, axis=-1)
+  picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+  nll = log_z - picked
+  objective = nll
+  if label_smoothing:
+    uniform = log_z - jnp.mean(logits, axis=-1)
+    objective = (1 - label_smoothing) * nll + label_smoothing * uniform
+  if z_loss:
+    objective = objective + z_loss * log_z**2
+  return objective, nll
+
+
+def next_token(config: Config, token_bytes: np.ndarray | None) -> Callable:
+  """The loss of a language model on batches of packed tokens."""
+  packed = config.data.packing == 'segments'
+
+  def loss(model, batch, key):
+    tokens, segment_ids = batch['tokens'], batch['segment_ids']
+    logits, _ = model(
+      tokens[:, :-1],
+      positions=batch['positions'][:, :-1] if packed else None,
+      segment_ids=segment_ids[:, :-1] if packed else None,
+      key=key,
+    )
+    same = segment_ids[:, 1:] == segment_ids[:, :-1]
+    weights = (same & (segment_ids[:, 1:] > 0)).astype(jnp.float32)
+    labels = tokens[:, 1:]
+    objective, nll = cross_entropy(logits, labels, **vars(config.loss))
+    sums = _sums(objective, nll, logits, labels, weights)
+    if token_bytes is not None:
+      sizes = jnp.asarray(token_bytes, jnp.float32)
+      sizes = sharding.lookup(sizes, labels, 'batch', None)
+      sums['bytes'] = jnp.sum(sizes * weights)
+    return sums
+
+  return loss
+
+
+def classification(config: Config, token_bytes) -> Callable:
+  """The loss of an image classifier."""
+  del token_bytes
+
+  def loss(model, batch, key):
+    logits = model(batch['image'], key=key)
+    objective, nll = cross_entropy(logits, batch['label'], **vars(config.loss))
+    return _sums(objective, nll, logits, batch['label'], batch['weight'])
+
+  return loss
+
+
+def _sums(objective, nll, logits, labels, weights):
+  hits = jnp.argmax(logits, axis=-1) == labels
+  return dict(
+    objective=jnp.sum(objective * weights),
+    loss=jnp.sum(nll * weights),
+    correct=jnp.sum(hits * weights),
+    weight=jnp.sum(weights),
+  )
+
+
+# model.name -> loss(model, batch, key) -> sums.
+LOSSES = {'lm': next_token, 'vit': classification}
+
+
+def means(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  """Turns the sums of a loss into what is reported."""
+  weight = jnp.maximum(sums['weight'], 1)
+  found = dict(loss=sums['loss'] / weight, accuracy=sums['correct'] / weight)
+  if 'bytes' in sums:
+    bits = sums['loss'] / jnp.log(2.0)
+    found['bits_per_byte'] = bits / jnp.maximum(sums['bytes'], 1)
+  return found

@@ -1,0 +1,79 @@
+"""How fast a run is: rates, the share spent on data, MFU, memory."""
+
+import contextlib
+import time
+
+import jax
+
+from efficient_attn.config import Config
+from efficient_attn.models import cost
+from efficient_attn.train.machine import matmul_ceiling, memory_in_use
+from efficient_attn.train.state import Architecture
+
+
+class Meter:
+  """Measures between reports; what is paused or compiled does not count.
+
+  MFU is the FLOPs of the products of a training step, taken as three forward
+  passes, over what the devices reach on large matmuls of the same dtype.
+  """
+
+  def __init__(self, config: Config, architecture: Architecture, loss):
+    self._unit = 'images' if config.model.name == 'vit' else 'tokens'
+    self._dtype = config.model.dtype
+    self._forward = lambda params, batch: loss(
+      architecture.merge(params), batch, None
+    )
+    self._flops = None
+    self._ceiling = None
+    self.compile_seconds = None
+
+  def start(self, step: int) -> None:
+    """Begins a span after `step` steps."""
+    self._step, self._start = step, time.perf_counter()
+    self._data = 0.0
+
+  @contextlib.contextmanager
+  def waiting_for_data(self):
+    """Counts the time inside as time spent on data."""
+    start = time.perf_counter()
+    yield
+    self._data += time.perf_counter() - start
+
+  @contextlib.contextmanager
+  def paused(self):
+    """Leaves the time inside out."""
+    start = time.perf_counter()
+    yield
+    self._start += time.perf_counter() - start
+
+  def compiled(self, step: int, params, batch) -> None:
+    """Ends the first step: notes its time and counts the FLOPs of a step."""
+    self.compile_seconds = time.perf_counter() - self._start
+    try:
+      self._flops = 3 * cost.flops(self._forward, params, batch)
+      self._ceiling = matmul_ceiling(self._dtype, jax.device_count())
+    except NotImplementedError:  # a loop of unknown length: no MFU
+      pass
+    self.start(step)
+
+  def read(self, step: int, weight: float) -> dict[str, float]:
+    """Returns the rates since the last reading, and begins a new span.
+
+    Args:
+      step: the last step of the span.
+      weight: how many tokens or images a step has.
+    """
+    steps = step - self._step
+    seconds = (time.perf_counter() - self._start) / max(steps, 1)
+    found = dict(
+      step_seconds=seconds,
+      data_seconds=self._data / max(steps, 1),
+      memory_gib=memory_in_use() / 2**30,
+    )
+    if steps:
+      found[f'{self._unit}_per_second'] = weight / seconds
+      if self._flops is not None:
+        found['mfu'] = self._flops / seconds / self._ceiling
+    self.start(step)
+    return found

@@ -1,0 +1,209 @@
+"""The training loop: `run(config, workdir)`, from a config to a trained model.
+
+A run is a function of its config: stopping it at any step and starting it again
+in the same workdir gives the same parameters, bit for bit. The loop never waits
+for the device in order to report: while step i runs it reads about step i-1.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+
+import jax
+from jax.sharding import NamedSharding
+
+from efficient_attn import config as configs
+from efficient_attn import data, sharding
+from efficient_attn.config import Config, ConfigError
+from efficient_attn.models import with_dtype
+from efficient_attn.train.checkpoint import Checkpoints
+from efficient_attn.train.evaluate import evaluate
+from efficient_attn.train.loss import LOSSES
+from efficient_attn.train.meter import Meter
+from efficient_attn.train.metrics import MetricWriter, plot_loss
+from efficient_attn.train.optimizer import make_schedule
+from efficient_attn.train.state import Architecture
+from efficient_attn.train.step import (
+  evaluated_params,
+  make_eval_step,
+  make_train_step,
+)
+from efficient_attn.train.watch import NonFiniteGuard, StopSignal, Tracer
+
+
+def run(config: Config, workdir: str | pathlib.Path) -> dict[str, float]:
+  """Trains, or continues, the run in `workdir`.
+
+  Args:
+    config: the resolved config.
+    workdir: gets config.json, metrics.jsonl, tensorboard/, checkpoints/ and
+      loss.png. If it holds checkpoints, the run continues from the newest.
+
+  Returns:
+    The final validation metrics; empty when a signal stopped the run.
+
+  Raises:
+    ConfigError: the config cannot be run.
+    NonFiniteError: training diverged.
+  """
+  workdir = pathlib.Path(workdir)
+  config = dataclasses.replace(config, model=with_dtype(config.model))
+  mesh = sharding.make_mesh(config.mesh)
+  check_batch(config, mesh)
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(jax.set_mesh(mesh))
+
+    # Data.
+    dataset = data.load(
+      config.data,
+      batch_size=config.batch_size,
+      seed=config.seed,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+    check_vocabulary(config, dataset)
+    batches = iter(dataset.train)
+    put = batch_putter(mesh)
+
+    # Model, optimizer and where they stand.
+    architecture = Architecture(config.model)
+    optimizer = architecture.optimizer(config)
+    make_loss = LOSSES[config.model.name]
+    tokenizer = dataset.tokenizer
+    loss = make_loss(config, tokenizer and tokenizer.token_bytes)
+    checkpoints = Checkpoints(workdir, config.keep_checkpoints)
+    stack.callback(checkpoints.close)
+    abstract = architecture.abstract_state(config, optimizer, mesh)
+    state = checkpoints.restore(abstract, batches)
+    if state is None:
+      state = architecture.init(config, optimizer, mesh)
+    first = int(state.step)
+    workdir.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+      configs.save(config, workdir / 'config.json')
+
+    # The two compiled functions.
+    train_step = jax.jit(
+      make_train_step(config, architecture, optimizer, loss), donate_argnums=0
+    )
+    eval_step = jax.jit(make_eval_step(architecture, loss))
+
+    writer = stack.enter_context(MetricWriter(workdir, config.steps, first))
+    writer.message(describe(config, architecture, mesh, first))
+    stop = stack.enter_context(StopSignal(config.log_every))
+    tracer = stack.enter_context(Tracer(config.profile_steps, workdir))
+    guard = NonFiniteGuard(config.skip_nonfinite, checkpoints)
+    meter = Meter(config, architecture, loss)
+    schedule = make_schedule(config.optimizer, config.steps)
+
+    def report(step, metrics):
+      values = guard.check(step, metrics)
+      weight = values.pop('weight')
+      if step == first + 1:
+        meter.compiled(step, state.params, batch)
+      elif step % config.log_every == 0 or step == config.steps:
+        values['learning_rate'] = float(schedule(step - 1))
+        writer.write(step, values | meter.read(step, weight))
+
+    def validate(step):
+      with meter.paused():
+        values = evaluate(
+          eval_step,
+          evaluated_params(state),
+          dataset.valid,
+          put,
+          limit=config.eval_batches,
+        )
+      writer.write(step, values, prefix='valid')
+      return values
+
+    pending = None
+    meter.start(first)
+    for step in range(first + 1, config.steps + 1):
+      tracer.at(step)
+      with meter.waiting_for_data():
+        host_batch = next(batches)
+        guard.remember(step, host_batch)
+        batch = put(host_batch)
+      state, metrics = train_step(state, batch)
+      if pending:
+        report(*pending)
+      pending = (step, metrics)
+      stopped = stop.requested(step)
+      last = stopped or step == config.steps
+      if last or due(step, config.checkpoint_every):
+        report(*pending)
+        pending = None
+        checkpoints.save(step, state, batches)
+      if stopped:
+        checkpoints.wait()
+        writer.message(
+          f'stopped by {stop.name} after step {step}; run the same command '
+          f'again to continue from {workdir}'
+        )
+        return {}
+      if not last and due(step, config.eval_every):
+        validate(step)
+    final = validate(config.steps)
+  if jax.process_index() == 0:
+    plot_loss(workdir)
+  return final
+
+
+def due(step: int, every: int) -> bool:
+  """Whether something that happens `every` steps (0: never) happens now."""
+  return bool(every) and step % every == 0
+
+
+def batch_putter(mesh: jax.sharding.Mesh):
+  """Returns a function that spreads the rows of a host batch over devices.
+
+  Each process gives its own rows of the batch.
+  """
+
+  def put(batch):
+    def leaf(x):
+      spec = sharding.activation_spec(('batch',) + (None,) * (x.ndim - 1))
+      return jax.make_array_from_process_local_data(
+        NamedSharding(mesh, spec), x
+      )
+
+    return jax.tree.map(leaf, batch)
+
+  return put
+
+
+def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
+  """Raises when the rows of a micro-batch do not spread over the devices."""
+  rows = config.batch_size // config.accumulate
+  shards = mesh.shape['data'] * mesh.shape['fsdp']
+  if rows % shards:
+    raise ConfigError(
+      f'batch_size={config.batch_size} over accumulate={config.accumulate} is '
+      f'{rows} rows, which data x fsdp = {shards} devices do not divide'
+    )
+
+
+def check_vocabulary(config: Config, dataset: data.Data) -> None:
+  """Raises when the tokenizer has more tokens than the model."""
+  if dataset.tokenizer is None:
+    return
+  size = dataset.tokenizer.vocab_size
+  if config.model.vocab_size < size:
+    raise ConfigError(
+      f'model.vocab_size={config.model.vocab_size} is below the {size} tokens '
+      f'of data.tokenizer={config.data.tokenizer!r}'
+    )
+
+
+def describe(config, architecture, mesh, first) -> str:
+  """Returns the lines printed when a run begins."""
+  count = sum(jax.tree.leaves(architecture.map(lambda _, p: p.size)))
+  axes = ', '.join(f'{axis}={size}' for axis, size in mesh.shape.items())
+  start = f'continues after step {first}' if first else 'starts'
+  return (
+    f'{config.model.name}: {count:,} parameters, {config.model.dtype} '
+    f'activations, pattern {"-".join(config.model.pattern)}\n'
+    f'{mesh.size} {jax.devices()[0].device_kind} devices: {axes}\n'
+    f'{start}, {config.steps} steps'
+  )

@@ -1,0 +1,140 @@
+"""What holds for every dataset: shapes, seeds, processes, checkpoints."""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from orbax.checkpoint import v1 as ocp
+
+from efficient_attn import data
+from efficient_attn.config import ConfigError, DataConfig
+
+CONFIGS = {
+  'concat': DataConfig(seq_len=64),
+  'segments': DataConfig(seq_len=64, packing='segments'),
+  'jsonl': DataConfig(seq_len=64, path='{}/documents.jsonl'),
+  'digits': DataConfig(name='digits', augment=True),
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def config(request, tmp_path):
+  return _written(CONFIGS[request.param], tmp_path)
+
+
+def _written(config, folder):
+  rng = np.random.default_rng(0)
+  lines = [
+    json.dumps({'text': 'é' * int(n) + str(i)})
+    for i, n in enumerate(rng.integers(0, 200, 100))
+  ]
+  (folder / 'documents.jsonl').write_text('\n'.join(lines) + '\n')
+  values = vars(config) | {'path': config.path.format(folder)}
+  return DataConfig(**values)
+
+
+def _take(batches, count):
+  return list(itertools.islice(batches, count))
+
+
+def _assert_equal(ours, theirs):
+  jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def _differ(ours, theirs):
+  key = 'tokens' if 'tokens' in ours[0] else 'image'
+  return any(
+    (a[key] != b[key]).any() for a, b in zip(ours, theirs, strict=True)
+  )
+
+
+def test_shapes_and_dtypes():
+  (batch,) = _take(data.load(CONFIGS['concat'], batch_size=4).train, 1)
+  assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
+    k: ((4, 65), np.int32) for k in ('tokens', 'segment_ids', 'positions')
+  }
+  (batch,) = _take(data.load(CONFIGS['digits'], batch_size=4).train, 1)
+  assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
+    'image': ((4, 8, 8, 1), np.float32),
+    'label': ((4,), np.int32),
+    'weight': ((4,), np.float32),
+  }
+
+
+def test_seed_decides_the_order(config):
+  def batches(seed):
+    return _take(data.load(config, batch_size=4, seed=seed).train, 5)
+
+  _assert_equal(batches(1), batches(1))
+  assert _differ(batches(1), batches(2))
+
+
+@pytest.mark.parametrize('step', [0, 1, 4, 30])
+def test_state_survives_json(config, step):
+  batches = iter(data.load(config, batch_size=4, seed=1).train)
+  _take(batches, step)
+  state = json.loads(json.dumps(batches.get_state()))
+  expected = _take(batches, 4)
+  fresh = iter(data.load(config, batch_size=4, seed=1).train)
+  _take(fresh, 3)
+  fresh.set_state(state)
+  _assert_equal(_take(fresh, 4), expected)
+
+
+def test_orbax_saves_the_iterator(config, tmp_path):
+  batches = iter(data.load(config, batch_size=4).train)
+  _take(batches, 3)
+  state = {'w': jnp.arange(4.0)}
+  with ocp.training.Checkpointer(tmp_path / 'run') as checkpointer:
+    checkpointer.save_checkpointables(3, dict(state=state, dataset=batches))
+  expected = _take(batches, 2)
+  fresh = iter(data.load(config, batch_size=4).train)
+  with ocp.training.Checkpointer(tmp_path / 'run') as checkpointer:
+    checkpointer.load_checkpointables(3, dict(state=state, dataset=fresh))
+  _assert_equal(_take(fresh, 2), expected)
+
+
+@pytest.mark.parametrize('split', ['train', 'valid'])
+def test_processes_share_every_batch(config, split):
+  def batches(index, count):
+    loaded = data.load(
+      config, batch_size=4, process_index=index, process_count=count
+    )
+    return _take(getattr(loaded, split), 8)
+
+  first, second = batches(0, 2), batches(1, 2)
+  both = jax.tree.map(lambda *rows: np.concatenate(rows), first, second)
+  _assert_equal(both, batches(0, 1))
+  assert _differ(first, second)
+
+
+def test_epochs_are_shuffled_anew():
+  loaded = data.load(DataConfig(name='digits'), batch_size=1500)
+  first, second = _take(loaded.train, 2)
+  assert sorted(first['label']) != list(first['label'])
+  assert (first['label'] != second['label']).any()
+
+
+def test_workers_prepare_batches(tmp_path):
+  config = _written(CONFIGS['jsonl'], tmp_path)
+  here = data.load(config, batch_size=4)
+  there = data.load(DataConfig(**vars(config) | {'workers': 1}), batch_size=4)
+  batches = iter(there.train)
+  try:
+    _assert_equal(_take(batches, 3), _take(here.train, 3))
+    state = json.loads(json.dumps(batches.get_state()))
+    expected = _take(batches, 2)
+    batches.set_state(state)
+    _assert_equal(_take(batches, 2), expected)
+  finally:
+    batches.close()
+
+
+def test_mistakes_name_the_key():
+  with pytest.raises(ConfigError, match="data.name='txt'.*'text'"):
+    data.load(DataConfig(name='txt'), batch_size=4)
+  with pytest.raises(ConfigError, match='batch_size=4 .* 3 processes'):
+    data.load(DataConfig(), batch_size=4, process_count=3)

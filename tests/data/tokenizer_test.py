@@ -1,0 +1,86 @@
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+
+from efficient_attn.config import ConfigError
+from efficient_attn.data.tokenizer import load_tokenizer
+
+TEXT = 'def héllo(): return "wörld — 世界"\n' * 20
+
+
+def _byte_level(folder, special='<|endoftext|>'):
+  model = tokenizers.Tokenizer(tokenizers.models.BPE())
+  model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+    add_prefix_space=False
+  )
+  model.decoder = tokenizers.decoders.ByteLevel()
+  model.train_from_iterator(
+    [TEXT],
+    tokenizers.trainers.BpeTrainer(
+      vocab_size=300,
+      special_tokens=[special],
+      initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+      show_progress=False,
+    ),
+  )
+  model.save(str(folder / 'tokenizer.json'))
+  return str(folder / 'tokenizer.json')
+
+
+def test_bytes():
+  tokenizer = load_tokenizer('bytes')
+  ids = tokenizer.encode('é\x01')
+  assert ids.tolist() == [0xC3, 0xA9, 1] and ids.dtype == np.int32
+  assert tokenizer.encode(b'\xff').tolist() == [255]
+  assert tokenizer.decode(ids) == 'é\x01'
+  assert tokenizer.decode([0xC3]) == '\ufffd'
+  assert (tokenizer.vocab_size, tokenizer.eos_id) == (256, 0)
+  assert tokenizer.token_bytes.sum() == 256
+
+
+def test_byte_level(tmp_path):
+  tokenizer = load_tokenizer(_byte_level(tmp_path))
+  ids = tokenizer.encode(TEXT)
+  assert ids.dtype == np.int32 and len(ids) < len(TEXT)
+  assert tokenizer.decode(ids) == TEXT
+  np.testing.assert_array_equal(tokenizer.encode(TEXT.encode()), ids)
+  assert tokenizer.vocab_size == len(tokenizer.token_bytes) > ids.max()
+  assert tokenizer.token_bytes[ids].sum() == len(TEXT.encode())
+  assert tokenizer.eos_id == 0 and tokenizer.token_bytes[0] == 0
+
+
+def test_words_with_spaces_and_byte_fallback(tmp_path):
+  model = tokenizers.Tokenizer(
+    tokenizers.models.BPE(
+      {'<0xE4>': 0, '<0xB8>': 1, '<0x96>': 2, '▁': 3, 'a': 4, '▁a': 5},
+      [('▁', 'a')],
+      byte_fallback=True,
+    )
+  )
+  model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+  model.save(str(tmp_path / 'tokenizer.json'))
+  tokenizer = load_tokenizer(str(tmp_path / 'tokenizer.json'))
+  assert tokenizer.token_bytes[tokenizer.encode('a 世')].sum() == 6
+  assert tokenizer.eos_id is None
+
+
+def test_end_token_of_the_configuration_beside_it(tmp_path):
+  path = _byte_level(tmp_path, special='<stop>')
+  assert load_tokenizer(path).eos_id is None
+  configured = {'eos_token': {'content': '<stop>'}}
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps(configured))
+  assert load_tokenizer(path).eos_id == 0
+
+
+def test_mistakes_name_the_key(tmp_path, monkeypatch):
+  with pytest.raises(ConfigError, match='data.tokenizer=.*no such file'):
+    load_tokenizer('gpt2')
+  bad = tmp_path / 'tokenizer.json'
+  bad.write_text('{}')
+  with pytest.raises(ConfigError, match='is not a tokenizer.json'):
+    load_tokenizer(str(bad))
+  monkeypatch.setitem(__import__('sys').modules, 'tokenizers', None)
+  with pytest.raises(ConfigError, match=r"pip install 'efficient_attn\[hf\]'"):
+    load_tokenizer(str(bad))
