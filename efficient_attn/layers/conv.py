@@ -13,8 +13,8 @@ class ShortConv(nnx.Module):
   """silu of a causal depthwise convolution over heads, [B,T,N,H] -> same."""
 
   def __init__(self, heads: tuple[int, int], width: int, *, rngs: nnx.Rngs):
-    weight = fan_in_normal()(rngs.params(), (*heads, width), width)
-    axes = ('heads', 'head_dim', None)
+    weight = fan_in_normal()(rngs.params(), (width, *heads), width)
+    axes = (None, 'heads', 'head_dim')
     self.weight = param(weight, axes, weight_decay=False)
     self.shape = (width - 1, *heads)
 
@@ -22,20 +22,18 @@ class ShortConv(nnx.Module):
     """Returns the convolved x and the last width - 1 inputs."""
 
     def op(x, weight, segment_ids, state):
-      def flat(a):  # heads and channels as one axis
-        return a.reshape(*a.shape[:2], -1)
+      def flat(a):  # heads and their channels as one axis
+        return a.reshape(*a.shape[:-2], -1)
 
-      y, new_state = short_conv(
+      y, state = short_conv(
         flat(x),
-        weight.reshape(-1, weight.shape[-1]),
+        flat(weight),
         segment_ids=segment_ids,
         initial_state=None if state is None else flat(state),
       )
-      split = (-1, *x.shape[2:])
-      rows = (x.shape[0],)
-      return y.reshape(x.shape), new_state.reshape(rows + split)
+      return y.reshape(x.shape), state.reshape(*state.shape[:2], *x.shape[2:])
 
-    op = sharding.local_op(op, ('BTNH', 'NHW', 'BT', 'BTNH'), ('BTNH', 'BTNH'))
+    op = sharding.local_op(op, ('BTNH', 'WNH', 'BT', 'BTNH'), ('BTNH', 'BTNH'))
     y, state = op(x, self.weight[...].astype(x.dtype), segment_ids, state)
     return jax.nn.silu(y), state
 

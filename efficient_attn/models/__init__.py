@@ -21,6 +21,11 @@ def build(config: ModelConfig, *, rngs: nnx.Rngs) -> nnx.Module:
     raise ConfigError(str(e)) from e
 
 
+def init(config: ModelConfig, key: jax.Array) -> nnx.Module:
+  """Builds the model in one compiled call, much faster than op by op."""
+  return jax.jit(lambda key: build(config, rngs=nnx.Rngs(key)))(key)
+
+
 def with_dtype(config: ModelConfig) -> ModelConfig:
   """Fills in the dtype: float32 on CPU, where bfloat16 is twice as slow."""
   if config.dtype:

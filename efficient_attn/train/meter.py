@@ -50,6 +50,7 @@ class Meter:
   def compiled(self, step: int, params, batch) -> None:
     """Ends the first step: notes its time and counts the FLOPs of a step."""
     self.compile_seconds = time.perf_counter() - self._start
+    jax.block_until_ready(params)  # the next step must not share the ceiling
     try:
       self._flops = 3 * cost.flops(self._forward, params, batch)
       self._ceiling = matmul_ceiling(self._dtype, jax.device_count())

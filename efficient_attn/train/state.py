@@ -115,7 +115,9 @@ class Architecture:
         params,
         as_abstract(key, replicated),
       )
-    return jax.tree.map(lambda x: as_abstract(x, x.sharding or replicated), state)
+    return jax.tree.map(
+      lambda x: as_abstract(x, x.sharding or replicated), state
+    )
 
   def init(self, config: Config, optimizer, mesh) -> TrainState:
     """Creates the state of step 0, each array in its place on the mesh."""

@@ -65,7 +65,7 @@ def make_train_step(
     ema = state.ema and optax.incremental_update(
       params, state.ema, 1 - config.ema
     )
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(sums['objective']) & jnp.isfinite(grad_norm)
     params, opt_state, ema = jax.tree.map(
       lambda new, old: jnp.where(finite, new, old),

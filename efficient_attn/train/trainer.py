@@ -31,13 +31,16 @@ from efficient_attn.train.step import (
 from efficient_attn.train.watch import NonFiniteGuard, StopSignal, Tracer
 
 
-def run(config: Config, workdir: str | pathlib.Path) -> dict[str, float]:
+def run(
+  config: Config, workdir: str | pathlib.Path, devices=None
+) -> dict[str, float]:
   """Trains, or continues, the run in `workdir`.
 
   Args:
     config: the resolved config.
     workdir: gets config.json, metrics.jsonl, tensorboard/, checkpoints/ and
       loss.png. If it holds checkpoints, the run continues from the newest.
+    devices: to run on; all by default.
 
   Returns:
     The final validation metrics; empty when a signal stopped the run.
@@ -48,8 +51,9 @@ def run(config: Config, workdir: str | pathlib.Path) -> dict[str, float]:
   """
   workdir = pathlib.Path(workdir)
   config = dataclasses.replace(config, model=with_dtype(config.model))
-  mesh = sharding.make_mesh(config.mesh)
+  mesh = sharding.make_mesh(config.mesh, devices)
   check_batch(config, mesh)
+  check_same_data(config, workdir)
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
 
@@ -101,6 +105,7 @@ def run(config: Config, workdir: str | pathlib.Path) -> dict[str, float]:
       weight = values.pop('weight')
       if step == first + 1:
         meter.compiled(step, state.params, batch)
+        writer.message(f'compiled in {meter.compile_seconds:.1f} s')
       elif step % config.log_every == 0 or step == config.steps:
         values['learning_rate'] = float(schedule(step - 1))
         writer.write(step, values | meter.read(step, weight))
@@ -182,6 +187,20 @@ def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
       f'batch_size={config.batch_size} over accumulate={config.accumulate} is '
       f'{rows} rows, which data x fsdp = {shards} devices do not divide'
     )
+
+
+def check_same_data(config: Config, workdir: pathlib.Path) -> None:
+  """Raises when a run would continue with other data than it began with."""
+  file = workdir / 'config.json'
+  if not file.exists():
+    return
+  before, now = configs.load(str(file)), configs.as_dict(config)
+  for key in ('seed', 'batch_size', 'data'):
+    if before[key] != now[key]:
+      raise ConfigError(
+        f'{key}={now[key]} but the run in {workdir} began with {before[key]}; '
+        'use a new workdir'
+      )
 
 
 def check_vocabulary(config: Config, dataset: data.Data) -> None:

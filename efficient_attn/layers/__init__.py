@@ -1,0 +1,1 @@
+"""Flax modules: mixers, feed-forward, norms, embeddings and their stack."""

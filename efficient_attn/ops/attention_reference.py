@@ -1,0 +1,83 @@
+"""Dense softmax attention, the definition the other implementations meet.
+
+    o_t = sum_s p_ts v_s,   p_t = softmax_s(cap(scale q_t . k_s) + bias_ts)
+
+over the admitted keys s, with cap(x) = c tanh(x / c). A sink (Xiao et al.
+2024; learned as in gpt-oss) adds exp(sink_n) to the denominator only. O(T S)
+time and memory; forward mode, higher order and float64 all work.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from efficient_attn.ops import masks, scores
+
+
+def attention_reference(
+  query: Float[Array, 'B T N H'],
+  key: Float[Array, 'B S K H'],
+  value: Float[Array, 'B S K V'],
+  *,
+  mask: masks.Mask | None = None,
+  bias: scores.Score | None = None,
+  scale: float | None = None,
+  logits_soft_cap: float | None = None,
+  sinks: Float[Array, 'N'] | None = None,
+) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']]:
+  """Attention with the whole matrix of logits in memory.
+
+  Returns:
+    The output in the query's dtype, and the log of the softmax denominator in
+    at least float32; 0 and -inf where a row attends to nothing.
+  """
+  B, T, N, H = query.shape
+  S, K, V = value.shape[1:]
+  G = N // K  # query heads that share a kv head
+  stats = jnp.promote_types(query.dtype, jnp.float32)
+  scale = H**-0.5 if scale is None else scale
+
+  def folded(x):  # [#B, #N, T, S] -> [#B, #K, #G, T, S]
+    heads = (1, 1) if x.shape[1] == 1 else (K, G)
+    return x.reshape(x.shape[:1] + heads + x.shape[2:])
+
+  # Heads first, and a group folded into rows: one plain batched matmul.
+  q = query.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)
+  k, v = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+  logits = scale * jnp.einsum(
+    'bkrh,bksh->bkrs',
+    q.reshape(B, K, G * T, H),
+    k,
+    preferred_element_type=stats,
+  )
+  logits = logits.reshape(B, K, G, T, S)
+  if logits_soft_cap is not None:
+    logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
+  if bias is not None:
+    logits = logits + folded(bias.dense(T, S)).astype(stats)
+  if mask is not None:
+    logits = jnp.where(folded(mask.dense(T, S)), logits, -jnp.inf)
+
+  top = jnp.max(logits, axis=-1)
+  if sinks is not None:
+    sinks = sinks.astype(stats).reshape(K, G, 1)
+    top = jnp.maximum(top, sinks)
+  top = lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
+  weights = jnp.exp(logits - top[..., None])
+  total = jnp.sum(weights, axis=-1)
+  if sinks is not None:
+    total = total + jnp.exp(sinks - top)
+  nothing = total == 0
+  total = jnp.where(nothing, 1, total)
+  lse = jnp.where(nothing, -jnp.inf, top + jnp.log(total))
+
+  # Divided after the product, which is V wide where the weights are S wide.
+  out = jnp.einsum(
+    'bkrs,bksv->bkrv',
+    weights.astype(value.dtype).reshape(B, K, G * T, S),
+    v,
+    preferred_element_type=stats,
+  )
+  out = out.reshape(B, K, G, T, V) / total[..., None]
+  out = out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, V).astype(query.dtype)
+  return out, lse.transpose(0, 3, 1, 2).reshape(B, T, N)

@@ -1,0 +1,180 @@
+"""Gates of the linear family: log decays, and products of them over spans.
+
+With log decays g_t <= 0 every form needs the decay of a span,
+exp(sum of g over it). Differences of one long cumulative sum cancel: after a
+hard gate (g = -1000) what remains of a float32 sum is wrong in the third
+digit. Here a span is always a *plain sum* of its own gates, so there is no
+cancellation, no exponent is ever positive, hard gates need no special case,
+and nothing depends on a later token.
+
+The causal triangle of a chunk is tiled by squares: for m = 1, 2, 4, ... the
+rows of every odd block of m tokens against the columns of the block before
+it. In such a square the span (j, i] splits at the block boundary into what
+follows j in its block and what precedes i in its own, so that
+
+  sum_h q_ih k_jh exp(span_ijh) = (q_i exp(before_i)) . (k_j exp(after_j))
+
+is a matrix product. A chunk of C tokens costs C log2(C) exponentials per
+channel, where exact pairwise differences would cost C^2.
+"""
+
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+def log_decay_floor(dtype: jnp.dtype) -> float:
+  """The log decay below which exp is exactly zero in `dtype`."""
+  return float(np.log(jnp.finfo(dtype).smallest_subnormal)) - 1.0
+
+
+def expand_log_decay(
+  log_decay: Float[Array, '...'] | None,
+  *,
+  batch: int,
+  length: int,
+  heads: int,
+  channels: int,
+  dtype: jnp.dtype,
+) -> Array | None:
+  """Brings every kind of gate to the axes [B|1, T, N, H|1].
+
+  The shape says the kind: [N] constant per head, [B, T, N] scalar per token,
+  [B, T, N, H] per channel. Values below the floor of the dtype, whose decay
+  is zero, are raised to it: the decay does not change, and -inf stays out of
+  sums.
+  """
+  if log_decay is None:
+    return None
+  shapes = {
+    1: ('[N]', (heads,)),
+    3: ('[B, T, N]', (batch, length, heads)),
+    4: ('[B, T, N, H]', (batch, length, heads, channels)),
+  }
+  name, shape = shapes.get(log_decay.ndim, (None, None))
+  if log_decay.shape != shape:
+    wanted = ', '.join(f'{n} = {s}' for n, s in shapes.values())
+    raise ValueError(
+      f'log_decay has shape {log_decay.shape}, which is no kind of gate: '
+      f'pass one of {wanted}, with N the heads of v.'
+    )
+  if not jnp.issubdtype(log_decay.dtype, jnp.floating):
+    raise ValueError(
+      f'log_decay has dtype {log_decay.dtype}: pass a floating dtype.'
+    )
+  gate = jnp.maximum(log_decay.astype(dtype), log_decay_floor(dtype))
+  if name == '[N]':
+    gate = jnp.broadcast_to(gate, (1, length, heads))
+  return gate if gate.ndim == 4 else gate[..., None]
+
+
+def block_sums(
+  gate: Float[Array, '*batch C h'], *, inclusive: bool = True
+) -> Iterator[tuple[Array, Array]]:
+  """Sums of the gates before and after each row, in blocks of 1, 2, ..., C.
+
+  Args:
+    gate: log decays of one chunk; C is a power of two.
+    inclusive: whether `before` counts the gate of the row itself.
+
+  Yields:
+    before: [*batch, C/m, m, h], from the start of the block to the row.
+    after: [*batch, C/m, m, h], past the row to the end of the block.
+  """
+  total = gate[..., None, :]
+  before = total if inclusive else jnp.zeros_like(total)
+  after = jnp.zeros_like(total)
+  yield before, after
+  while total.shape[-3] > 1:
+    first, second = halves(total)
+    before_first, before_second = halves(before)
+    after_first, after_second = halves(after)
+    before = jnp.concatenate([before_first, before_second + first], -2)
+    after = jnp.concatenate([after_first + second, after_second], -2)
+    total = first + second
+    yield before, after
+
+
+def halves(blocks: Array) -> tuple[Array, Array]:
+  """The even and the odd blocks of [*batch, blocks, m, h]."""
+  pairs = blocks.reshape(*blocks.shape[:-3], -1, 2, *blocks.shape[-2:])
+  # A split, whose transpose is one concatenation, not two padded additions.
+  even, odd = jnp.split(pairs, 2, axis=-3)
+  return even[..., 0, :, :], odd[..., 0, :, :]
+
+
+def _merge(triangles: Array, square: Array) -> Array:
+  """Lower triangles [.., 2n, m, m] and squares [.., n, m, m] to [.., n, 2m]."""
+  first, second = halves(triangles)
+  top = jnp.concatenate([first, jnp.zeros_like(first)], -1)
+  bottom = jnp.concatenate([square, second], -1)
+  return jnp.concatenate([top, bottom], -2)
+
+
+def span_sums(
+  gate: Float[Array, '*batch C'], *, inclusive: bool = True
+) -> tuple[Array, Array, Array]:
+  """Sums of scalar gates over all spans of a chunk.
+
+  Returns:
+    spans: [*batch, C, C], the gates of (j, i] (of (j, i) when not
+      inclusive), zero on and above the diagonal.
+    before: [*batch, C], from the start of the chunk to the row.
+    after: [*batch, C], past the row to the end of the chunk.
+  """
+  spans = jnp.zeros_like(gate)[..., None, None]
+  for before, after in block_sums(gate[..., None], inclusive=inclusive):
+    if before.shape[-3] > 1:
+      rows, columns = halves(before)[1], halves(after)[0]
+      spans = _merge(spans, rows + jnp.swapaxes(columns, -1, -2))
+  return spans[..., 0, :, :], before[..., 0, :, 0], after[..., 0, :, 0]
+
+
+def decayed_scores(
+  q: Float[Array, '*#batch C H'],
+  k: Float[Array, '*#batch C H'],
+  gate: Float[Array, '*batch C H'],
+  *,
+  inclusive: bool = True,
+  operand: jnp.dtype | None = None,
+) -> tuple[Array, Array, Array]:
+  """Scores of a chunk under channel gates, without a [C, C, H] array.
+
+  Args:
+    q: queries, broadcast against the gates.
+    k: keys, broadcast against the gates.
+    gate: log decays; C is a power of two.
+    inclusive: whether the gate of the query's own token counts.
+    operand: dtype of the operands of matrix products (default: as computed).
+
+  Returns:
+    scores: [*batch, C, C], sum_h q_ih k_jh exp(sum of g_h over (j, i]) for
+      j <= i (over (j, i) and for j < i when not inclusive), else zero.
+    before: [*batch, C, H], from the start of the chunk to the row.
+    after: [*batch, C, H], past the row to the end of the chunk.
+  """
+  q, k = (x.astype(gate.dtype) for x in (q, k))
+  operand = operand or gate.dtype
+  ones = jnp.ones_like if inclusive else jnp.zeros_like
+  scores = jnp.sum(q * k, -1) * ones(gate[..., 0])
+  scores = scores[..., None, None]
+  for before, after in block_sums(gate, inclusive=inclusive):
+    blocks, size = before.shape[-3:-1]
+    if blocks > 1:
+      rows = halves(_blocks(q, size))[1] * jnp.exp(halves(before)[1])
+      columns = halves(_blocks(k, size))[0] * jnp.exp(halves(after)[0])
+      square = jnp.einsum(
+        '...ih,...jh->...ij',
+        rows.astype(operand),
+        columns.astype(operand),
+        preferred_element_type=gate.dtype,
+      )
+      scores = _merge(scores, square)
+  return scores[..., 0, :, :], before[..., 0, :, :], after[..., 0, :, :]
+
+
+def _blocks(x: Array, size: int) -> Array:
+  """[*batch, C, H] to [*batch, C/size, size, H]."""
+  return x.reshape(*x.shape[:-2], -1, size, x.shape[-1])

@@ -1,0 +1,306 @@
+"""Additive linear attention: one recurrence for a dozen methods.
+
+  S_t = diag(alpha_t) S_{t-1} + k_t v_t^T,      o_t = scale * S_t^T q_t,
+
+with S in R^{H x V} per head and alpha_t = exp(log_decay_t):
+
+  none           linear attention (2006.16236), with normalize=True
+  [N]            RetNet (2307.08621), Lightning attention (2405.17381)
+  [B, T, N]      Mamba-2 (2405.21060), mLSTM without its stabiliser
+  [B, T, N, H]   GLA (2312.06635), HGRN-2 (2404.07904), RWKV-6 (2404.05892)
+
+Time is O(T C (H + V) + T H V) per head for chunks of C, the state O(H V).
+`form='recurrent'` is the definition; all forms give the same numbers.
+"""
+
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from efficient_attn.ops import chunks, gates
+from efficient_attn.ops.linear_chunkwise import chunkwise, parallel
+from efficient_attn.ops.linear_recurrent import recurrent
+
+FORMS = ('chunkwise', 'recurrent', 'parallel')
+READS = ('inclusive', 'exclusive')
+
+LogDecay: TypeAlias = (
+  Float[Array, 'N'] | Float[Array, 'B T N'] | Float[Array, 'B T N H']
+)
+Memory: TypeAlias = Float[Array, 'B N H V']
+NormalizedMemory: TypeAlias = tuple[Memory, Float[Array, 'B N H']]
+
+
+def linear_attention(
+  q: Float[Array, 'B T K H'],
+  k: Float[Array, 'B T K H'],
+  v: Float[Array, 'B T N V'],
+  *,
+  log_decay: LogDecay | None = None,
+  bonus: Float[Array, 'N H'] | None = None,
+  normalize: bool = False,
+  scale: float | int | None = None,
+  initial_state: Memory | NormalizedMemory | None = None,
+  segment_ids: Int[Array, 'B T'] | None = None,
+  read: str = 'inclusive',
+  bidirectional: bool = False,
+  form: str = 'chunkwise',
+  chunk_size: int = 64,
+  implementation: str | None = None,
+) -> tuple[Float[Array, 'B T N V'], Memory | NormalizedMemory | None]:
+  """S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t.
+
+  Args:
+    q: queries.
+    k: keys, used as given.
+    v: values; value head n reads query and key head n // (N // K).
+    log_decay: the gate, <= 0; its shape says which: [N] constant per head,
+      [B, T, N] per token, [B, T, N, H] per key channel. It decays S_{t-1}
+      before the write. Very negative values and -inf are exact resets.
+    bonus: RWKV's u, the weight of the current token in an exclusive read.
+    normalize: divide o_t by q_t . z_t, where z is the same recurrence with
+      ones for values (`scale` cancels). Where q_t . z_t is zero, o_t is zero.
+    scale: factor on the output; None is H ** -0.5.
+    initial_state: the state before token 0, part of the first segment.
+    segment_ids: the state is reset at every token whose id differs from the
+      id of the token before it.
+    read: 'inclusive' reads S_t. 'exclusive' reads S_{t-1} as it was before
+      the gate of token t, as RWKV-6 does:
+      o_t = scale * (S_{t-1}^T q_t + (q_t . (bonus * k_t)) v_t).
+    bidirectional: every token reads every token of its segment: the op on
+      the sequence, plus the op on the reversed sequence, less the diagonal
+      counted twice. A pair (i, j) decays by the gates of (j, i] for j < i and
+      of [i, j) for j > i, in an exclusive read by those strictly between.
+      Normalisation divides the sum of both directions.
+    form: 'chunkwise' (O(T), matrix products), 'recurrent' (token by token,
+      for decoding and as the definition) or 'parallel' (T x T scores).
+    chunk_size: tokens per chunk, a power of two.
+    implementation: None or 'xla'.
+
+  Returns:
+    out: [B, T, N, V] in the dtype of v.
+    state: S [B, N, H, V] after the last token, or the pair (S, z) with z
+      [B, N, H] when `normalize`; float32 (float64 for float64 inputs). None
+      when `bidirectional`.
+  """
+  _check(q, k, v, bonus, initial_state, segment_ids, normalize)
+  _check_options(read, bidirectional, bonus, initial_state, form)
+  if implementation not in (None, 'xla'):
+    raise NotImplementedError(
+      f'linear_attention has no implementation {implementation!r}: '
+      "pass None or 'xla'."
+    )
+  batch, length, kv_heads, channels = k.shape
+  heads = v.shape[2]
+  dtype = _accumulator(q, k, v, log_decay, initial_state)
+  gate = gates.expand_log_decay(
+    log_decay,
+    batch=batch,
+    length=length,
+    heads=heads,
+    channels=channels,
+    dtype=dtype,
+  )
+
+  values, state = v, initial_state
+  if normalize:
+    values = jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
+    if initial_state is not None:
+      memory, z = initial_state
+      state = jnp.concatenate([memory, z[..., None].astype(memory.dtype)], -1)
+  if state is None:
+    state = jnp.zeros((batch, heads, channels, values.shape[-1]), dtype)
+  state = _group(state.astype(dtype), kv_heads, axis=1)
+  values = _group(values, kv_heads, axis=2)
+  if gate is not None:
+    gate = _group(gate, kv_heads, axis=2)
+
+  run = _runner(form, chunk_size, inclusive=read == 'inclusive')
+  out, state = run(q, k, values, gate, segment_ids, state)
+  own = _own_token(q, k, values, bonus, read, dtype)
+  if bidirectional:
+    flipped = jax.tree.map(
+      lambda x: jnp.flip(x, 1), (q, k, values, gate, segment_ids)
+    )
+    backward, _ = run(*flipped, jnp.zeros_like(state))
+    out = out + jnp.flip(backward, 1)
+    if read == 'inclusive':
+      out = out - own
+  if bonus is not None:
+    out = out + own
+
+  out = out.reshape(batch, length, heads, -1)
+  state = state.reshape(batch, heads, *state.shape[3:])
+  if normalize:
+    out, norm = out[..., :-1], out[..., -1:]
+    out = jnp.where(norm == 0, 0, out / jnp.where(norm == 0, 1, norm))
+    state = state[..., :-1], state[..., -1]
+  else:
+    out = out * (channels**-0.5 if scale is None else scale)
+  return out.astype(v.dtype), None if bidirectional else state
+
+
+def affine_summary(
+  k: Float[Array, 'B T K H'],
+  v: Float[Array, 'B T N V'],
+  *,
+  log_decay: LogDecay | None = None,
+  segment_ids: Int[Array, 'B T'] | None = None,
+  chunk_size: int = 64,
+) -> tuple[Float[Array, 'B N H'], Memory]:
+  """What a span does to any state: S_out = M[..., None] * S_in + U.
+
+  Summaries compose as (M2, U2) o (M1, U1) = (M2 M1, M2 U1 + U2), which is
+  the merge of chunks, of devices that hold parts of a sequence, and of
+  prefill and decode. A segment boundary inside the span makes M zero.
+
+  Returns:
+    M: [B, N, H], the decay over the span.
+    U: [B, N, H, V], the state the span leaves when it starts from zero.
+  """
+  _, u = linear_attention(
+    k,
+    k,
+    v,
+    log_decay=log_decay,
+    segment_ids=segment_ids,
+    chunk_size=chunk_size,
+  )
+  batch, length, heads, _ = v.shape
+  shape = (batch, heads, k.shape[-1])
+  gate = gates.expand_log_decay(
+    log_decay,
+    batch=batch,
+    length=length,
+    heads=heads,
+    channels=shape[-1],
+    dtype=u.dtype,
+  )
+  total = jnp.zeros((), u.dtype) if gate is None else jnp.sum(gate, 1)
+  m = jnp.broadcast_to(jnp.exp(total), shape)
+  if segment_ids is not None:
+    reset = jnp.any(chunks.segment_starts(segment_ids), 1)
+    m = jnp.where(reset[:, None, None], 0, m)
+  return m, u
+
+
+def _runner(form, chunk_size, *, inclusive):
+  """The form as a function (q, k, v, gate, segment_ids, state)."""
+
+  def run(q, k, v, gate, segment_ids, state):
+    if form == 'recurrent':
+      starts = None
+      if segment_ids is not None:
+        starts = chunks.segment_starts(segment_ids)
+      return recurrent(q, k, v, gate, starts, state, inclusive=inclusive)
+    counts = None
+    if segment_ids is not None:
+      counts = chunks.segment_counts(segment_ids)
+    if form == 'parallel':
+      return parallel(q, k, v, gate, counts, state, inclusive=inclusive)
+    return chunkwise(
+      q,
+      k,
+      v,
+      gate,
+      counts,
+      state,
+      inclusive=inclusive,
+      chunk_size=chunk_size,
+    )
+
+  return run
+
+
+def _own_token(q, k, v, bonus, read, dtype):
+  """What a token reads of itself: (q . k) v, or (q . (bonus * k)) v."""
+  if bonus is None and read == 'exclusive':
+    return None
+  q, k, v = (x.astype(dtype) for x in (q, k, v))
+  if bonus is None:
+    weight = jnp.sum(q * k, -1)[..., None]
+  else:
+    bonus = _group(bonus.astype(dtype), q.shape[2], axis=0)
+    weight = jnp.einsum('btkh,kgh->btkg', q * k, bonus)
+  return weight[..., None] * v
+
+
+def _group(x: Array, kv_heads: int, *, axis: int) -> Array:
+  """Splits the axis of N heads into [K, N // K]."""
+  return x.reshape(*x.shape[:axis], kv_heads, -1, *x.shape[axis + 1 :])
+
+
+def _accumulator(*arrays) -> jnp.dtype:
+  leaves = [x.dtype for x in jax.tree.leaves(arrays)]
+  return jnp.promote_types(jnp.result_type(*leaves), jnp.float32)
+
+
+def _check(q, k, v, bonus, initial_state, segment_ids, normalize):
+  """The shapes and dtypes of the arrays, with the axis that is wrong."""
+  for name, x in (('q', q), ('k', k), ('v', v)):
+    if x.ndim != 4:
+      raise ValueError(
+        f'{name} has shape {x.shape}: pass [batch, length, heads, channels].'
+      )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      raise ValueError(f'{name} has dtype {x.dtype}: pass a floating dtype.')
+  if q.shape != k.shape:
+    raise ValueError(
+      f'q has shape {q.shape} and k {k.shape}: they must be equal, only v may '
+      'have more heads.'
+    )
+  batch, length, kv_heads, channels = k.shape
+  if v.shape[:2] != (batch, length):
+    raise ValueError(
+      f'v has batch and length {v.shape[:2]}, k has {(batch, length)}: pass '
+      'equal ones.'
+    )
+  if length == 0:
+    raise ValueError('the length axis of q, k, v is empty: pass T >= 1.')
+  heads = v.shape[2]
+  if heads % kv_heads:
+    raise ValueError(
+      f'v has {heads} heads, not a multiple of the {kv_heads} heads of k: '
+      'repeat or regroup the heads.'
+    )
+  wanted = {
+    'bonus': (bonus, (heads, channels)),
+    'segment_ids': (segment_ids, (batch, length)),
+  }
+  memory = (batch, heads, channels, v.shape[-1])
+  if normalize and initial_state is not None:
+    if not isinstance(initial_state, tuple) or len(initial_state) != 2:
+      raise ValueError(
+        'initial_state must be the pair (S, z) with normalize=True: pass the '
+        'state a normalised call returned.'
+      )
+    wanted['initial_state[0]'] = (initial_state[0], memory)
+    wanted['initial_state[1]'] = (initial_state[1], memory[:-1])
+  elif initial_state is not None:
+    if isinstance(initial_state, tuple):
+      raise ValueError(
+        'initial_state is a tuple, but normalize=False: pass the array S.'
+      )
+    wanted['initial_state'] = (initial_state, memory)
+  for name, (x, shape) in wanted.items():
+    if x is not None and x.shape != shape:
+      raise ValueError(f'{name} has shape {x.shape}: pass {shape}.')
+
+
+def _check_options(read, bidirectional, bonus, initial_state, form):
+  if form not in FORMS:
+    raise ValueError(f'form = {form!r}: pass one of {FORMS}.')
+  if read not in READS:
+    raise ValueError(f'read = {read!r}: pass one of {READS}.')
+  if bonus is not None and read != 'exclusive':
+    raise ValueError(
+      'bonus is the weight of the current token where the read leaves it out: '
+      "pass read='exclusive'."
+    )
+  if bidirectional and initial_state is not None:
+    raise ValueError(
+      'initial_state has no meaning with bidirectional=True, which has no '
+      'first token: drop one of the two.'
+    )

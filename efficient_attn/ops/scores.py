@@ -1,0 +1,161 @@
+# ruff: noqa: D102 (an override keeps the contract its base documents)
+"""Score modifiers: what is added to the scaled logits before the softmax.
+
+The counterpart of `masks` for additive terms. An expression is evaluated one
+tile at a time, so ALiBi or a forget-gate bias never exists as a [T, S] array,
+and every float leaf is differentiable. Expressions add up with `+`.
+
+    Alibi(slopes)   -slope_n |query - key|      (Press et al. 2022)
+    Dense(array)    array, broadcastable to [B, N, T, S]
+
+A new modifier is one more dataclass with `tile`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Num
+
+from efficient_attn.ops import masks
+
+
+class Score:
+  """Base of score modifiers; a subclass needs only `tile`."""
+
+  def tile(
+    self, rows: Int[Array, 'R'], cols: Int[Array, 'C']
+  ) -> Float[Array, '#B #N R C']:
+    """What is added to the logits of one tile.
+
+    Args:
+      rows: consecutive query indices, all inside [0, T).
+      cols: consecutive key indices, all inside [0, S).
+
+    Returns:
+      The term, broadcastable to [B, N, R, C].
+    """
+    raise NotImplementedError(f'{type(self).__name__} does not define tile')
+
+  def dense(self, T: int, S: int) -> Float[Array, '#B #N T S']:
+    """The whole term, broadcastable to [B, N, T, S]."""
+    return self.tile(jnp.arange(T), jnp.arange(S))
+
+  def accumulate(
+    self,
+    total: Score,
+    rows: Int[Array, 'R'],
+    cols: Int[Array, 'C'],
+    cotangent: Float[Array, 'B N R C'],
+  ) -> Score:
+    """Adds one tile's gradient to `total`, an expression of the same form."""
+    tile, pull = jax.vjp(lambda score: score.tile(rows, cols), self)
+    (gradient,) = pull(_sum_to(cotangent, tile.shape).astype(tile.dtype))
+
+    def add(so_far, new):
+      # Integer leaves (an offset) have cotangents of dtype float0.
+      return so_far if new.dtype == jax.dtypes.float0 else so_far + new
+
+    return jax.tree.map(add, total, gradient)
+
+  def __add__(self, other: Score) -> Score:
+    return Sum(self, other) if isinstance(other, Score) else NotImplemented
+
+
+def _sum_to(array, shape):
+  """Sums a rank-4 array over the axes where `shape` is 1."""
+  axes = tuple(
+    axis
+    for axis, (size, wanted) in enumerate(zip(array.shape, shape, strict=True))
+    if wanted == 1 and size != 1
+  )
+  return jnp.sum(array, axes, keepdims=True)
+
+
+@masks.expression
+class Alibi(Score):
+  """-slope_n |query + offset - key|, linear biases of Press et al. (2022).
+
+  Train Short, Test Long: Attention with Linear Biases Enables Input Length
+  Extrapolation, https://arxiv.org/abs/2108.12409.
+  """
+
+  slopes: Num[Array | np.ndarray, 'N']
+  offset: masks.Offset = 0
+
+  def tile(self, rows, cols):
+    slopes = jnp.asarray(self.slopes)
+    # Distances are not exact in bfloat16 past 256.
+    slopes = slopes.astype(jnp.promote_types(slopes.dtype, jnp.float32))
+    offset = jnp.reshape(jnp.asarray(self.offset), (-1, 1, 1, 1))
+    distance = jnp.abs((rows[:, None] - cols[None, :])[None, None] + offset)
+    return -slopes[:, None, None] * distance.astype(slopes.dtype)
+
+
+@masks.expression
+class Dense(Score):
+  """An array broadcastable to [B, N, T, S]."""
+
+  array: Float[Array | np.ndarray, '...']
+
+  def tile(self, rows, cols):
+    tile = masks.cut(self.array, rows, cols)
+    return jnp.broadcast_to(tile, tile.shape[:2] + (rows.size, cols.size))
+
+  def dense(self, T, S):
+    return masks.broadcast_dense('scores.Dense', self.array, T, S)
+
+  def accumulate(self, total, rows, cols, cotangent):
+    # In place: the vjp of a slice would write a whole array for every tile.
+    shape = (1,) * (4 - total.array.ndim) + total.array.shape
+    array = total.array.reshape(shape)
+    place = [0, 0, 0, 0]
+    for axis, indices in ((2, rows), (3, cols)):
+      if shape[axis] > 1:
+        place[axis] = indices[0]
+    tile = masks.cut(array, rows, cols)
+    tile = tile + _sum_to(cotangent, tile.shape)
+    array = jax.lax.dynamic_update_slice(array, tile, place)
+    return dataclasses.replace(total, array=array.reshape(total.array.shape))
+
+
+@masks.expression
+class Sum(Score):
+  """The sum of two modifiers."""
+
+  left: Score
+  right: Score
+
+  def tile(self, rows, cols):
+    return self.left.tile(rows, cols) + self.right.tile(rows, cols)
+
+  def dense(self, T, S):
+    return self.left.dense(T, S) + self.right.dense(T, S)
+
+  def accumulate(self, total, rows, cols, cotangent):
+    return Sum(
+      self.left.accumulate(total.left, rows, cols, cotangent),
+      self.right.accumulate(total.right, rows, cols, cotangent),
+    )
+
+
+def alibi_slopes(num_heads: int) -> Float[np.ndarray, 'N']:
+  """The fixed slopes of ALiBi, one per head.
+
+  For N a power of two, slope_n = 2^(-8 (n + 1) / N). Otherwise the slopes of
+  the power of two below N, then every other slope of the one above, as in the
+  authors' code.
+  """
+  if num_heads < 1:
+    raise ValueError(f'num_heads is {num_heads}; it must be at least 1.')
+  below = 2 ** int(math.log2(num_heads))
+
+  def geometric(count):
+    return 2.0 ** (-8.0 * np.arange(1, count + 1) / count)
+
+  rest = geometric(2 * below)[::2][: num_heads - below]
+  return np.concatenate([geometric(below), rest]).astype(np.float32)

@@ -1,0 +1,198 @@
+"""What a run reports: metrics.jsonl, TensorBoard, a progress line, a plot.
+
+A row of `metrics.jsonl` is `{"step": 20, "train/loss": 2.31, ...}`: the values
+after that many steps, under the prefix `train` or `valid`. NaN and infinities,
+which JSON lacks, are written as strings; `read_metrics` returns them as floats.
+"""
+
+import io
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+import tensorboardX
+from tqdm import tqdm
+
+# The metrics shown while training, and how: a line of about 75 columns.
+SHOWN = {
+  'loss': 'loss {:.3f}'.format,
+  'bits_per_byte': '{:.3f} bits/byte'.format,
+  'accuracy': '{:.1%} accuracy'.format,
+  'tokens_per_second': lambda x: f'{tqdm.format_sizeof(x)} tokens/s',
+  'images_per_second': lambda x: f'{tqdm.format_sizeof(x)} images/s',
+}
+_BAR = '{bar:8} {n_fmt}/{total_fmt}{postfix}, '
+_LINE = 'step {n_fmt}/{total_fmt}{postfix}, {elapsed} elapsed, '
+_LEFT = '{remaining} left'
+_SECONDS_BETWEEN_LINES = 10
+
+
+class MetricWriter:
+  """Writes the metrics of a run; only the first process writes.
+
+  Args:
+    workdir: of the run.
+    total_steps: of the run.
+    step: from which the run starts or resumes. Rows past it are dropped, and a
+      row that is already there is not written again, so that a resumed run
+      ends with each row once.
+  """
+
+  def __init__(
+    self, workdir: str | os.PathLike, total_steps: int, step: int = 0
+  ):
+    self._active = jax.process_index() == 0
+    if not self._active:
+      return
+    workdir = pathlib.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / 'metrics.jsonl'
+    kept = [row for row in _rows(path) if row['step'] <= step]
+    new = path.with_suffix('.new')
+    new.write_text(''.join(json.dumps(row) + '\n' for row in kept))
+    new.replace(path)
+    self._written = {(row['step'], _prefix(row)) for row in kept}
+    self._file = path.open('a')
+    self._tensorboard = tensorboardX.SummaryWriter(
+      str(workdir / 'tensorboard'), purge_step=step + 1, flush_secs=10
+    )
+    self._terminal = sys.stderr.isatty()
+    self._next_line = 0.0
+    self._bar = tqdm(
+      total=total_steps,
+      initial=step,
+      # Elsewhere than on a terminal, tqdm only formats our lines.
+      file=sys.stderr if self._terminal else io.StringIO(),
+      mininterval=0.1 if self._terminal else math.inf,
+      miniters=1,
+      dynamic_ncols=self._terminal,
+      bar_format=(_BAR if self._terminal else _LINE) + _LEFT,
+    )
+
+  def write(
+    self, step: int, metrics: Mapping[str, float], prefix: str = 'train'
+  ) -> None:
+    """Writes one row, and shows it."""
+    if not self._active:
+      return
+    values = {name: float(value) for name, value in metrics.items()}
+    if (step, prefix) not in self._written:
+      self._written.add((step, prefix))
+      row = {f'{prefix}/{name}': value for name, value in values.items()}
+      for tag, value in row.items():
+        self._tensorboard.add_scalar(tag, value, step)
+      strict = {k: v if math.isfinite(v) else str(v) for k, v in row.items()}
+      self._file.write(json.dumps({'step': step} | strict) + '\n')
+      self._file.flush()
+    shown = ', '.join(f(values[k]) for k, f in SHOWN.items() if k in values)
+    if prefix == 'train':
+      self._show(step, shown)
+    else:
+      self.message(f'step {step}: {prefix} {shown}')
+
+  def _show(self, step, shown):
+    self._bar.set_postfix_str(shown, refresh=False)
+    self._bar.update(step - self._bar.n)
+    due = time.monotonic() >= self._next_line or step == self._bar.total
+    if due and not self._terminal:
+      self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
+      self.message(str(self._bar))
+
+  def message(self, text: str) -> None:
+    """Prints a line above the progress bar."""
+    if self._active:
+      tqdm.write(text, file=sys.stderr)
+
+  def close(self) -> None:
+    """Ends the bar and the files."""
+    if self._active:
+      self._bar.close()
+      self._tensorboard.close()
+      self._file.close()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self.close()
+
+
+def _prefix(row):
+  return next((key.split('/')[0] for key in row if '/' in key), '')
+
+
+def _rows(path):
+  if not path.exists():
+    return []
+  lines = path.read_text().splitlines(keepends=True)
+  # A killed run may leave half a line at the end.
+  return [json.loads(line) for line in lines if line.endswith('\n')]
+
+
+def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float]]:
+  """Returns the rows of `metrics.jsonl`."""
+  rows = _rows(pathlib.Path(workdir) / 'metrics.jsonl')
+  return [
+    {k: float(v) if isinstance(v, str) else v for k, v in row.items()}
+    for row in rows
+  ]
+
+
+def _curve(rows, name):
+  """Returns the steps and the finite values of one metric."""
+  points = [(row['step'], row[name]) for row in rows if name in row]
+  points = np.array(points, float).reshape(-1, 2)
+  return points[np.isfinite(points[:, 1])].T
+
+
+def _smooth(values):
+  """Centred moving average over a thirtieth of the points."""
+  window = np.ones(2 * (len(values) // 60) + 1)
+  count = np.convolve(np.ones_like(values), window, 'same')
+  return np.convolve(values, window, 'same') / count
+
+
+def _bits_per_nat(rows):
+  """Bits/byte over loss, which with a tokenizer varies a little by row."""
+  for prefix in ('valid', 'train'):
+    loss, bits = f'{prefix}/loss', f'{prefix}/bits_per_byte'
+    both = [row for row in rows if row.get(loss, 0) > 0 and bits in row]
+    ratios = [row[bits] / row[loss] for row in both]
+    ratios = [ratio for ratio in ratios if 0 < ratio < math.inf]
+    if ratios:
+      return np.median(ratios)
+  return math.nan
+
+
+def plot_loss(workdir: str | os.PathLike) -> pathlib.Path:
+  """Draws the training and validation loss; returns the path of loss.png."""
+  from matplotlib.figure import Figure  # half a second
+
+  rows = read_metrics(workdir)
+  figure = Figure(figsize=(7, 4), layout='constrained')
+  axes = figure.subplots()
+  steps, losses = _curve(rows, 'train/loss')
+  axes.plot(steps, losses, color='C0', alpha=0.25, linewidth=1)
+  if len(steps):
+    axes.plot(steps, _smooth(losses), color='C0', label='train, smoothed')
+  steps, losses = _curve(rows, 'valid/loss')
+  if len(steps):
+    axes.plot(steps, losses, 'o-', color='C1', markersize=4, label='validation')
+  if axes.get_legend_handles_labels()[0]:
+    axes.legend(frameon=False)
+  axes.set(xlabel='step', ylabel='loss (nats)')
+  axes.grid(alpha=0.3)
+  axes.spines[['top', 'right']].set_visible(False)
+  ratio = _bits_per_nat(rows)
+  if math.isfinite(ratio):
+    scale = (lambda nats: nats * ratio, lambda bits: bits / ratio)
+    axes.secondary_yaxis('right', functions=scale).set_ylabel('bits/byte')
+  path = pathlib.Path(workdir) / 'loss.png'
+  figure.savefig(path, dpi=150)
+  return path

@@ -1,0 +1,259 @@
+"""Properties of every row of MIXERS; a new row cannot skip them."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from efficient_attn import sharding
+from efficient_attn.config import ConfigError
+from efficient_attn.layers.mixers import MIXERS, build_mixer, mixer_options
+
+B, T, D, N = 2, 24, 32, 4
+
+# Options that make the small shapes here meaningful: (row, options).
+CASES = [
+  ('attention', {}),
+  ('attention', dict(num_kv_heads=2, qk_norm=True, implementation='blockwise')),
+  ('attention', dict(position='alibi', logits_soft_cap=5.0)),
+  ('window', dict(window=5)),
+  ('window', dict(window=1)),
+  ('linear', dict(chunk_size=8)),
+  ('retention', dict(chunk_size=8)),
+  ('gla', dict(chunk_size=8)),
+  ('gla', dict(chunk_size=16, conv_width=4)),
+]
+IDS = [f'{name}-{"-".join(map(str, options))}' for name, options in CASES]
+every_case = pytest.mark.parametrize('name,options', CASES, ids=IDS)
+
+
+def make(name, options, causal=True):
+  def build(key):
+    mixer = build_mixer(
+      name,
+      d_model=D,
+      num_heads=N,
+      causal=causal,
+      rngs=nnx.Rngs(key),
+      **options,
+    )
+    # Biases and gates that start at zero would hide mistakes.
+    graphdef, params = nnx.split(mixer)
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    noisy = [
+      leaf + 0.1 * jax.random.normal(key, leaf.shape)
+      for leaf, key in zip(leaves, keys, strict=True)
+    ]
+    return nnx.merge(graphdef, jax.tree.unflatten(treedef, noisy))
+
+  return jax.jit(build)(jax.random.key(0))
+
+
+def inputs(batch=B, length=T, seed=7):
+  return jax.random.normal(jax.random.key(seed), (batch, length, D))
+
+
+@jax.jit
+def full(mixer, x, segment_ids=None):
+  positions = None
+  if segment_ids is not None:
+    start = jnp.concatenate(
+      [jnp.ones_like(segment_ids[:, :1]), jnp.diff(segment_ids)], 1
+    )
+    index = jnp.arange(x.shape[1])
+    first = jax.lax.cummax(jnp.where(start != 0, index, 0), axis=1)
+    positions = index - first
+  return mixer(x, positions=positions, segment_ids=segment_ids)[0]
+
+
+def test_every_row_has_a_case():
+  assert {name for name, _ in CASES} == set(MIXERS)
+
+
+@every_case
+def test_shape_and_finite(name, options):
+  mixer = make(name, options)
+  x = inputs()
+  y = full(mixer, x)
+  assert y.shape == x.shape and y.dtype == x.dtype
+  assert np.isfinite(y).all() and np.std(y) > 1e-3
+
+
+@every_case
+def test_bfloat16_in_bfloat16_out(name, options):
+  mixer = make(name, options)
+  x = inputs()
+  y = full(mixer, x.astype(jnp.bfloat16))
+  assert y.dtype == jnp.bfloat16
+  error = np.abs(y.astype(np.float32) - full(mixer, x)).max()
+  assert error < 0.05 * np.abs(full(mixer, x)).max()
+
+
+@every_case
+def test_causal_to_the_bit(name, options):
+  mixer = make(name, options)
+  x = inputs()
+  y = full(mixer, x)
+  for cut in (1, 8, 13, T - 1):
+    changed = x.at[:, cut:].add(3.0)
+    assert (full(mixer, changed)[:, :cut] == y[:, :cut]).all()
+    if MIXERS[name].build and options.get('window') != 1:
+      assert (full(mixer, changed)[:, cut:] != y[:, cut:]).any()
+
+
+@every_case
+def test_packed_equals_separate(name, options):
+  mixer = make(name, options)
+  x = inputs(batch=1)
+  lengths = (5, 1, 11, 7)
+  ids = np.repeat(np.arange(1, 5), lengths)[None]
+  cuts = np.cumsum((0, *lengths))
+  weight = inputs(batch=1, seed=9)
+
+  @jax.jit
+  def packed(mixer, x):
+    return jnp.sum(full(mixer, x, jnp.asarray(ids)) * weight)
+
+  @jax.jit
+  def separate(mixer, x):
+    parts = [full(mixer, x[:, a:b]) for a, b in itertools.pairwise(cuts)]
+    return jnp.sum(jnp.concatenate(parts, axis=1) * weight)
+
+  # Gradients of the parameters and the inputs cover outputs and states.
+  value, grads = jax.value_and_grad(packed, (0, 1))(mixer, x)
+  expected, expected_grads = jax.value_and_grad(separate, (0, 1))(mixer, x)
+  np.testing.assert_allclose(value, expected, rtol=1e-4)
+  for a, b in zip(
+    jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True
+  ):
+    np.testing.assert_allclose(a, b, atol=1e-4 * (1 + np.abs(b).max()))
+
+
+@every_case
+@pytest.mark.parametrize('cuts', [(T - 1,), (1, 2, 3), (10, 11), (8, 16)])
+def test_cache_continues_the_sequence(name, options, cuts):
+  mixer = make(name, options)
+  x = inputs()
+  cache = mixer.init_cache(B, T, x.dtype)
+  step = jax.jit(lambda m, x, c: m(x, cache=c))
+  parts = []
+  for a, b in itertools.pairwise((0, *cuts, T)):
+    y, cache = step(mixer, x[:, a:b], cache)
+    parts.append(y)
+  np.testing.assert_allclose(
+    jnp.concatenate(parts, axis=1), full(mixer, x), atol=2e-5
+  )
+
+
+@every_case
+def test_token_by_token(name, options):
+  mixer = make(name, options)
+  x = inputs()
+
+  def step(cache, token):
+    y, cache = mixer(token[:, None], cache=cache)
+    return cache, y[:, 0]
+
+  @jax.jit
+  def scan(x):
+    return jax.lax.scan(step, mixer.init_cache(B, T, x.dtype), x)[1]
+
+  y = scan(x.swapaxes(0, 1))
+  np.testing.assert_allclose(y.swapaxes(0, 1), full(mixer, x), atol=2e-5)
+
+
+@every_case
+def test_cache_size_grows_as_the_row_says(name, options):
+  mixer = make(name, options)
+  sizes = [
+    sum(
+      leaf.size for leaf in jax.tree.leaves(mixer.init_cache(1, m, 'float32'))
+    )
+    for m in (1000, 2000)
+  ]
+  grows = 2 ** MIXERS[name].state
+  assert sizes[1] / max(sizes[0], 1) == pytest.approx(grows, rel=1e-3) or (
+    sizes == [1, 1]  # a window of one token keeps nothing but its length
+  )
+
+
+@every_case
+def test_bidirectional_or_refused(name, options):
+  if options.get('conv_width'):
+    with pytest.raises(ConfigError, match='causal'):
+      make(name, options, causal=False)
+    return
+  if not MIXERS[name].bidirectional:
+    with pytest.raises(NotImplementedError, match='causal only'):
+      make(name, options, causal=False)
+    return
+  mixer = make(name, options, causal=False)
+  x = inputs()
+  y = full(mixer, x)
+  changed = full(mixer, x.at[:, T - 1].add(3.0))
+  reach = options.get('window', T)
+  near = slice(T - 1 - reach // 2 if reach < T else 0, T)
+  assert (changed[:, near] != y[:, near]).any(axis=-1).all()
+
+
+@every_case
+@pytest.mark.parametrize('mesh', ['data=2,fsdp=2,tensor=2', 'data=2,tensor=2'])
+def test_sharded_equals_unsharded(name, options, mesh):
+  mixer = make(name, options)
+  x = inputs(batch=4)
+  weight = inputs(batch=4, seed=11)
+
+  def loss(params, x, weight):
+    y = nnx.merge(graphdef, params)(x)[0]
+    return jnp.sum(y * weight)
+
+  graphdef, params = nnx.split(mixer)
+  expected = jax.jit(jax.value_and_grad(loss))(params, x, weight)
+  size = 8 if 'fsdp' in mesh else 4
+  mesh = sharding.make_mesh(mesh, jax.devices()[:size])
+  placed = jax.tree.map(
+    lambda p: p.replace(
+      jax.device_put(
+        p[...], jax.NamedSharding(mesh, sharding.param_spec(p.axes))
+      )
+    ),
+    params,
+    is_leaf=lambda p: isinstance(p, nnx.Variable),
+  )
+  with jax.set_mesh(mesh):
+    rows = sharding.activation_spec(('batch', None, None))
+    x, weight = jax.device_put((x, weight), jax.NamedSharding(mesh, rows))
+    value, grads = jax.jit(jax.value_and_grad(loss))(placed, x, weight)
+  np.testing.assert_allclose(value, expected[0], rtol=1e-5)
+  for a, b in zip(
+    jax.tree.leaves(grads), jax.tree.leaves(expected[1]), strict=True
+  ):
+    np.testing.assert_allclose(a, b, atol=2e-5 * (1 + np.abs(b).max()))
+
+
+def test_unknown_names_and_options():
+  with pytest.raises(ConfigError, match="did you mean 'gla'"):
+    make('gal', {})
+  with pytest.raises(ConfigError, match="did you mean 'num_kv_heads'"):
+    make('attention', dict(num_kv_head=2))
+  with pytest.raises(ConfigError, match="did you mean 'num_kv_heads'"):
+    make('window', dict(num_kv_head=2))
+  with pytest.raises(ConfigError, match='does not divide'):
+    make('attention', dict(num_kv_heads=3))
+
+
+@pytest.mark.parametrize('name', MIXERS)
+def test_options_have_defaults(name):
+  for option, parameter in mixer_options(name).items():
+    assert parameter.default is not parameter.empty, option
+
+
+@pytest.mark.parametrize('name', MIXERS)
+def test_rows_are_complete(name):
+  for field in dataclasses.fields(MIXERS[name]):
+    assert getattr(MIXERS[name], field.name) not in ('', None, ())

@@ -1,0 +1,68 @@
+"""The vision transformer with every mixer that can be bidirectional."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efficient_attn import models
+from efficient_attn.config import ConfigError, ViTConfig
+from efficient_attn.layers.mixers import MIXERS
+from efficient_attn.models.vit import patches
+
+IMAGE = jax.random.normal(jax.random.key(0), (3, 8, 8, 1))
+
+
+def build(**changes):
+  config = ViTConfig(**dict(d_model=16, num_heads=2, num_layers=2) | changes)
+  return models.init(config, jax.random.key(0))
+
+
+call = jax.jit(lambda model, image: model(image))
+
+
+def features(model):
+  """Lets the zero-initialised head see something."""
+  model.head.weight[...] = jax.random.normal(
+    jax.random.key(1), model.head.weight.shape
+  )
+  return model
+
+
+@pytest.mark.parametrize(
+  'mixer', [name for name, spec in MIXERS.items() if spec.bidirectional]
+)
+@pytest.mark.parametrize('pooling', ['mean', 'cls'])
+def test_every_patch_reaches_the_logits(mixer, pooling):
+  model = features(build(pattern=(mixer,), pooling=pooling))
+  logits = call(model, IMAGE)
+  assert logits.shape == (3, 10) and logits.dtype == jnp.float32
+  gradient = jax.grad(lambda image: call(model, image)[:, 0].sum())(IMAGE)
+  assert (np.abs(patches(gradient, 2)).max(axis=-1) > 0).all()
+
+
+@pytest.mark.parametrize('position', ['learned', 'sincos'])
+def test_positions_matter(position):
+  model = features(build(position=position, pattern=('linear',)))
+  if position == 'learned':
+    model.position[...] = jax.random.normal(
+      jax.random.key(2), model.position.shape
+    )
+  # Swapping two patches changes nothing without positions.
+  swapped = jnp.concatenate([IMAGE[:, 2:4], IMAGE[:, :2], IMAGE[:, 4:]], axis=1)
+  assert np.abs(call(model, swapped) - call(model, IMAGE)).max() > 1e-3
+
+
+def test_patches_are_row_major():
+  image = jnp.arange(16.0).reshape(1, 4, 4, 1)
+  np.testing.assert_array_equal(
+    patches(image, 2)[0],
+    [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]],
+  )
+
+
+def test_mistakes():
+  with pytest.raises(ConfigError, match='not divisible by model.patch_size=3'):
+    build(patch_size=3)
+  with pytest.raises(ValueError, match='set model.image_size'):
+    build()(jnp.zeros((1, 4, 4, 1)))

@@ -1,0 +1,114 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efficient_attn.ops import masks
+from efficient_attn.ops.attention_blockwise import (
+  attention_blockwise,
+  fit_block,
+  tile_schedule,
+)
+from tests.ops.attention_cases import make_arrays
+
+
+def test_visited_tiles():
+  for blocks in (1, 4, 9):
+    causal = tile_schedule(masks.Causal(), 8 * blocks, 8 * blocks, 8, 8)
+    assert len(causal) == blocks * (blocks + 1) // 2
+  assert len(tile_schedule(None, 64, 32, 8, 8)) == 32
+  # A window of w keys touches w / block + 1 blocks of each block of queries.
+  for T in (256, 512, 1024):
+    visited = len(tile_schedule(masks.Window(31, 0), T, T, 16, 16))
+    assert visited <= (T // 16) * (32 // 16 + 1)
+  assert len(tile_schedule(masks.Window(-3, 2), 64, 64, 8, 8)) == 0
+  schedule = tile_schedule(masks.Causal(-8), 24, 24, 8, 8)
+  np.testing.assert_array_equal(
+    schedule,
+    [
+      # i, j, kind, first
+      [1, 0, masks.PARTIAL, 1],
+      [2, 0, masks.FULL, 1],
+      [2, 1, masks.PARTIAL, 0],
+    ],
+  )
+
+
+def test_blocks_are_equal_and_few():
+  assert [fit_block(T, 512) for T in (1, 511, 512, 513, 768, 1024, 1025)] == [
+    1,
+    511,
+    512,
+    257,
+    384,
+    512,
+    342,
+  ]
+
+
+def equations(jaxpr):
+  """Every equation, those of inner jaxprs included."""
+  for equation in jaxpr.eqns:
+    yield equation
+    for parameter in equation.params.values():
+      inner = parameter if isinstance(parameter, tuple | list) else [parameter]
+      for item in inner:
+        item = getattr(item, 'jaxpr', item)
+        if hasattr(item, 'eqns'):
+          yield from equations(item)
+
+
+def trace(mask, T, gradient=False):
+  q = jax.ShapeDtypeStruct((1, T, 2, 8), jnp.float32)
+
+  def f(q, k, v):
+    return jnp.sum(attention_blockwise(q, k, v, mask=mask)[0])
+
+  f = jax.grad(f, argnums=(0, 1, 2)) if gradient else f
+  return list(equations(jax.make_jaxpr(f)(q, q, q).jaxpr))
+
+
+@pytest.mark.parametrize('gradient', [False, True])
+def test_trip_counts_are_static_and_empty_tiles_cost_nothing(gradient):
+  T, ids = 2048, jnp.zeros((1, 2048), jnp.int32)
+  cases = [
+    (None, 32, False),
+    (masks.Causal(), 20, False),
+    (masks.Window(256, 0), 11, False),
+    (masks.Causal() & masks.Segments(ids, ids), 20, True),
+    (masks.Causal(jnp.int32(0)), 32, True),
+  ]
+  for mask, trips, skips in cases:
+    found = trace(mask, T, gradient)
+    lengths = [e.params['length'] for e in found if e.primitive.name == 'scan']
+    assert lengths == [trips] * (2 if gradient else 1)
+    names = [e.primitive.name for e in found]
+    assert 'while' not in names
+    assert ('cond' in names) == skips
+
+
+@pytest.mark.parametrize('gradient', [False, True])
+def test_largest_intermediate_is_linear_in_length(gradient):
+  sizes = [
+    max(
+      x.aval.size
+      for equation in trace(masks.Causal(), T, gradient)
+      for x in equation.outvars
+    )
+    for T in (2**15, 2**16)
+  ]
+  assert sizes[1] == 2 * sizes[0]
+
+
+def test_run_time_empty_tiles_are_not_computed():
+  # A NaN in a tile that no pair needs would spread through 0 * NaN.
+  ids = jnp.repeat(jnp.arange(3), 4)[None]
+  q, k, v = make_arrays(12, 12, B=1)
+  op = functools.partial(attention_blockwise, block_q=4, block_k=4)
+  mask = masks.Segments(ids, ids)
+  grad = jax.grad(lambda q, k, v: jnp.sum(op(q, k, v, mask=mask)[0][:, :8]))
+  expected = grad(q, k, v)[:, :8]
+  found = grad(q, k, v.at[:, 8:].set(jnp.nan))[:, :8]
+  np.testing.assert_array_equal(found, expected)

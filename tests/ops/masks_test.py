@@ -1,0 +1,186 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efficient_attn.ops import masks
+from tests.ops.attention_cases import MASKS, expressions, make_data
+from tests.oracles import attention as oracle
+
+SIZES = [(1, 8), (5, 5), (13, 7)]
+BLOCKS = [(1, 1), (4, 3), (3, 4), (16, 16)]
+B, N = 2, 2
+
+
+NAMES = [name for name in MASKS if name != 'none']
+# Static and not composed: their block maps are exact.
+EXACT = [
+  'unbounded',
+  'causal',
+  'causal_ahead',
+  'causal_behind',
+  'window',
+  'window_left',
+  'window_right',
+  'window_shifted',
+  'window_inverted',
+  'not_causal',
+  'not_window',
+]
+
+
+def test_every_rule_has_an_expression():
+  assert set(oracle.rules(make_data(B, N, 1, 1))) == set(MASKS)
+
+
+@pytest.mark.parametrize('T, S', SIZES)
+@pytest.mark.parametrize('name', NAMES)
+def test_dense_and_tiles_follow_the_rule(name, T, S):
+  data = make_data(B, N, T, S)
+  mask = expressions(data)[name]
+  expected = oracle.admitted(oracle.rules(data)[name], (B, N, T, S))
+  dense = mask.dense(T, S)
+  assert dense.dtype == bool
+  np.testing.assert_array_equal(
+    np.broadcast_to(dense, expected.shape), expected
+  )
+  rows, cols = slice(T // 2, T), slice(S // 3, S // 3 + (S + 1) // 2)
+  tile = mask.tile(jnp.arange(T)[rows], jnp.arange(S)[cols])
+  expected = expected[:, :, rows, cols]
+  np.testing.assert_array_equal(np.broadcast_to(tile, expected.shape), expected)
+
+
+@pytest.mark.parametrize('T, S', SIZES)
+@pytest.mark.parametrize('name', NAMES)
+def test_block_map_is_sound_and_exact_where_static(name, T, S):
+  data = make_data(B, N, T, S)
+  mask = expressions(data)[name]
+  dense = oracle.admitted(oracle.rules(data)[name], (B, N, T, S))
+  for block_q, block_k in BLOCKS:
+    found = mask.block_map(T, S, block_q, block_k)
+    assert found.dtype == np.int8
+    assert found.shape == (-(-T // block_q), -(-S // block_k))
+    for i, j in np.ndindex(found.shape):
+      tile = dense[
+        :, :, i * block_q : (i + 1) * block_q, j * block_k : (j + 1) * block_k
+      ]
+      kind = masks.FULL if tile.all() else masks.PARTIAL
+      kind = kind if tile.any() else masks.EMPTY
+      if name in EXACT or found[i, j] != masks.PARTIAL:
+        assert found[i, j] == kind, (i, j)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_maybe_is_sound(name):
+  T, S, block = 12, 12, 3
+  data = make_data(B, N, T, S)
+  mask = expressions(data)[name]
+  dense = oracle.admitted(oracle.rules(data)[name], (B, N, T, S))
+  skipped = 0
+  for i in range(0, T, block):
+    for j in range(0, S, block):
+      rows, cols = jnp.arange(i, i + block), jnp.arange(j, j + block)
+      if not mask.maybe(rows, cols):
+        skipped += 1
+        assert not dense[:, :, i : i + block, j : j + block].any()
+  traced = ('causal_traced', 'window_traced', 'segments', 'segments_and_causal')
+  if name in traced:
+    assert skipped > 0
+
+
+def test_combinations_keep_what_is_known():
+  ids = jnp.zeros((1, 8), jnp.int32)
+  segments, causal = masks.Segments(ids, ids), masks.Causal()
+  empty, partial, full = masks.EMPTY, masks.PARTIAL, masks.FULL
+
+  def kinds(mask):
+    return mask.block_map(8, 8, 4, 4).tolist()
+
+  assert kinds(causal) == [[partial, empty], [full, partial]]
+  assert kinds(~causal) == [[partial, full], [empty, partial]]
+  assert kinds(causal & segments) == [[partial, empty], [partial, partial]]
+  assert kinds(causal | segments) == [[partial, partial], [full, partial]]
+  assert kinds(causal & masks.Window(0, None)) == [
+    [partial, empty],
+    [empty, partial],
+  ]
+
+
+def test_block_map_of_a_long_sequence_is_cheap():
+  T = 2**20
+  kinds = masks.Window(1024, 0).block_map(T, T, 1024, 1024)
+  assert kinds.shape == (1024, 1024)
+  assert (kinds != masks.EMPTY).sum() == 2 * 1024 - 1
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_pytree_round_trip_under_jit(name):
+  data = make_data(B, N, 5, 7)
+  mask = expressions(data)[name]
+  leaves, tree = jax.tree.flatten(mask)
+  assert all(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves)
+  assert jax.tree.structure(jax.tree.map(lambda _: 0, mask)) == tree
+  jitted = jax.jit(lambda mask: mask.dense(5, 7))(mask)
+  np.testing.assert_array_equal(jitted, mask.dense(5, 7))
+
+
+def test_python_offsets_are_static_and_arrays_are_traced():
+  assert jax.tree.leaves(masks.Causal(3)) == []
+  assert len(jax.tree.leaves(masks.Causal(jnp.int32(3)))) == 1
+  maps = []
+
+  @jax.jit
+  def f(mask):
+    maps.append(mask.block_map(8, 8, 4, 4))
+    return mask.dense(8, 8)
+
+  f(masks.Causal(0))
+  f(masks.Causal(jnp.int32(0)))
+  assert maps[0][0, 1] == masks.EMPTY
+  assert (maps[1] == masks.PARTIAL).all()
+
+
+def test_a_new_mask_is_one_dataclass():
+  @masks.expression
+  class Strided(masks.Mask):
+    stride: int
+
+    def tile(self, rows, cols):
+      return ((rows[:, None] - cols) % self.stride == 0)[None, None]
+
+  mask = Strided(3) & masks.Causal()
+  t = np.arange(7)
+  expected = ((t[:, None] - t) % 3 == 0) & (t[:, None] >= t)
+  np.testing.assert_array_equal(mask.dense(7, 7)[0, 0], expected)
+  assert dataclasses.replace(Strided(3), stride=2).stride == 2
+  assert mask.block_map(8, 8, 4, 4)[0, 1] == masks.EMPTY
+
+
+def test_masks_are_frozen_and_combine_only_with_masks():
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    masks.Causal().offset = 1
+  with pytest.raises(TypeError):
+    masks.Causal() & np.ones((2, 2), bool)
+
+
+@pytest.mark.parametrize(
+  'mask, message',
+  [
+    (
+      masks.Segments(np.zeros((1, 3), np.int32), np.zeros((1, 7), np.int32)),
+      'query_ids has length 3 but T is 5',
+    ),
+    (
+      masks.Segments(np.zeros((1, 5), np.int32), np.zeros((1, 6), np.int32)),
+      'key_ids has length 6 but S is 7',
+    ),
+    (masks.Dense(np.ones((4, 7), bool)), 'axis T .* is 4 but T is 5'),
+    (masks.Dense(np.ones((5, 6), bool)), 'axis S .* is 6 but S is 7'),
+    (masks.Dense(np.ones((1,) * 5, bool)), 'has 5 axes'),
+  ],
+)
+def test_errors_name_the_axis(mask, message):
+  with pytest.raises(ValueError, match=message):
+    mask.dense(5, 7)
