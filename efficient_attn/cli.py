@@ -74,7 +74,11 @@ def start_devices(config: Config) -> None:
   """
   several = 'JAX_COORDINATOR_ADDRESS' in os.environ
   cores = len(os.sched_getaffinity(0)) if not several else 1
-  jax.config.update('jax_num_cpu_devices', cpu_devices(config, cores))
+  devices = cpu_devices(config, cores)
+  jax.config.update('jax_num_cpu_devices', devices)
+  # A device that waits for the others in a collective occupies a thread of
+  # XLA's pool; with no more threads than devices the pool can run dry.
+  os.environ.setdefault('PJRT_NPROC', str(max(cores, 2 * devices)))
   if several:
     jax.distributed.initialize(
       os.environ['JAX_COORDINATOR_ADDRESS'],

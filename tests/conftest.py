@@ -1,9 +1,17 @@
 """Eight fake CPU devices, so that sharding is tested on any machine."""
 
 import os
+import pathlib
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# Devices that wait in a collective each hold a thread of XLA's pool.
+os.environ.setdefault('PJRT_NPROC', '16')
 
 import jax
 
 jax.config.update('jax_num_cpu_devices', 8)
+
+# Many tests compile the same program: compile it once for all workers.
+cache = pathlib.Path(__file__).parents[1] / '.pytest_cache' / 'jax'
+jax.config.update('jax_compilation_cache_dir', str(cache))
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)

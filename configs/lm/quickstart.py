@@ -1,6 +1,6 @@
 """A small hybrid language model of Python source, in two minutes on a laptop.
 
-  python launch/train.py --config=configs/lm/quickstart.py --workdir=runs/quickstart
+python launch/train.py --config=configs/lm/quickstart.py --workdir=runs/quickstart
 """
 
 import ml_collections

@@ -28,8 +28,12 @@ class ViT(nnx.Module):
       self.position = param(rows, (None, None), weight_decay=False)
     else:
       self.position = None
-    pooled = config.pooling == 'cls'
-    self.cls = param(jnp.zeros(d_model), (None,)) if pooled else None
+    if config.pooling == 'cls':
+      # Not zero: a gated mixer would keep a zero token at zero for ever.
+      cls = 0.02 * jax.random.normal(rngs.params(), (d_model,))
+      self.cls = param(cls, (None,))
+    else:
+      self.cls = None
     self.stack = Stack(config, causal=False, rngs=rngs)
     self.norm = NORMS[config.norm](d_model)
     self.head = Projection(

@@ -12,7 +12,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from efficient_attn import sharding
 from efficient_attn.config import Config, ConfigError, ModelConfig
-from efficient_attn.models import abstract, build
+from efficient_attn.models import abstract, build, jit_init
 from efficient_attn.train.optimizer import make_optimizer
 
 Params = dict[str, Any]  # nested dicts of arrays, as in nnx.to_pure_dict
@@ -129,7 +129,7 @@ class Architecture:
     key = jax.random.key(config.seed)
     # Outside of the mesh, so that XLA may spread the drawing itself.
     with jax.set_mesh(None):
-      params = jax.jit(draw, out_shardings=self.shardings(mesh))(key)
+      params = jit_init(draw, out_shardings=self.shardings(mesh))(key)
     with jax.set_mesh(mesh):
       key = jax.device_put(key, NamedSharding(mesh, P()))
       return jax.jit(

@@ -103,11 +103,12 @@ def run(
     def report(step, metrics):
       values = guard.check(step, metrics)
       weight = values.pop('weight')
+      values['learning_rate'] = float(schedule(step - 1))
       if step == first + 1:
         meter.compiled(step, state.params, batch)
         writer.message(f'compiled in {meter.compile_seconds:.1f} s')
+        writer.write(step, values)
       elif step % config.log_every == 0 or step == config.steps:
-        values['learning_rate'] = float(schedule(step - 1))
         writer.write(step, values | meter.read(step, weight))
 
     def validate(step):

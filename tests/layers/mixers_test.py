@@ -12,6 +12,7 @@ from flax import nnx
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixers import MIXERS, build_mixer, mixer_options
+from efficient_attn.models import jit_init
 
 B, T, D, N = 2, 24, 32, 4
 
@@ -51,7 +52,7 @@ def make(name, options, causal=True):
     ]
     return nnx.merge(graphdef, jax.tree.unflatten(treedef, noisy))
 
-  return jax.jit(build)(jax.random.key(0))
+  return jit_init(build)(jax.random.key(0))
 
 
 def inputs(batch=B, length=T, seed=7):
