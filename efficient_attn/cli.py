@@ -37,7 +37,9 @@ def parse_config(
   for flag in rest:
     key, equals, value = flag.removeprefix('--config.').partition('=')
     if not flag.startswith('--config.') or not equals:
-      parser.error(f'{flag}: unknown flag; a key is set by --config.key=value')
+      raise ConfigError(
+        f'{flag}: unknown flag; a key is set by --config.key=value'
+      )
     changes[key] = value
   values = configs.override(configs.load(args.config), changes)
   return configs.resolve(values), args
@@ -65,23 +67,37 @@ def cpu_devices(config: Config, cores: int) -> int:
   return max(n for n in range(1, cores + 1) if rows % n == 0)
 
 
+def count_cores() -> int:
+  """Returns how many cores this process may use."""
+  if hasattr(os, 'sched_getaffinity'):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count()
+
+
+def use_cpu_devices(devices: int) -> None:
+  """Divides the CPU into virtual devices, before JAX's first use."""
+  jax.config.update('jax_num_cpu_devices', devices)
+  # A device that waits for the others in a collective occupies a thread of
+  # XLA's pool, and the last one may wait for a helper: keep one more.
+  threads = max(count_cores(), devices + 1)
+  os.environ.setdefault('PJRT_NPROC', str(threads))
+
+
 def start_devices(config: Config) -> None:
   """Sets up JAX's devices; call it before anything touches them.
 
-  Several processes find each other through jax.distributed: by themselves under
-  SLURM, on TPU slices and GKE, otherwise through JAX_COORDINATOR_ADDRESS,
-  JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+  Several processes find each other through JAX_COORDINATOR_ADDRESS. It is
+  `auto` under SLURM and on TPU slices, where JAX knows the rest, and elsewhere
+  the host:port of the first, beside JAX_NUM_PROCESSES and JAX_PROCESS_ID.
   """
-  several = 'JAX_COORDINATOR_ADDRESS' in os.environ
-  cores = len(os.sched_getaffinity(0)) if not several else 1
-  devices = cpu_devices(config, cores)
-  jax.config.update('jax_num_cpu_devices', devices)
-  # A device that waits for the others in a collective occupies a thread of
-  # XLA's pool; with no more threads than devices the pool can run dry.
-  os.environ.setdefault('PJRT_NPROC', str(max(cores, 2 * devices)))
-  if several:
+  address = os.environ.get('JAX_COORDINATOR_ADDRESS')
+  use_cpu_devices(cpu_devices(config, 1 if address else count_cores()))
+  if address == 'auto':
+    del os.environ['JAX_COORDINATOR_ADDRESS']  # JAX would call it up
+    jax.distributed.initialize()
+  elif address:
     jax.distributed.initialize(
-      os.environ['JAX_COORDINATOR_ADDRESS'],
+      address,
       int(os.environ['JAX_NUM_PROCESSES']),
       int(os.environ['JAX_PROCESS_ID']),
     )

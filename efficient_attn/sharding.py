@@ -99,7 +99,7 @@ def lookup(table: jax.Array, ids: jax.Array, *names: str | None) -> jax.Array:
 
 
 # The letters of array layouts that are sharded inside ops: 'BTNH'.
-LETTERS = {'B': 'batch', 'N': 'heads', 'K': 'heads', 'F': 'ffn'}
+LETTERS = {'B': 'batch', 'N': 'heads', 'K': 'heads'}
 
 
 def local_op(op: Callable, inputs: tuple, outputs) -> Callable:

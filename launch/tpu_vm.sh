@@ -16,7 +16,9 @@ train=(
   python launch/train.py --config="${CONFIG:-configs/lm/quickstart.py}"
   --workdir="$WORKDIR" "$@"
 )
-archive=$(mktemp -d)/efficient_attn.tar.gz
+folder=$(mktemp -d)
+trap 'rm -r "$folder"' EXIT
+archive=$folder/efficient_attn.tar.gz
 git archive --output="$archive" HEAD
 gcloud compute tpus tpu-vm scp "$archive" "$TPU:" --zone="$ZONE" --worker=all
 gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all --command="
@@ -25,4 +27,4 @@ gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all --command="
   tar -xzf efficient_attn.tar.gz -C efficient_attn
   cd efficient_attn
   EXTRAS=tpu PYTHON=${PYTHON:-python3} source launch/setup.sh
-  JAX_COORDINATOR_ADDRESS=auto ${train[*]@Q}"
+  JAX_COORDINATOR_ADDRESS=auto $(printf '%q ' "${train[@]}")"

@@ -10,16 +10,34 @@ from efficient_attn import cli
 
 
 def main():
-  """Reads the flags, starts the devices and trains."""
+  """Reads the flags, starts the devices, trains and says how it went."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--workdir', required=True, help='where the run lives')
   with cli.clear_errors():
     config, args = cli.parse_config(parser)
     cli.start_devices(config)
     # Imported here, because importing may already touch the devices.
+    import jax
+
     from efficient_attn.train.trainer import run
 
-    run(config, args.workdir)
+    final = run(config, args.workdir)
+    if final and jax.process_index() == 0:
+      print(summary(config, final))
+
+
+def summary(config, final: dict[str, float]) -> str:
+  """Returns the final validation metrics, beside what they compare to."""
+  from efficient_attn import data
+
+  found = [f'{name} {value:.4g}' for name, value in final.items()]
+  lines = [f'validation: {", ".join(found)}']
+  if config.data.name == 'text' and not config.data.path:
+    dataset = data.load(config.data, batch_size=config.batch_size)
+    others = data.compressed_bits_per_byte(dataset.valid_bytes())
+    found = [f'{name} {value:.2f}' for name, value in others.items()]
+    lines.append(f'bits/byte of others: {", ".join(found)}, uniform 8')
+  return '\n'.join(lines)
 
 
 if __name__ == '__main__':

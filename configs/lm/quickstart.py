@@ -1,6 +1,10 @@
 """A small hybrid language model of Python source, in two minutes on a laptop.
 
-python launch/train.py --config=configs/lm/quickstart.py --workdir=runs/quickstart
+  bash launch/quickstart.sh
+
+or, installed already,
+
+  python launch/train.py --config=configs/lm/quickstart.py --workdir=runs/a
 """
 
 import ml_collections
@@ -10,15 +14,16 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   """Three layers: two of gated linear attention, one of softmax attention."""
   del arg
   config = ml_collections.ConfigDict()
-  config.steps = 1000
+  config.steps = 800
   config.batch_size = 8
+  config.checkpoint_every = 200
   config.model = dict(
     name='lm',
     d_model=96,
     num_layers=3,
     num_heads=4,
     pattern=('gla', 'gla', 'attention'),
-    mixers=dict(gla=dict(chunk_size=32), attention=dict(num_kv_heads=4)),
+    mixers=dict(gla=dict(chunk_size=32)),
   )
   config.data = dict(name='text', seq_len=256)
   config.optimizer = dict(learning_rate=6e-3, warmup_steps=50)

@@ -6,6 +6,7 @@ One image in six validates, chosen by its number. Batches are
 
 import grain
 import numpy as np
+from scipy import ndimage
 
 from efficient_attn.config import DataConfig
 from efficient_attn.data import batches
@@ -37,13 +38,18 @@ class _Digits:
     )
 
 
-def _shift(example, rng: np.random.Generator):
-  """Moves the image by up to one pixel; background fills the border."""
-  padded = np.pad(
-    example['image'], ((1, 1), (1, 1), (0, 0)), constant_values=-MEAN / STD
+def _warp(example, rng: np.random.Generator):
+  """Turns, zooms and moves the image a little, with linear interpolation."""
+  angle = rng.uniform(-0.15, 0.15)
+  zoom = rng.uniform(0.9, 1.1)
+  cos, sin = np.cos(angle) / zoom, np.sin(angle) / zoom
+  matrix = np.array([[cos, -sin], [sin, cos]])
+  centre = np.array([3.5, 3.5])
+  offset = centre - matrix @ (centre + rng.uniform(-0.6, 0.6, size=2))
+  image = ndimage.affine_transform(
+    example['image'][..., 0], matrix, offset, order=1, cval=-MEAN / STD
   )
-  top, left = rng.integers(0, 3, size=2)
-  return example | {'image': padded[top : top + 8, left : left + 8]}
+  return example | {'image': image[..., None]}
 
 
 def load(
@@ -53,7 +59,7 @@ def load(
   train = grain.MapDataset.source(_Digits(valid=False)).seed(seed)
   train = train.shuffle().repeat()
   if config.augment:
-    train = train.random_map(_shift)
+    train = train.random_map(_warp)
   # Batch i of process p is global batch i's rows p * size to (p + 1) * size.
   size = len(rows)
   train = train.batch(size)[rows.start // size :: batch_size // size]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn import sharding
-from efficient_attn.layers.param import fan_in_normal, param
+from efficient_attn.layers.param import fan_in_normal, param, use
 from efficient_attn.ops.short_conv import short_conv
 
 
@@ -34,7 +34,7 @@ class ShortConv(nnx.Module):
       return y.reshape(x.shape), state.reshape(*state.shape[:2], *x.shape[2:])
 
     op = sharding.local_op(op, ('BTNH', 'WNH', 'BT', 'BTNH'), ('BTNH', 'BTNH'))
-    y, state = op(x, self.weight[...].astype(x.dtype), segment_ids, state)
+    y, state = op(x, use(self.weight, x.dtype), segment_ids, state)
     return jax.nn.silu(y), state
 
   def init_state(self, batch: int, dtype) -> jax.Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn import sharding
-from efficient_attn.layers.param import fan_in_normal, param
+from efficient_attn.layers.param import fan_in_normal, param, use
 from efficient_attn.ops.positions import sinusoidal
 
 
@@ -26,7 +26,7 @@ class Embed(nnx.Module):
 
   def logits(self, x: jax.Array) -> jax.Array:
     """Maps [B, T, D] to float32 logits [B, T, vocab]."""
-    table = sharding.constrain(self.table[...].astype(x.dtype), None, 'embed')
+    table = use(self.table, x.dtype)
     return jnp.einsum(
       'btd,vd->btv', x, table, preferred_element_type=jnp.float32
     )

@@ -31,6 +31,11 @@ def param(
   return nnx.Param(value, axes=axes, inputs=inputs, weight_decay=decay)
 
 
+def use(p: nnx.Param, dtype) -> jax.Array:
+  """Returns the value of a parameter in `dtype`, laid out for computation."""
+  return sharding.constrain(p[...].astype(dtype), *p.axes)
+
+
 def fan_in_normal(scale: float = 1.0) -> Callable:
   """Truncated normal of standard deviation scale / sqrt(fan_in)."""
 
@@ -71,18 +76,17 @@ class Projection(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps [..., *inputs] to [..., *outputs]."""
     names = self.weight.axes
-    weight = sharding.constrain(self.weight[...].astype(x.dtype), *names)
     lead = x.ndim - self.num_inputs
     out = activation_axes(lead) + names[self.num_inputs :]
     contract = (tuple(range(lead, x.ndim)), tuple(range(self.num_inputs)))
     y = jax.lax.dot_general(
       x,
-      weight,
+      use(self.weight, x.dtype),
       (contract, ((), ())),
       out_sharding=sharding.current(sharding.activation_spec(out)),
     )
     if self.bias is not None:
-      y = y + self.bias[...].astype(x.dtype)
+      y = y + use(self.bias, x.dtype)
     return y
 
 

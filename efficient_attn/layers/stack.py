@@ -12,8 +12,9 @@ import jax
 from flax import nnx
 
 from efficient_attn.config import ModelConfig, choose
+from efficient_attn.layers.dropout import dropout
 from efficient_attn.layers.ffn import ACTIVATIONS, FFNS
-from efficient_attn.layers.mixers import build_mixer
+from efficient_attn.layers.mixers import MIXERS, build_mixer
 from efficient_attn.layers.norm import NORMS
 
 _policies = jax.checkpoint_policies
@@ -113,6 +114,8 @@ class Stack(nnx.Module):
   """`config.num_layers` blocks in the order of `config.pattern`."""
 
   def __init__(self, config: ModelConfig, causal: bool, *, rngs: nnx.Rngs):
+    for name in config.mixers:
+      choose('model.mixers', name, MIXERS)
     pattern = config.pattern
     self.repeats, rest = divmod(config.num_layers, len(pattern))
     self.scan = config.scan_layers and self.repeats > 1
@@ -159,11 +162,3 @@ class Stack(nnx.Module):
     else:
       periods = [period.init_cache(*args) for period in self.periods]
     return periods, self.rest and self.rest.init_cache(*args)
-
-
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-  """Zeroes a share `rate` of x and scales the rest; no key: unchanged."""
-  if key is None or rate == 0:
-    return x
-  keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-  return jax.numpy.where(keep, x / (1 - rate), 0)

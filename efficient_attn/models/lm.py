@@ -5,9 +5,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.config import LMConfig
+from efficient_attn.layers.dropout import dropout
 from efficient_attn.layers.embed import POSITIONS, Embed
 from efficient_attn.layers.norm import NORMS
-from efficient_attn.layers.stack import Stack, dropout
+from efficient_attn.layers.stack import Stack
 
 
 class LM(nnx.Module):

@@ -1,13 +1,17 @@
 """Vision transformer (Dosovitskiy et al. 2010.11929) with any mixer."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from efficient_attn import sharding
 from efficient_attn.config import ViTConfig
+from efficient_attn.layers.dropout import dropout
 from efficient_attn.layers.norm import NORMS
 from efficient_attn.layers.param import Projection, param
-from efficient_attn.layers.stack import Stack, dropout
+from efficient_attn.layers.stack import Stack
 from efficient_attn.ops.positions import sincos_2d
 
 
@@ -58,7 +62,9 @@ class ViT(nnx.Module):
         f'images are {image.shape[1:]} but the model was built for '
         f'{self.image_shape}; set model.image_size and model.channels'
       )
-    x = self.embed(patches(image.astype(self.dtype), self.patch_size))
+    cut = functools.partial(patches, size=self.patch_size)
+    cut = sharding.local_op(cut, ('BHWC',), 'BTX')
+    x = self.embed(cut(image.astype(self.dtype)))
     side = self.image_shape[0] // self.patch_size
     if self.position is None:
       rows = sincos_2d(side, side, x.shape[-1])

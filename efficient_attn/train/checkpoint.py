@@ -19,6 +19,7 @@ from orbax.checkpoint import v1 as ocp
 from efficient_attn.config import ConfigError
 
 CHECKSUMS = 'checksums.json'
+UNFINISHED = 'its writing did not finish'
 
 
 class Checkpoints:
@@ -37,8 +38,9 @@ class Checkpoints:
   def save(self, step: int, state: Any, iterator: Any) -> None:
     """Saves in the background; the arguments may change once this returns."""
     self.wait()
-    if step in self.steps():
-      return
+    for later in self.steps():
+      if later >= step:  # a damaged one, which `restore` passed over
+        self._orbax.delete(later)
     writing = self._orbax.save_checkpointables_async(
       step, dict(state=state, dataset=iterator)
     )
@@ -72,17 +74,19 @@ class Checkpoints:
       The state, or None when there is no checkpoint.
 
     Raises:
-      ConfigError: the checkpoint is of another architecture, or all of them
-        are damaged.
+      ConfigError: the checkpoint is of another architecture or number of
+        processes, or all of them are damaged.
     """
     found = self.steps()
     for step in reversed(found):
       path = self.directory / str(step)
       damage = _damage(path)
-      if damage is None:
+      # A kill between the first save and its checksums leaves nothing else.
+      if damage is None or (damage == UNFINISHED and len(found) == 1):
         self._check_architecture(step, abstract_state)
         wanted = dict(state=abstract_state)
         if iterator is not None:
+          _check_processes(path)
           wanted['dataset'] = iterator
         return self._orbax.load_checkpointables(step, wanted)['state']
       warnings.warn(
@@ -114,6 +118,15 @@ class Checkpoints:
     self._orbax.close()
 
 
+def _check_processes(path: pathlib.Path) -> None:
+  saved = len(list((path / 'dataset').glob('process_*')))
+  if saved != jax.process_count():
+    raise ConfigError(
+      f'the checkpoint {path} is of {saved} processes, each with its place in '
+      f'the data, and there are {jax.process_count()}; continue with {saved}'
+    )
+
+
 def _shapes(params) -> dict[str, tuple[int, ...]]:
   leaves = jax.tree_util.tree_leaves_with_path(params)
   return {
@@ -143,7 +156,7 @@ def _damage(path: pathlib.Path) -> str | None:
   try:
     sealed = json.loads((path / CHECKSUMS).read_text())
   except FileNotFoundError:
-    return 'its writing did not finish'
+    return UNFINISHED
   except ValueError:
     return f'{CHECKSUMS} is unreadable'
   actual = _checksums(path)

@@ -125,6 +125,26 @@ def test_resume_is_bitwise(mesh, tmp_path):
   assert steps == sorted(steps)
 
 
+@pytest.mark.parametrize('changes', [{}, {'model.pooling': 'cls'}], ids=str)
+def test_vit_on_every_mesh(changes, tmp_path):
+  values = dict(
+    steps=3,
+    batch_size=8,
+    log_every=1,
+    model=dict(
+      name='vit', d_model=16, num_layers=2, num_heads=4, pattern=('gla',)
+    ),
+    data=dict(name='digits', augment=True),
+  )
+  values = configs.override(values, changes)
+  run(configs.resolve(values), tmp_path / 'one', jax.devices()[:1])
+  values['mesh'] = 'data=2,fsdp=2,tensor=2'
+  run(configs.resolve(values), tmp_path / 'eight')
+  np.testing.assert_allclose(
+    losses(tmp_path / 'eight'), losses(tmp_path / 'one'), rtol=1e-6, atol=1e-6
+  )
+
+
 def test_resume_on_another_mesh(one_device, tmp_path):
   shutil.copytree(one_device, tmp_path / 'part')
   shutil.rmtree(tmp_path / 'part' / 'checkpoints' / '6')

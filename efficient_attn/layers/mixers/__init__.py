@@ -52,8 +52,8 @@ class MixerSpec:
   reference: str
   gate: str
   bidirectional: bool
-  time: int
-  state: int
+  time: float
+  state: float
   forms: tuple[str, ...]
 
 

@@ -1,0 +1,34 @@
+"""A vision transformer on scikit-learn's 8 x 8 handwritten digits.
+
+  python launch/train.py --config=configs/vit/digits.py --workdir=runs/digits
+  python launch/train.py --config=configs/vit/digits.py:gla --workdir=runs/gla
+
+The argument names the mixer (default: attention).
+"""
+
+import ml_collections
+
+
+def get_config(arg: str = 'attention') -> ml_collections.ConfigDict:
+  """Four bidirectional blocks over 16 patches of 2 x 2 pixels."""
+  config = ml_collections.ConfigDict()
+  config.steps = 1000
+  config.ema = 0.99
+  config.batch_size = 64
+  config.log_every = 50
+  config.eval_every = 250
+  config.model = dict(
+    name='vit',
+    d_model=64,
+    num_layers=4,
+    num_heads=4,
+    pattern=(arg or 'attention',),
+    image_size=8,
+    patch_size=2,
+  )
+  config.data = dict(name='digits', augment=True)
+  config.optimizer = dict(
+    learning_rate=3e-3, warmup_steps=100, weight_decay=0.05
+  )
+  config.loss = dict(label_smoothing=0.1)
+  return config

@@ -1,0 +1,7 @@
+"""Benchmarks; `SUITES` maps a name to the module that measures it."""
+
+# Each module has measure(rounds) -> {name: figure}.
+SUITES = {
+  'trainer': 'experiments.benchmarks.trainer',
+  'attention': 'experiments.benchmarks.attention',
+}

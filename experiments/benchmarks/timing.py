@@ -1,0 +1,26 @@
+"""Timing side by side: the machine is noisy, so contenders take turns."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+
+
+def interleaved(
+  contenders: dict[str, Callable], rounds: int
+) -> dict[str, float]:
+  """Returns each contender's median seconds over `rounds` turns.
+
+  A contender takes no argument and returns arrays, which are waited for. Every
+  one runs once before the clock starts.
+  """
+  for run in contenders.values():
+    jax.block_until_ready(run())
+  seconds = {name: [] for name in contenders}
+  for _ in range(rounds):
+    for name, run in contenders.items():
+      start = time.perf_counter()
+      jax.block_until_ready(run())
+      seconds[name].append(time.perf_counter() - start)
+  return {name: statistics.median(found) for name, found in seconds.items()}

@@ -1,0 +1,61 @@
+"""Runs a benchmark suite on this machine and stores its figures.
+
+python launch/bench.py --suite=trainer
+"""
+
+import argparse
+import datetime
+import importlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import sys
+
+import jax
+
+from efficient_attn import cli
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from experiments.benchmarks import SUITES  # noqa: E402
+
+
+def main():
+  """Measures, prints and writes results/<device>/<suite>.json."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--suite', required=True, choices=SUITES)
+  parser.add_argument('--rounds', type=int, default=5, help='repetitions')
+  parser.add_argument(
+    '--out', default=ROOT / 'experiments' / 'benchmarks' / 'results'
+  )
+  args = parser.parse_args()
+  os.chdir(ROOT)
+  cli.use_cpu_devices(cli.count_cores())
+  figures = importlib.import_module(SUITES[args.suite]).measure(args.rounds)
+  device = jax.devices()[0].device_kind.lower().replace(' ', '_')
+  record = dict(
+    suite=args.suite,
+    date=datetime.date.today().isoformat(),
+    device=device,
+    cores=cli.count_cores(),
+    rounds=args.rounds,
+    python=platform.python_version(),
+    versions={
+      name: importlib.metadata.version(name)
+      for name in ('jax', 'flax', 'optax')
+    },
+    figures={name: float(f'{value:.4g}') for name, value in figures.items()},
+  )
+  path = pathlib.Path(args.out) / device / f'{args.suite}.json'
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(record, indent=2) + '\n')
+  for name, value in record['figures'].items():
+    print(f'{name:40} {value:g}')
+  print(f'stored in {path}')
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,68 @@
+"""Writes the table of methods in README.md from the rows of `MIXERS`.
+
+python launch/table.py [--check]
+"""
+
+import argparse
+import pathlib
+import re
+
+from efficient_attn.layers.mixers import MIXERS, MixerSpec
+
+README = pathlib.Path(__file__).parents[1] / 'README.md'
+BEGIN, END = '<!-- methods -->\n', '<!-- /methods -->\n'
+COLUMNS = {
+  'name': lambda name, spec: f'`{name}`',
+  'method': lambda name, spec: link(spec),
+  'year': lambda name, spec: str(spec.year),
+  'family': lambda name, spec: spec.family,
+  'gate': lambda name, spec: spec.gate,
+  'bidirectional': lambda name, spec: 'yes' if spec.bidirectional else 'no',
+  'time': lambda name, spec: power(spec.time),
+  'decode state': lambda name, spec: power(spec.state),
+  'forms': lambda name, spec: ', '.join(spec.forms),
+}
+
+
+def link(spec: MixerSpec) -> str:
+  """Returns the title, with a link when the reference is an arXiv number."""
+  if re.fullmatch(r'\d{4}\.\d{4,5}', spec.reference):
+    return f'[{spec.title}](https://arxiv.org/abs/{spec.reference})'
+  return f'{spec.title} ({spec.reference})'
+
+
+def power(exponent: float) -> str:
+  """Returns T to the power of `exponent`."""
+  return {0: '1', 1: 'T', 2: 'T²'}.get(exponent, f'T^{exponent:g}')
+
+
+def table() -> str:
+  """Returns the markdown table, one line a row of `MIXERS`."""
+  rows = [
+    [column(name, spec) for column in COLUMNS.values()]
+    for name, spec in MIXERS.items()
+  ]
+  rows = [list(COLUMNS), ['---'] * len(COLUMNS), *rows]
+  return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
+
+
+def updated(text: str) -> str:
+  """Returns `text` with the current table between its markers."""
+  before, rest = text.split(BEGIN)
+  after = rest.split(END)[1]
+  return f'{before}{BEGIN}\n{table()}\n{END}{after}'
+
+
+def main():
+  """Writes README.md, or checks that there is nothing to write."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--check', action='store_true', help='do not write')
+  check = parser.parse_args().check
+  text = README.read_text()
+  if check and text != updated(text):
+    raise SystemExit('README.md is stale: run python launch/table.py')
+  README.write_text(updated(text))
+
+
+if __name__ == '__main__':
+  main()

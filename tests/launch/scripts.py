@@ -1,0 +1,68 @@
+"""The scripts of launch/ as processes, started as a user starts them."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import jax
+
+from efficient_attn.train.metrics import read_metrics
+
+ROOT = pathlib.Path(__file__).parents[2]
+TINY = ROOT / 'tests' / 'launch' / 'tiny.py'
+TIMEOUT = 240  # seconds, of a machine that is busy with other tests
+
+
+def start(script, *flags, **variables):
+  """Starts a script; the variables are added to the environment."""
+  env = os.environ | variables
+  env.pop('PJRT_NPROC', None)  # the scripts see to it
+  env['JAX_COMPILATION_CACHE_DIR'] = jax.config.jax_compilation_cache_dir
+  return subprocess.Popen(
+    [sys.executable, ROOT / 'launch' / script, *flags],
+    env=env,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def finish(process, code=0):
+  """Waits for a process; returns its stdout and stderr."""
+  try:
+    out, err = process.communicate(timeout=TIMEOUT)
+  finally:
+    process.kill()
+  assert process.returncode == code, err
+  return out, err
+
+
+def train(workdir, *flags, config=TINY, **variables):
+  """Starts a training run."""
+  return start(
+    'train.py',
+    f'--config={config}',
+    f'--workdir={workdir}',
+    *flags,
+    **variables,
+  )
+
+
+def signal_after(step, workdir, process, number):
+  """Sends a signal when a run has reported a step."""
+  deadline = time.monotonic() + TIMEOUT
+  while max((row['step'] for row in read_metrics(workdir)), default=0) < step:
+    if process.poll() is not None or time.monotonic() > deadline:
+      finish(process, code=None)  # fails and shows why
+    time.sleep(0.01)
+  process.send_signal(number)
+
+
+def losses(workdir):
+  """Returns the training losses by step; each step may occur once."""
+  rows = [row for row in read_metrics(workdir) if 'train/loss' in row]
+  found = {row['step']: row['train/loss'] for row in rows}
+  assert len(found) == len(rows)
+  return found
