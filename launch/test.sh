@@ -3,5 +3,5 @@
 #
 #   bash launch/test.sh [pytest arguments]
 
-EXTRAS=dev source "$(dirname "$0")/setup.sh"
+EXTRAS=${EXTRAS:-dev} source "$(dirname "$0")/setup.sh"
 python -m pytest -n "${TEST_WORKERS:-auto}" "$@"

@@ -4,6 +4,9 @@ import os
 import pathlib
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# Compiling for TPUs, which are not there, in several workers at once.
+os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
 # Devices that wait in a collective each hold a thread of XLA's pool.
 os.environ.setdefault('PJRT_NPROC', '16')
 

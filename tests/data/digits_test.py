@@ -36,7 +36,7 @@ def test_augmentation_moves_a_little():
   assert moved['image'].dtype == np.float32
   change = np.abs(moved['image'] - plain['image']).mean(axis=(1, 2, 3))
   other = np.abs(moved['image'][1:] - plain['image'][:-1]).mean(axis=(1, 2, 3))
-  assert (change > 0).all() and change.mean() < 0.4 * other.mean()
+  assert (change > 0).all() and (change[1:] < other).mean() > 0.9
   valid, again = (
     next(iter(data.load(c, batch_size=8).valid))
     for c in (config, DataConfig(name='digits'))

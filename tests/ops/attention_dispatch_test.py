@@ -4,9 +4,8 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from efficient_attn.ops import attention as attention_lib
 from efficient_attn.ops import masks
-from efficient_attn.ops.attention import attention, explain
+from efficient_attn.ops.attention import IMPLEMENTATIONS, attention, explain
 from tests.ops.attention_cases import make_arrays
 
 
@@ -36,7 +35,7 @@ def test_the_public_op():
   how = {'mask': masks.Causal(), 'bias': bias.astype(jnp.float32)}
   out, lse = attention(q, k, v, **how, return_lse=True)
   assert lse.shape == (2, 9, 4) and lse.dtype == jnp.float32
-  for name in attention_lib.IMPLEMENTATIONS:
+  for name in IMPLEMENTATIONS:
     found = attention(q, k, v, **how, implementation=name)
     np.testing.assert_allclose(found, out, atol=1e-6)
   # The peer this package is compared with.
@@ -69,7 +68,7 @@ def test_a_sequence_falls_back_and_a_name_fails_fast(monkeypatch):
   def cannot(*args, **kwargs):
     raise NotImplementedError('no such device; use reference')
 
-  monkeypatch.setitem(attention_lib.IMPLEMENTATIONS, 'kernel', cannot)
+  monkeypatch.setitem(IMPLEMENTATIONS, 'kernel', cannot)
   with pytest.raises(NotImplementedError, match='kernel: no such device'):
     attention(q, k, v, implementation='kernel')
   fallback = ('kernel', 'reference')

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from efficient_attn.ops import attention as attention_lib
 from efficient_attn.ops import masks, scores
+from efficient_attn.ops.attention import IMPLEMENTATIONS as PUBLIC
 from efficient_attn.ops.attention_blockwise import (
   attention_blockwise,
 )
@@ -26,7 +26,7 @@ BLOCK = 4
 blockwise = functools.partial(attention_blockwise, block_q=BLOCK, block_k=3)
 # Blocks so small that every case has many tiles.
 IMPLEMENTATIONS = {'reference': attention_reference, 'blockwise': blockwise}
-assert set(IMPLEMENTATIONS) == set(attention_lib.IMPLEMENTATIONS)
+assert set(IMPLEMENTATIONS) == set(PUBLIC)
 
 each_implementation = pytest.mark.parametrize('name', list(IMPLEMENTATIONS))
 
