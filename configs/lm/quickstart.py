@@ -14,9 +14,9 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   """Three layers: two of gated linear attention, one of softmax attention."""
   del arg
   config = ml_collections.ConfigDict()
-  config.steps = 800
+  config.steps = 1000
   config.batch_size = 8
-  config.checkpoint_every = 200
+  config.checkpoint_every = 250
   config.model = dict(
     name='lm',
     d_model=96,

@@ -1,10 +1,10 @@
 """Validation: the mean over every example, whatever the batches."""
 
+import collections
 import itertools
 from collections.abc import Callable, Iterable
 
 import jax
-import jax.numpy as jnp
 
 from efficient_attn.train.loss import means
 
@@ -26,10 +26,12 @@ def evaluate(
     put: lays a batch out on the devices.
     limit: 0 for all.
   """
-  totals = None
+  totals = collections.Counter()
+  running = None
   for batch in itertools.islice(batches, limit or None):
-    sums = eval_step(params, put(batch))
-    totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
-  if totals is None:
-    return {}
-  return {name: float(value) for name, value in means(totals).items()}
+    # Reading the batch before keeps few computations waiting: XLA's CPU client
+    # can deadlock on collectives when more than 32 of them queue.
+    before, running = running, eval_step(params, put(batch))
+    totals.update(jax.device_get(before or {}))
+  totals.update(jax.device_get(running or {}))
+  return {name: float(x) for name, x in means(totals).items()} if totals else {}

@@ -4,7 +4,8 @@ A loss returns sums, not means, so that micro-batches, devices and evaluation
 batches of unequal weight all add up to exactly the mean over the whole.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -100,11 +101,11 @@ def _sums(objective, nll, logits, labels, weights):
 LOSSES = {'lm': next_token, 'vit': classification}
 
 
-def means(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def means(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
   """Turns the sums of a loss into what is reported."""
   weight = jnp.maximum(sums['weight'], 1)
   found = dict(loss=sums['loss'] / weight, accuracy=sums['correct'] / weight)
   if 'bytes' in sums:
-    bits = sums['loss'] / jnp.log(2.0)
-    found['bits_per_byte'] = bits / jnp.maximum(sums['bytes'], 1)
+    nats_per_byte = sums['loss'] / jnp.maximum(sums['bytes'], 1)
+    found['bits_per_byte'] = nats_per_byte / math.log(2)
   return found

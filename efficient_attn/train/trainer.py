@@ -81,6 +81,7 @@ def run(
     state = checkpoints.restore(abstract, batches)
     if state is None:
       state = architecture.init(config, optimizer, mesh)
+    jax.block_until_ready(state)
     first = int(state.step)
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
