@@ -1,4 +1,4 @@
-"""Trains a model from a config file; run again, it continues.
+r"""Trains a model from a config file; run again, it continues.
 
 python launch/train.py --config=configs/lm/quickstart.py --workdir=runs/a \
     --config.model.pattern=attention --config.steps=500
