@@ -1,7 +1,6 @@
 """What the mixers with a recurrent state share: running the op, its output."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn import sharding
@@ -58,8 +57,3 @@ class GatedOutput(nnx.Module):
   def __call__(self, o: jax.Array, x: jax.Array) -> jax.Array:
     """Maps heads o [B, T, N, V] and the mixer's input x to [B, T, D]."""
     return self.out(self.norm(o) * jax.nn.silu(self.gate(x)))
-
-
-def next_positions(cache, length: int) -> jax.Array:
-  """Positions of `length` new tokens after what the cache has seen."""
-  return (0 if cache is None else cache['length']) + jnp.arange(length)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.config import LMConfig
+from efficient_attn.layers.cache import next_positions
 from efficient_attn.layers.dropout import dropout
 from efficient_attn.layers.embed import POSITIONS, Embed
 from efficient_attn.layers.norm import NORMS
@@ -49,12 +50,11 @@ class LM(nnx.Module):
     Returns:
       float32 logits [B, T, vocab] and the next cache (None without one).
     """
-    length = 0 if cache is None else cache['length']
     x = self.embed(tokens, self.dtype)
     if self.position is not None:
       rows = positions
       if rows is None:
-        rows = length + jnp.arange(tokens.shape[1])
+        rows = next_positions(cache, tokens.shape[1])
       x = self.position(x, rows)
     keys = (None, None) if key is None else jax.random.split(key)
     x = dropout(x, self.dropout, keys[0])
@@ -68,7 +68,7 @@ class LM(nnx.Module):
     if self.norm is not None:
       x = self.norm(x)
     if cache is not None:
-      cache = dict(layers=layers, length=length + tokens.shape[1])
+      cache = dict(layers=layers, length=cache['length'] + tokens.shape[1])
     return (self.unembed or self.embed).logits(x), cache
 
   def init_cache(self, batch: int, max_len: int):

@@ -12,6 +12,7 @@ from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError, choose
+from efficient_attn.layers.cache import append, next_positions
 from efficient_attn.layers.norm import RMSNorm
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.qkv import QKV
@@ -74,10 +75,7 @@ class Attention(nnx.Module):
     query, key, value = self.project(x, positions, cache)
     mask, offset = None, 0
     if cache is not None:
-      if not self.causal or segment_ids is not None:
-        raise NotImplementedError(
-          'a cache needs causal attention and unpacked sequences'
-        )
+      self.check_cacheable(segment_ids)
       offset = cache['length']
       key = append(cache['key'], key, offset)
       value = append(cache['value'], value, offset)
@@ -86,6 +84,13 @@ class Attention(nnx.Module):
       mask = masks.Causal(offset)
     return self.attend(query, key, value, mask, segment_ids, offset), cache
 
+  def check_cacheable(self, segment_ids) -> None:
+    """Raises where past keys and values cannot be continued."""
+    if not self.causal or segment_ids is not None:
+      raise NotImplementedError(
+        'a cache needs causal attention and unpacked sequences'
+      )
+
   def project(self, x, positions, cache):
     """Returns query, key and value of the new tokens, rotated."""
     (query, key, value), _ = self.qkv(x)
@@ -93,8 +98,7 @@ class Attention(nnx.Module):
       query, key = self.query_norm(query), self.key_norm(key)
     if POSITIONS[self.position]:
       if positions is None:
-        start = 0 if cache is None else cache['length']
-        positions = start + jnp.arange(x.shape[1])
+        positions = next_positions(cache, x.shape[1])
       query = rotary(query, positions, base=self.rotary_base)
       key = rotary(key, positions, base=self.rotary_base)
     return query, key, value
@@ -121,13 +125,6 @@ class Attention(nnx.Module):
     """Returns room for `max_len` keys and values; writing past it is wrong."""
     empty = jnp.zeros((batch, max_len, *self.kv_heads), dtype)
     return dict(key=empty, value=empty, length=jnp.zeros((), jnp.int32))
-
-
-def append(buffer: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-  """Writes `new` [B, T, ...] into `buffer` [B, M, ...] at position `start`."""
-  return jax.lax.dynamic_update_slice_in_dim(
-    buffer, new.astype(buffer.dtype), start, axis=1
-  )
 
 
 def mask_layout(leaf: jax.Array) -> str:

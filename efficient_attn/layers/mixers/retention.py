@@ -9,12 +9,9 @@ The output is normalised per head and gated by silu(W_g x).
 import jax.numpy as jnp
 from flax import nnx
 
+from efficient_attn.layers.cache import next_positions
 from efficient_attn.layers.qkv import QKV
-from efficient_attn.layers.recurrence import (
-  GatedOutput,
-  next_positions,
-  run_linear,
-)
+from efficient_attn.layers.recurrence import GatedOutput, run_linear
 from efficient_attn.ops.positions import rotary
 
 

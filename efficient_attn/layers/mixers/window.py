@@ -32,10 +32,7 @@ class Window(Attention):
       left = right = self.window // 2
     mask, offset = masks.Window(left, right), 0
     if cache is not None:
-      if not self.causal or segment_ids is not None:
-        raise NotImplementedError(
-          'a cache needs causal attention and unpacked sequences'
-        )
+      self.check_cacheable(segment_ids)
       # Key 0 of the joined keys stands `left` tokens before query 0.
       offset = left
       key = jnp.concatenate([cache['key'], key.astype(cache['key'].dtype)], 1)

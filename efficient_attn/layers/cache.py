@@ -1,0 +1,19 @@
+"""What mixers and models do with a cache of what came before."""
+
+import jax
+import jax.numpy as jnp
+
+
+def next_positions(cache, length: int) -> jax.Array:
+  """Returns the positions of `length` new tokens after what `cache` has seen.
+
+  Without a cache they count from 0; with one, from its entry 'length'.
+  """
+  return (0 if cache is None else cache['length']) + jnp.arange(length)
+
+
+def append(buffer: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+  """Writes `new` [B, T, ...] into `buffer` [B, M, ...] at position `start`."""
+  return jax.lax.dynamic_update_slice_in_dim(
+    buffer, new.astype(buffer.dtype), start, axis=1
+  )
