@@ -109,8 +109,9 @@ def local_op(op: Callable, inputs: tuple, outputs) -> Callable:
     op: a function of positional arrays (or pytrees of them, or None).
     inputs: the layout of each argument as letters, 'BTNH', where B is sharded
       as the batch and N (or K) as heads; for a pytree such as a mask a function
-      from an array leaf to its letters.
-    outputs: the same for the results, as a pytree prefix.
+      from an array leaf to its letters, or a dict of letters.
+    outputs: the same for the results, as a pytree prefix; or a function from
+      the shapes of the results to it.
 
   Returns:
     A function of the same arguments: `op` itself without a mesh, else one
@@ -121,6 +122,9 @@ def local_op(op: Callable, inputs: tuple, outputs) -> Callable:
     return activation_spec(tuple(map(LETTERS.get, letters)))
 
   def lay_out(letters, arg):
+    if isinstance(letters, dict):
+      return {name: lay_out(letters[name], arg[name]) for name in arg}
+
     def leaf(x):
       chosen = letters(x) if callable(letters) else letters
       return jax.sharding.reshard(x, spec(chosen))
@@ -131,8 +135,15 @@ def local_op(op: Callable, inputs: tuple, outputs) -> Callable:
   def wrapped(*args):
     if jax.sharding.get_abstract_mesh().empty:
       return op(*args)
+    results = outputs
+    if callable(outputs):
+      shapes = [
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arg)
+        for arg in args
+      ]
+      results = outputs(*jax.eval_shape(op, *shapes))
     args = [lay_out(i, a) for i, a in zip(inputs, args, strict=True)]
-    out_specs = jax.tree.map(spec, outputs)
+    out_specs = jax.tree.map(spec, results)
     return jax.shard_map(op, out_specs=out_specs, check_vma=False)(*args)
 
   return wrapped

@@ -1,48 +1,62 @@
 """What the mixers with a recurrent state share: running the op, its output."""
 
+from collections.abc import Callable, Mapping
+
 import jax
 from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.layers.norm import RMSNorm
 from efficient_attn.layers.param import Projection
-from efficient_attn.ops.linear_attention import linear_attention
+
+# The layout of an argument by its rank: a decay per head, a bonus, a scalar
+# and a vector per token and head.
+ARGUMENTS = ('', 'N', 'NH', 'BTN', 'BTNH')
+STATES = ('', 'B', 'BN', 'BNH', 'BNHV')
 
 
-def run_linear(q, k, v, *, log_decay=None, segment_ids=None, state=None, **kw):
-  """Runs `ops.linear_attention` on the shards: [B,T,K,H] -> [B,T,N,V], state.
+def run_op(
+  op: Callable,
+  arrays: Mapping[str, jax.Array | None],
+  *,
+  segment_ids: jax.Array | None = None,
+  state=None,
+  layouts: Mapping[str, str] | None = None,
+  **options,
+):
+  """Runs an op of the linear family on the shards of its arguments.
 
-  One new token is decoded by the recurrence itself.
+  Args:
+    op: called as op(**arrays, segment_ids=, initial_state=, **options); its
+      heads are independent of each other.
+    arrays: arguments of the op by name, laid out by their rank (ARGUMENTS).
+    segment_ids: [B, T] or None.
+    state: pytree whose leaves are laid out by their rank (STATES), or None.
+    layouts: the layout of the arrays that rank does not tell, by name.
+    **options: whatever else the op takes.
+
+  Returns:
+    out: [B, T, N, V].
+    state: as the op returns it.
   """
-  if state is not None and q.shape[1] == 1:
-    kw['form'] = 'recurrent'
 
-  def op(q, k, v, log_decay, segment_ids, state):
-    return linear_attention(
-      q,
-      k,
-      v,
-      log_decay=log_decay,
-      segment_ids=segment_ids,
-      initial_state=state,
-      **kw,
-    )
+  def call(arrays, segment_ids, state):
+    return op(**arrays, segment_ids=segment_ids, initial_state=state, **options)
 
-  def by_rank(leaf):
-    return ('', 'N', 'BT', 'BTN', 'BTNH')[leaf.ndim]
+  special = layouts or {}
+  inputs = {
+    name: special.get(name, ARGUMENTS[array.ndim])
+    for name, array in arrays.items()
+    if array is not None
+  }
+  arrays = {name: arrays[name] for name in inputs}
 
-  def state_layout(leaf):
-    return ('', '', '', 'BNH', 'BNHV')[leaf.ndim]
+  def lay_out(out, state):
+    return 'BTNV', jax.tree.map(lambda s: STATES[s.ndim], state)
 
-  if kw.get('normalize'):
-    states = ('BNHV', 'BNH')
-  else:
-    states = 'BNHV'
-  outputs = ('BTNV', None if kw.get('bidirectional') else states)
-  layouts = ('BTKH', 'BTKH', 'BTNV', by_rank, by_rank, state_layout)
-  return sharding.local_op(op, layouts, outputs)(
-    q, k, v, log_decay, segment_ids, state
-  )
+  return sharding.local_op(
+    call, (inputs, 'BT', lambda leaf: STATES[leaf.ndim]), lay_out
+  )(arrays, segment_ids, state)
 
 
 class GatedOutput(nnx.Module):

@@ -24,6 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from efficient_attn.ops import shapes
+
 
 def log_decay_floor(dtype: jnp.dtype) -> float:
   """The log decay below which exp is exactly zero in `dtype`."""
@@ -48,22 +50,19 @@ def expand_log_decay(
   """
   if log_decay is None:
     return None
-  shapes = {
+  kinds = {
     1: ('[N]', (heads,)),
     3: ('[B, T, N]', (batch, length, heads)),
     4: ('[B, T, N, H]', (batch, length, heads, channels)),
   }
-  name, shape = shapes.get(log_decay.ndim, (None, None))
+  name, shape = kinds.get(log_decay.ndim, (None, None))
   if log_decay.shape != shape:
-    wanted = ', '.join(f'{n} = {s}' for n, s in shapes.values())
+    wanted = ', '.join(f'{n} = {s}' for n, s in kinds.values())
     raise ValueError(
       f'log_decay has shape {log_decay.shape}, which is no kind of gate: '
       f'pass one of {wanted}, with N the heads of v.'
     )
-  if not jnp.issubdtype(log_decay.dtype, jnp.floating):
-    raise ValueError(
-      f'log_decay has dtype {log_decay.dtype}: pass a floating dtype.'
-    )
+  shapes.check_log_decay(log_decay)
   gate = jnp.maximum(log_decay.astype(dtype), log_decay_floor(dtype))
   if name == '[N]':
     gate = jnp.broadcast_to(gate, (1, length, heads))
@@ -173,6 +172,11 @@ def decayed_scores(
       )
       scores = _merge(scores, square)
   return scores[..., 0, :, :], before[..., 0, :, :], after[..., 0, :, :]
+
+
+def total(gate: Array, after: Array) -> Array:
+  """The gates of a whole chunk: the first one and all after it."""
+  return gate[..., 0, :] + after[..., 0, :]
 
 
 def _blocks(x: Array, size: int) -> Array:

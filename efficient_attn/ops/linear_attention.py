@@ -13,17 +13,14 @@ Time is O(T C (H + V) + T H V) per head for chunks of C, the state O(H V).
 `form='recurrent'` is the definition; all forms give the same numbers.
 """
 
+import functools
 from typing import TypeAlias
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from efficient_attn.ops import chunks, gates
-from efficient_attn.ops.linear_chunkwise import chunkwise, parallel
-from efficient_attn.ops.linear_recurrent import recurrent
+from efficient_attn.ops import chunks, forms, gates, linear_state, shapes
 
-FORMS = ('chunkwise', 'recurrent', 'parallel')
 READS = ('inclusive', 'exclusive')
 
 LogDecay: TypeAlias = (
@@ -46,7 +43,7 @@ def linear_attention(
   segment_ids: Int[Array, 'B T'] | None = None,
   read: str = 'inclusive',
   bidirectional: bool = False,
-  form: str = 'chunkwise',
+  form: str | None = None,
   chunk_size: int = 64,
   implementation: str | None = None,
 ) -> tuple[Float[Array, 'B T N V'], Memory | NormalizedMemory | None]:
@@ -75,7 +72,8 @@ def linear_attention(
       of [i, j) for j > i, in an exclusive read by those strictly between.
       Normalisation divides the sum of both directions.
     form: 'chunkwise' (O(T), matrix products), 'recurrent' (token by token,
-      for decoding and as the definition) or 'parallel' (T x T scores).
+      for decoding and as the definition) or 'parallel' (T x T scores). None
+      takes what is fastest here, see `forms.choose`.
     chunk_size: tokens per chunk, a power of two.
     implementation: None or 'xla'.
 
@@ -86,15 +84,11 @@ def linear_attention(
       when `bidirectional`.
   """
   _check(q, k, v, bonus, initial_state, segment_ids, normalize)
-  _check_options(read, bidirectional, bonus, initial_state, form)
-  if implementation not in (None, 'xla'):
-    raise NotImplementedError(
-      f'linear_attention has no implementation {implementation!r}: '
-      "pass None or 'xla'."
-    )
+  _check_options(read, bidirectional, bonus, initial_state)
+  forms.check(form, implementation, 'linear_attention')
   batch, length, kv_heads, channels = k.shape
   heads = v.shape[2]
-  dtype = _accumulator(q, k, v, log_decay, initial_state)
+  dtype = shapes.accumulator(q, k, v, log_decay, initial_state)
   gate = gates.expand_log_decay(
     log_decay,
     batch=batch,
@@ -112,19 +106,25 @@ def linear_attention(
       state = jnp.concatenate([memory, z[..., None].astype(memory.dtype)], -1)
   if state is None:
     state = jnp.zeros((batch, heads, channels, values.shape[-1]), dtype)
-  state = _group(state.astype(dtype), kv_heads, axis=1)
-  values = _group(values, kv_heads, axis=2)
+  state = shapes.group(state.astype(dtype), kv_heads, axis=1)
+  values = shapes.group(values, kv_heads, axis=2)
   if gate is not None:
-    gate = _group(gate, kv_heads, axis=2)
+    gate = shapes.group(gate, kv_heads, axis=2)
 
-  run = _runner(form, chunk_size, inclusive=read == 'inclusive')
-  out, state = run(q, k, values, gate, segment_ids, state)
+  inclusive = read == 'inclusive'
+  run = functools.partial(
+    forms.run,
+    functools.partial(linear_state.step, inclusive=inclusive),
+    functools.partial(linear_state.chunk, inclusive=inclusive),
+    form=form,
+    chunk_size=chunk_size,
+  )
+  tokens = q, k, values, gate
+  out, state = run(tokens, state, segment_ids=segment_ids)
   own = _own_token(q, k, values, bonus, read, dtype)
   if bidirectional:
-    flipped = jax.tree.map(
-      lambda x: jnp.flip(x, 1), (q, k, values, gate, segment_ids)
-    )
-    backward, _ = run(*flipped, jnp.zeros_like(state))
+    tokens, segment_ids = forms.reversed_tokens((tokens, segment_ids))
+    backward, _ = run(tokens, jnp.zeros_like(state), segment_ids=segment_ids)
     out = out + jnp.flip(backward, 1)
     if read == 'inclusive':
       out = out - own
@@ -186,34 +186,6 @@ def affine_summary(
   return m, u
 
 
-def _runner(form, chunk_size, *, inclusive):
-  """The form as a function (q, k, v, gate, segment_ids, state)."""
-
-  def run(q, k, v, gate, segment_ids, state):
-    if form == 'recurrent':
-      starts = None
-      if segment_ids is not None:
-        starts = chunks.segment_starts(segment_ids)
-      return recurrent(q, k, v, gate, starts, state, inclusive=inclusive)
-    counts = None
-    if segment_ids is not None:
-      counts = chunks.segment_counts(segment_ids)
-    if form == 'parallel':
-      return parallel(q, k, v, gate, counts, state, inclusive=inclusive)
-    return chunkwise(
-      q,
-      k,
-      v,
-      gate,
-      counts,
-      state,
-      inclusive=inclusive,
-      chunk_size=chunk_size,
-    )
-
-  return run
-
-
 def _own_token(q, k, v, bonus, read, dtype):
   """What a token reads of itself: (q . k) v, or (q . (bonus * k)) v."""
   if bonus is None and read == 'exclusive':
@@ -222,49 +194,16 @@ def _own_token(q, k, v, bonus, read, dtype):
   if bonus is None:
     weight = jnp.sum(q * k, -1)[..., None]
   else:
-    bonus = _group(bonus.astype(dtype), q.shape[2], axis=0)
+    bonus = shapes.group(bonus.astype(dtype), q.shape[2], axis=0)
     weight = jnp.einsum('btkh,kgh->btkg', q * k, bonus)
   return weight[..., None] * v
 
 
-def _group(x: Array, kv_heads: int, *, axis: int) -> Array:
-  """Splits the axis of N heads into [K, N // K]."""
-  return x.reshape(*x.shape[:axis], kv_heads, -1, *x.shape[axis + 1 :])
-
-
-def _accumulator(*arrays) -> jnp.dtype:
-  leaves = [x.dtype for x in jax.tree.leaves(arrays)]
-  return jnp.promote_types(jnp.result_type(*leaves), jnp.float32)
-
-
 def _check(q, k, v, bonus, initial_state, segment_ids, normalize):
   """The shapes and dtypes of the arrays, with the axis that is wrong."""
-  for name, x in (('q', q), ('k', k), ('v', v)):
-    if x.ndim != 4:
-      raise ValueError(
-        f'{name} has shape {x.shape}: pass [batch, length, heads, channels].'
-      )
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-      raise ValueError(f'{name} has dtype {x.dtype}: pass a floating dtype.')
-  if q.shape != k.shape:
-    raise ValueError(
-      f'q has shape {q.shape} and k {k.shape}: they must be equal, only v may '
-      'have more heads.'
-    )
-  batch, length, kv_heads, channels = k.shape
-  if v.shape[:2] != (batch, length):
-    raise ValueError(
-      f'v has batch and length {v.shape[:2]}, k has {(batch, length)}: pass '
-      'equal ones.'
-    )
-  if length == 0:
-    raise ValueError('the length axis of q, k, v is empty: pass T >= 1.')
+  shapes.check_qkv(q, k, v)
+  batch, length, _, channels = k.shape
   heads = v.shape[2]
-  if heads % kv_heads:
-    raise ValueError(
-      f'v has {heads} heads, not a multiple of the {kv_heads} heads of k: '
-      'repeat or regroup the heads.'
-    )
   wanted = {
     'bonus': (bonus, (heads, channels)),
     'segment_ids': (segment_ids, (batch, length)),
@@ -284,14 +223,10 @@ def _check(q, k, v, bonus, initial_state, segment_ids, normalize):
         'initial_state is a tuple, but normalize=False: pass the array S.'
       )
     wanted['initial_state'] = (initial_state, memory)
-  for name, (x, shape) in wanted.items():
-    if x is not None and x.shape != shape:
-      raise ValueError(f'{name} has shape {x.shape}: pass {shape}.')
+  shapes.check_shapes(wanted)
 
 
-def _check_options(read, bidirectional, bonus, initial_state, form):
-  if form not in FORMS:
-    raise ValueError(f'form = {form!r}: pass one of {FORMS}.')
+def _check_options(read, bidirectional, bonus, initial_state):
   if read not in READS:
     raise ValueError(f'read = {read!r}: pass one of {READS}.')
   if bonus is not None and read != 'exclusive':

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from efficient_attn.ops import gates
-from efficient_attn.ops.linear_attention import FORMS, linear_attention
+from efficient_attn.ops.forms import FORMS
+from efficient_attn.ops.linear_attention import linear_attention
 from tests.ops.linear_attention_cases import (
   CHANNELS,
   CHUNK,

@@ -10,117 +10,25 @@ start, or from what the cache has seen); segment_ids [B, T] int32 keep packed
 sequences apart. Without a cache the call sees whole sequences; with one the
 same call continues where the cache ends, by one token or by many.
 
-Adding a method is one file here and one row in `MIXERS`.
+Adding a method is one file in the folder of its family and one row in the
+table there.
 """
 
-import dataclasses
 import inspect
-from collections.abc import Callable
 
 from flax import nnx
 
 from efficient_attn.config import ConfigError, choose, nearest
-from efficient_attn.layers.mixers.attention import Attention
-from efficient_attn.layers.mixers.gla import GLA
-from efficient_attn.layers.mixers.linear import Linear
-from efficient_attn.layers.mixers.retention import Retention
-from efficient_attn.layers.mixers.window import Window
+from efficient_attn.layers.mixers.gated import GATED
+from efficient_attn.layers.mixers.selective import SELECTIVE
+from efficient_attn.layers.mixers.softmax import SOFTMAX
+from efficient_attn.layers.mixers.spec import MixerSpec
+from efficient_attn.layers.mixers.test_time import TEST_TIME
+from efficient_attn.layers.mixers.ungated import UNGATED
 
+__all__ = ['MIXERS', 'MixerSpec', 'build_mixer', 'mixer_options']
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MixerSpec:
-  """One row of the method table; every field is shown, tested or both.
-
-  Attributes:
-    build: the module class.
-    family: hardware-efficient | compact | sparse | low-rank | linear |
-      test-time.
-    title: the method's name in its paper.
-    year: of the paper.
-    reference: arXiv number or venue.
-    gate: none | constant | scalar | channel: what decays the past.
-    bidirectional: whether it can also be an encoder's mixer.
-    time: exponent of T in the cost of a training pass.
-    state: exponent of T in the size of the decode state.
-    forms: the executions that exist and agree.
-  """
-
-  build: Callable[..., nnx.Module]
-  family: str
-  title: str
-  year: int
-  reference: str
-  gate: str
-  bidirectional: bool
-  time: float
-  state: float
-  forms: tuple[str, ...]
-
-
-LINEAR_FORMS = ('recurrent', 'parallel', 'chunkwise')
-
-MIXERS = {
-  'attention': MixerSpec(
-    build=Attention,
-    family='hardware-efficient',
-    title='Softmax attention (MHA, GQA, MQA)',
-    year=2017,
-    reference='1706.03762',
-    gate='none',
-    bidirectional=True,
-    time=2,
-    state=1,
-    forms=('reference', 'blockwise'),
-  ),
-  'window': MixerSpec(
-    build=Window,
-    family='sparse',
-    title='Sliding-window attention',
-    year=2020,
-    reference='2004.05150',
-    gate='none',
-    bidirectional=True,
-    time=1,
-    state=0,
-    forms=('reference', 'blockwise'),
-  ),
-  'linear': MixerSpec(
-    build=Linear,
-    family='linear',
-    title='Linear Transformer',
-    year=2020,
-    reference='2006.16236',
-    gate='none',
-    bidirectional=True,
-    time=1,
-    state=0,
-    forms=LINEAR_FORMS,
-  ),
-  'retention': MixerSpec(
-    build=Retention,
-    family='linear',
-    title='RetNet',
-    year=2023,
-    reference='2307.08621',
-    gate='constant',
-    bidirectional=True,
-    time=1,
-    state=0,
-    forms=LINEAR_FORMS,
-  ),
-  'gla': MixerSpec(
-    build=GLA,
-    family='linear',
-    title='Gated Linear Attention',
-    year=2023,
-    reference='2312.06635',
-    gate='channel',
-    bidirectional=True,
-    time=1,
-    state=0,
-    forms=LINEAR_FORMS,
-  ),
-}
+MIXERS = SOFTMAX | UNGATED | GATED | SELECTIVE | TEST_TIME
 
 
 def build_mixer(

@@ -14,7 +14,8 @@ from flax import nnx
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.qkv import QKV
-from efficient_attn.layers.recurrence import GatedOutput, run_linear
+from efficient_attn.layers.recurrence import GatedOutput, run_op
+from efficient_attn.ops.linear_attention import linear_attention
 
 
 class GLA(nnx.Module):
@@ -63,9 +64,11 @@ class GLA(nnx.Module):
       x, segment_ids=segment_ids, tails=cache and cache['conv']
     )
     gate = self.gate_up(self.gate_down(x)).astype(jnp.float32)
-    o, state = run_linear(
-      *qkv,
-      log_decay=jax.nn.log_sigmoid(gate) / self.gate_temperature,
+    q, k, v = qkv
+    log_decay = jax.nn.log_sigmoid(gate) / self.gate_temperature
+    o, state = run_op(
+      linear_attention,
+      dict(q=q, k=k, v=v, log_decay=log_decay),
       segment_ids=segment_ids,
       state=cache and cache['state'],
       **self.options,

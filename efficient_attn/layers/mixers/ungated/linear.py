@@ -10,8 +10,9 @@ from flax import nnx
 from efficient_attn.config import choose
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.qkv import QKV
-from efficient_attn.layers.recurrence import run_linear
+from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.feature_maps import FEATURE_MAPS
+from efficient_attn.ops.linear_attention import linear_attention
 
 
 class Linear(nnx.Module):
@@ -41,10 +42,9 @@ class Linear(nnx.Module):
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
     """Mixes tokens; see `layers.mixers` for the contract."""
     (q, k, v), _ = self.qkv(x)
-    o, state = run_linear(
-      self.feature_map(q),
-      self.feature_map(k),
-      v,
+    o, state = run_op(
+      linear_attention,
+      dict(q=self.feature_map(q), k=self.feature_map(k), v=v),
       segment_ids=segment_ids,
       state=cache and cache['state'],
       **self.options,

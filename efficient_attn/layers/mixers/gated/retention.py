@@ -11,7 +11,8 @@ from flax import nnx
 
 from efficient_attn.layers.cache import next_positions
 from efficient_attn.layers.qkv import QKV
-from efficient_attn.layers.recurrence import GatedOutput, run_linear
+from efficient_attn.layers.recurrence import GatedOutput, run_op
+from efficient_attn.ops.linear_attention import linear_attention
 from efficient_attn.ops.positions import rotary
 
 
@@ -48,11 +49,14 @@ class Retention(nnx.Module):
     if positions is None:
       positions = next_positions(cache, length)
     (q, k, v), _ = self.qkv(x)
-    o, state = run_linear(
-      rotary(q, positions),
-      rotary(k, positions),
-      v,
-      log_decay=log_gammas(self.state_shape[0]),
+    o, state = run_op(
+      linear_attention,
+      dict(
+        q=rotary(q, positions),
+        k=rotary(k, positions),
+        v=v,
+        log_decay=log_gammas(self.state_shape[0]),
+      ),
       segment_ids=segment_ids,
       state=cache and cache['state'],
       **self.options,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from efficient_attn.config import ConfigError
-from efficient_attn.layers.mixers.attention import Attention
+from efficient_attn.layers.mixers.softmax.attention import Attention
 from efficient_attn.ops import masks
 
 

@@ -1,0 +1,3 @@
+"""Recurrences that forget and select: delta rules and state spaces."""
+
+SELECTIVE = {}

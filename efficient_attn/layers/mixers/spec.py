@@ -1,0 +1,40 @@
+"""What one row of the method table says."""
+
+import dataclasses
+from collections.abc import Callable
+
+from flax import nnx
+
+# The executions of the ops with a matrix state.
+LINEAR_FORMS = ('recurrent', 'parallel', 'chunkwise')
+
+
+@dataclasses.dataclass(frozen=True)
+class MixerSpec:
+  """One row of the method table; every field is shown, tested or both.
+
+  Attributes:
+    build: the module class.
+    title: the method's name in its paper.
+    year: of the paper.
+    reference: arXiv number or venue.
+    family: hardware-efficient | compact | sparse | low-rank | linear |
+      test-time.
+    gate: none | constant | scalar | channel: what decays the past.
+    forms: the executions that exist and agree.
+    bidirectional: whether it can also be an encoder's mixer.
+    time: exponent of T in the cost of a training pass.
+    state: exponent of T in the size of the decode state, or 'log'.
+  """
+
+  build: Callable[..., nnx.Module]
+  title: str
+  year: int
+  reference: str
+  _: dataclasses.KW_ONLY
+  family: str = 'linear'
+  gate: str = 'none'
+  forms: tuple[str, ...] = LINEAR_FORMS
+  bidirectional: bool = True
+  time: float = 1
+  state: float | str = 0

@@ -1,0 +1,3 @@
+"""Mixers whose state is a model trained at test time."""
+
+TEST_TIME = {}
