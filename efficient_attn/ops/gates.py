@@ -33,7 +33,7 @@ def log_decay_floor(dtype: jnp.dtype) -> float:
 
 
 def expand_log_decay(
-  log_decay: Float[Array, '...'] | None,
+  log_decay: Array | None,
   *,
   batch: int,
   length: int,
@@ -104,7 +104,7 @@ def halves(blocks: Array) -> tuple[Array, Array]:
   return even[..., 0, :, :], odd[..., 0, :, :]
 
 
-def _merge(triangles: Array, square: Array) -> Array:
+def merge(triangles: Array, square: Array) -> Array:
   """Lower triangles [.., 2n, m, m] and squares [.., n, m, m] to [.., n, 2m]."""
   first, second = halves(triangles)
   top = jnp.concatenate([first, jnp.zeros_like(first)], -1)
@@ -127,7 +127,7 @@ def span_sums(
   for before, after in block_sums(gate[..., None], inclusive=inclusive):
     if before.shape[-3] > 1:
       rows, columns = halves(before)[1], halves(after)[0]
-      spans = _merge(spans, rows + jnp.swapaxes(columns, -1, -2))
+      spans = merge(spans, rows + jnp.swapaxes(columns, -1, -2))
   return spans[..., 0, :, :], before[..., 0, :, 0], after[..., 0, :, 0]
 
 
@@ -170,13 +170,68 @@ def decayed_scores(
         columns.astype(operand),
         preferred_element_type=gate.dtype,
       )
-      scores = _merge(scores, square)
+      scores = merge(scores, square)
   return scores[..., 0, :, :], before[..., 0, :, :], after[..., 0, :, :]
 
 
 def total(gate: Array, after: Array) -> Array:
   """The gates of a whole chunk: the first one and all after it."""
   return gate[..., 0, :] + after[..., 0, :]
+
+
+class ChunkDecay:
+  """The decays of one chunk, for any kind of gate.
+
+  Args:
+    gate: [*batch, C, H] per channel, [*batch, C, 1] scalar, or None.
+    operand: dtype of the operands of matrix products.
+    dtype: of everything else.
+  """
+
+  def __init__(self, gate, *, operand: jnp.dtype, dtype: jnp.dtype):
+    self.gate, self.operand, self.dtype = gate, operand, dtype
+
+  def scores(self, q: Array, k: Array, *, inclusive: bool = True) -> Array:
+    """sum_h q_ih k_jh exp(sum of gates over (j, i]), [*batch, C, C].
+
+    Over (j, i) when not inclusive. Above the diagonal (and on it when not
+    inclusive) values have no meaning and must be masked.
+    """
+    if self.gate is not None and self.gate.shape[-1] > 1:
+      return decayed_scores(
+        q, k, self.gate, inclusive=inclusive, operand=self.operand
+      )[0]
+    scores = jnp.einsum(
+      '...ih,...jh->...ij',
+      q.astype(self.operand),
+      k.astype(self.operand),
+      preferred_element_type=self.dtype,
+    )
+    if self.gate is None:
+      return scores
+    return scores * jnp.exp(
+      span_sums(self.gate[..., 0], inclusive=inclusive)[0]
+    )
+
+  def before(self, *, inclusive: bool = True) -> Array:
+    """The decay from the start of the chunk to each token, [*batch, C, H|1]."""
+    return self._sums(inclusive)[0]
+
+  def after(self) -> Array:
+    """The decay past each token to the end of the chunk, [*batch, C, H|1]."""
+    return self._sums(True)[1]
+
+  def total(self) -> Array:
+    """The decay over the chunk as a factor of states, [*batch, H|1, 1]."""
+    if self.gate is None:
+      return jnp.ones((1, 1), self.dtype)
+    return (self.before()[..., -1, :])[..., None]
+
+  def _sums(self, inclusive):
+    if self.gate is None:
+      return (jnp.ones((1, 1), self.dtype),) * 2
+    *_, (before, after) = block_sums(self.gate, inclusive=inclusive)
+    return jnp.exp(before[..., 0, :, :]), jnp.exp(after[..., 0, :, :])
 
 
 def _blocks(x: Array, size: int) -> Array:

@@ -21,8 +21,6 @@ from jaxtyping import Array, Float, Int
 
 from efficient_attn.ops import chunks, forms, gates, linear_state, shapes
 
-READS = ('inclusive', 'exclusive')
-
 LogDecay: TypeAlias = (
   Float[Array, 'N'] | Float[Array, 'B T N'] | Float[Array, 'B T N H']
 )
@@ -227,8 +225,7 @@ def _check(q, k, v, bonus, initial_state, segment_ids, normalize):
 
 
 def _check_options(read, bidirectional, bonus, initial_state):
-  if read not in READS:
-    raise ValueError(f'read = {read!r}: pass one of {READS}.')
+  shapes.check_read(read)
   if bonus is not None and read != 'exclusive':
     raise ValueError(
       'bonus is the weight of the current token where the read leaves it out: '

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+READS = ('inclusive', 'exclusive')
+
 
 def check_qkv(q: Array, k: Array, v: Array) -> None:
   """Checks queries and keys [B, T, K, H] and values [B, T, N, V].
@@ -45,6 +47,12 @@ def check_shapes(wanted: Mapping[str, tuple[Array | None, tuple]]) -> None:
   for name, (x, shape) in wanted.items():
     if x is not None and x.shape != shape:
       raise ValueError(f'{name} has shape {x.shape}: pass {shape}.')
+
+
+def check_read(read: str) -> None:
+  """Refuses what is neither 'inclusive' nor 'exclusive'."""
+  if read not in READS:
+    raise ValueError(f'read = {read!r}: pass one of {READS}.')
 
 
 def check_floating(name: str, x: Array) -> None:

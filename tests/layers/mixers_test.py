@@ -1,6 +1,7 @@
 """Properties of every row of MIXERS; a new row cannot skip them."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -29,11 +30,29 @@ CASES = [
   ('window', dict(window=1)),
   ('gla', dict(chunk_size=16, conv_width=4)),
 ]
-IDS = [f'{name}-{"-".join(map(str, options))}' for name, options in CASES]
-every_case = pytest.mark.parametrize('name,options', CASES, ids=IDS)
+every_case = pytest.mark.parametrize(
+  'name,options',
+  [
+    pytest.param(
+      name,
+      options,
+      id=f'{name}-{"-".join(map(str, options))}',
+      # One worker runs all tests of a row: they share compiled programs.
+      marks=pytest.mark.xdist_group(name),
+    )
+    for name, options in CASES
+  ],
+)
+# For gradients, whose optimisation would take longer than running them.
+QUICK = {'xla_backend_optimization_level': 0}
 
 
 def make(name, options, causal=True):
+  return _make(name, tuple(options.items()), causal)
+
+
+@functools.cache
+def _make(name, options, causal):
   def build(key):
     mixer = build_mixer(
       name,
@@ -41,7 +60,7 @@ def make(name, options, causal=True):
       num_heads=N,
       causal=causal,
       rngs=nnx.Rngs(key),
-      **options,
+      **dict(options),
     )
     # Biases and gates that start at zero would hide mistakes.
     graphdef, params = nnx.split(mixer)
@@ -88,8 +107,9 @@ def test_bfloat16_in_bfloat16_out(name, options):
   x = inputs()
   y = full(mixer, x.astype(jnp.bfloat16))
   assert y.dtype == jnp.bfloat16
-  error = np.abs(y.astype(np.float32) - full(mixer, x)).max()
-  assert error < 0.05 * np.abs(full(mixer, x)).max()
+  expected = full(mixer, x)
+  error = np.abs(y.astype(np.float32) - expected).max()
+  assert error < 0.05 * np.abs(expected).max()
 
 
 @every_case
@@ -112,19 +132,25 @@ def test_packed_equals_separate(name, options):
   ids = np.repeat(np.arange(1, 5), lengths)[None]
   cuts = np.cumsum((0, *lengths))
   weight = inputs(batch=1, seed=9)
+  # Each segment as a row of its own, with tokens behind it that do not count.
+  longest = max(lengths)
+  index = np.minimum(cuts[:-1, None] + np.arange(longest), T - 1)
+  counts = np.arange(longest) < np.array(lengths)[:, None]
 
-  @jax.jit
+  @functools.partial(jax.jit, compiler_options=QUICK)
+  @functools.partial(jax.value_and_grad, argnums=(0, 1))
   def packed(mixer, x):
     return jnp.sum(full(mixer, x, jnp.asarray(ids)) * weight)
 
-  @jax.jit
+  @functools.partial(jax.jit, compiler_options=QUICK)
+  @functools.partial(jax.value_and_grad, argnums=(0, 1))
   def separate(mixer, x):
-    parts = [full(mixer, x[:, a:b]) for a, b in itertools.pairwise(cuts)]
-    return jnp.sum(jnp.concatenate(parts, axis=1) * weight)
+    y = full(mixer, x[0, index])
+    return jnp.sum(jnp.where(counts[..., None], y * weight[0, index], 0))
 
   # Gradients of the parameters and the inputs cover outputs and states.
-  value, grads = jax.value_and_grad(packed, (0, 1))(mixer, x)
-  expected, expected_grads = jax.value_and_grad(separate, (0, 1))(mixer, x)
+  value, grads = packed(mixer, x)
+  expected, expected_grads = separate(mixer, x)
   np.testing.assert_allclose(value, expected, rtol=1e-4)
   for a, b in zip(
     jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True
@@ -133,12 +159,12 @@ def test_packed_equals_separate(name, options):
 
 
 @every_case
-@pytest.mark.parametrize('cuts', [(T - 1,), (1, 2, 3), (10, 11), (8, 16)])
-def test_cache_continues_the_sequence(name, options, cuts):
+def test_cache_continues_the_sequence(name, options):
   mixer = make(name, options)
   x = inputs()
   cache = mixer.init_cache(B, T, x.dtype)
-  step = jax.jit(lambda m, x, c: m(x, cache=c))
+  step = jax.jit(lambda m, x, c: m(x, cache=c), compiler_options=QUICK)
+  cuts = (5, 6, 17, 22)  # pieces of 5, 1, 11, 5 and 2 tokens
   parts = []
   for a, b in itertools.pairwise((0, *cuts, T)):
     y, cache = step(mixer, x[:, a:b], cache)
@@ -200,8 +226,7 @@ def test_bidirectional_or_refused(name, options):
 
 
 @every_case
-@pytest.mark.parametrize('mesh', ['data=2,fsdp=2,tensor=2', 'data=2,tensor=2'])
-def test_sharded_equals_unsharded(name, options, mesh):
+def test_sharded_equals_unsharded(name, options):
   mixer = make(name, options)
   x = inputs(batch=4)
   weight = inputs(batch=4, seed=11)
@@ -211,9 +236,9 @@ def test_sharded_equals_unsharded(name, options, mesh):
     return jnp.sum(y * weight)
 
   graphdef, params = nnx.split(mixer)
-  expected = jax.jit(jax.value_and_grad(loss))(params, x, weight)
-  size = 8 if 'fsdp' in mesh else 4
-  mesh = sharding.make_mesh(mesh, jax.devices()[:size])
+  grad = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)
+  expected = grad(params, x, weight)
+  mesh = sharding.make_mesh('data=2,fsdp=2,tensor=2', jax.devices()[:8])
   placed = jax.tree.map(
     lambda p: p.replace(
       jax.device_put(
@@ -226,7 +251,7 @@ def test_sharded_equals_unsharded(name, options, mesh):
   with jax.set_mesh(mesh):
     rows = sharding.activation_spec(('batch', None, None))
     x, weight = jax.device_put((x, weight), jax.NamedSharding(mesh, rows))
-    value, grads = jax.jit(jax.value_and_grad(loss))(placed, x, weight)
+    value, grads = grad(placed, x, weight)
   np.testing.assert_allclose(value, expected[0], rtol=1e-5)
   for a, b in zip(
     jax.tree.leaves(grads), jax.tree.leaves(expected[1]), strict=True

@@ -90,8 +90,10 @@ QUICK = {'xla_backend_optimization_level': 0}
 
 
 @functools.partial(jax.jit, static_argnames=STATIC, compiler_options=QUICK)
-def apply(arrays, segment_ids=None, **options):
-  return linear_attention(**arrays, segment_ids=segment_ids, **options)
+def apply(arrays, segment_ids=None, form='chunkwise', **options):
+  return linear_attention(
+    **arrays, segment_ids=segment_ids, form=form, **options
+  )
 
 
 @functools.partial(jax.jit, static_argnames=STATIC, compiler_options=QUICK)

@@ -7,12 +7,12 @@ import pytest
 
 from efficient_attn.ops import gates
 from efficient_attn.ops.forms import FORMS
-from efficient_attn.ops.linear_attention import linear_attention
 from tests.ops.linear_attention_cases import (
   CHANNELS,
   CHUNK,
   GATES,
   LENGTH,
+  apply,
   assert_close,
   cotangents_of,
   make,
@@ -139,7 +139,7 @@ def test_empty_denominators_give_zero_and_finite_gradients(form):
 def test_long_sequence():
   arrays, _ = make('channel', 4000, batch=1, dtype=np.float32)
   arrays['log_decay'] *= 0.01
-  out, state = jax.jit(linear_attention)(**to_jax(arrays))
+  out, state = apply(to_jax(arrays))
   assert_close((out, state), oracle.linear_attention(**arrays), 5e-6)
 
 
@@ -164,9 +164,7 @@ def test_bfloat16_error_is_within_twice_that_of_the_plain_form(gate):
   keys = low['k'][:, None] * weights  # [B, T, S, N, H]
   scores = jnp.einsum('btnh,btsnh->btsn', low['q'], keys)
   plain = jnp.einsum('btsn,bsnv->btnv', scores, low['v']) * CHANNELS**-0.5
-  out, state = jax.jit(linear_attention, static_argnames='chunk_size')(
-    **low, chunk_size=16
-  )
+  out, state = apply(low, chunk_size=16)
   assert out.dtype == jnp.bfloat16 and state.dtype == jnp.float32
   error = np.abs(np.asarray(out, np.float64) - expected).max()
   base = np.abs(np.asarray(plain, np.float64) - expected).max()

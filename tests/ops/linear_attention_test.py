@@ -238,7 +238,9 @@ def test_vmap_equals_a_loop():
   @jax.jit
   @jax.vmap
   def call(arrays, ids):
-    return linear_attention(**arrays, segment_ids=ids, chunk_size=4)
+    return linear_attention(
+      **arrays, segment_ids=ids, form='chunkwise', chunk_size=4
+    )
 
   with jax.enable_x64(True):
     batched = jax.tree.map(split, arrays)
@@ -277,7 +279,7 @@ def test_sharded_over_batch_and_heads_equals_whole():
   )
   spec = jax.P('batch', None, 'heads')
   sharded = jax.shard_map(
-    lambda a: linear_attention(**a, chunk_size=4),
+    lambda a: linear_attention(**a, form='chunkwise', chunk_size=4),
     mesh=mesh,
     in_specs=(spec,),
     out_specs=(spec, jax.P('batch', 'heads')),

@@ -56,7 +56,7 @@ def linear_attention(
         ):
           s, norm = np.zeros_like(s), np.zeros_like(norm)
         query, key, value = q[b, t, head], k[b, t, head], v[b, t, n]
-        alpha = np.exp(_gate(log_decay, b, t, n, channels))
+        alpha = np.exp(gate_at(log_decay, b, t, n, channels))
         s_before, norm_before = s, norm
         s = alpha[:, None] * s + np.outer(key, value)
         norm = alpha * norm + key
@@ -77,7 +77,8 @@ def linear_attention(
   return out, (memory, z) if normalize else memory
 
 
-def _gate(log_decay, b, t, n, channels):
+def gate_at(log_decay, b, t, n, channels):
+  """The log decay of a token and head, one number per channel."""
   if log_decay is None:
     return np.zeros(channels)
   log_decay = np.asarray(log_decay, np.float64)
@@ -122,7 +123,7 @@ def _bidirectional(
               between = range(i, j)
             total = np.zeros(channels)
             for m in between:
-              total = total + _gate(log_decay, b, m, n, channels)
+              total = total + gate_at(log_decay, b, m, n, channels)
             weight = np.exp(total)
           weights[j] = np.sum(q[b, i, head] * k[b, j, head] * weight)
         row = weights @ v[b, :, n]

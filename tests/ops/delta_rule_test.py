@@ -1,0 +1,494 @@
+"""Every form of the delta rule and of dplr against the recurrence."""
+
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efficient_attn.ops import linear_attention
+from efficient_attn.ops.delta_rule import delta_rule
+from efficient_attn.ops.dplr import dplr
+from efficient_attn.ops.triangular import solve_unit_lower
+from tests.ops.linear_attention_cases import QUICK, assert_close, to_jax
+from tests.oracles import delta_rule as oracle
+
+OPS = {'delta': delta_rule, 'erase': delta_rule, 'dplr': dplr}
+ORACLES = {
+  'delta': oracle.delta_rule,
+  'erase': oracle.delta_rule,
+  'dplr': oracle.dplr,
+}
+GATES = ('none', 'constant', 'scalar', 'channel')
+CHUNK = 4
+LENGTH = 3 * CHUNK + 5
+BATCH, HEADS, CHANNELS, VALUES = 2, 4, 3, 5
+CASES = [(op, gate) for op in OPS for gate in GATES]
+STATIC = ('op', 'form', 'chunk_size', 'read', 'bidirectional')
+
+
+def make(op, gate, length=LENGTH, *, kv_heads=2, state=True, seed=0):
+  """Arrays of a call; keys have about unit length."""
+  rng = np.random.default_rng(seed)
+  normal = rng.standard_normal
+  keys = (BATCH, length, kv_heads, CHANNELS)
+  arrays = {
+    'q': normal(keys),
+    'k': normal(keys) / CHANNELS**0.5,
+    'v': normal((BATCH, length, HEADS, VALUES)),
+  }
+  if op == 'dplr':
+    arrays['a'] = normal(keys) / CHANNELS**0.5
+    arrays['b'] = -normal(keys) / CHANNELS**0.5
+  else:
+    arrays['beta'] = rng.uniform(0, 2, (BATCH, length, HEADS))
+  if op == 'erase':
+    arrays['erase'] = rng.uniform(0, 1, (BATCH, length, HEADS, CHANNELS))
+  shape = {
+    'constant': (HEADS,),
+    'scalar': (BATCH, length, HEADS),
+    'channel': (BATCH, length, HEADS, CHANNELS),
+  }.get(gate)
+  if shape:
+    arrays['log_decay'] = -rng.exponential(0.3, shape)
+  if state:
+    arrays['initial_state'] = normal((BATCH, HEADS, CHANNELS, VALUES))
+  return arrays
+
+
+def segments(length=LENGTH, seed=5):
+  """Boundaries everywhere, one-token segments and ids that come back."""
+  rng = np.random.default_rng(seed)
+  return (np.cumsum(rng.random((BATCH, length)) < 0.2, 1) % 3).astype(np.int32)
+
+
+def cotangents(length=LENGTH, seed=6):
+  rng = np.random.default_rng(seed)
+  return (
+    rng.standard_normal((BATCH, length, HEADS, VALUES)),
+    rng.standard_normal((BATCH, HEADS, CHANNELS, VALUES)),
+  )
+
+
+@functools.partial(jax.jit, static_argnames=STATIC, compiler_options=QUICK)
+def apply(arrays, segment_ids=None, *, op, form='chunkwise', **options):
+  return OPS[op](**arrays, segment_ids=segment_ids, form=form, **options)
+
+
+@functools.partial(jax.jit, static_argnames=STATIC, compiler_options=QUICK)
+def vjp(arrays, cotangents, segment_ids=None, *, op, **options):
+  def call(arrays):
+    return OPS[op](**arrays, segment_ids=segment_ids, **options)
+
+  result, pull = jax.vjp(call, arrays)
+  if options.get('bidirectional'):
+    cotangents = cotangents[0], None
+  return *result, pull(cotangents)[0]
+
+
+@functools.cache
+def reference(op, gate, options=()):
+  """Arrays and float64 results of a case: outputs of the numpy loops.
+
+  Gradients are those of the recurrent form, checked against central
+  differences of the numpy loops.
+  """
+  options = dict(options)
+  arrays = make(op, gate, state='bidirectional' not in options)
+  ids = segments()
+  with jax.enable_x64(True):
+    result = vjp(
+      to_jax(arrays), to_jax(cotangents()), ids, op=op, form='recurrent',
+      **options,
+    )  # fmt: skip
+    result = jax.tree.map(np.asarray, result)
+  expected = ORACLES[op](**arrays, segment_ids=ids, **options)
+  assert_close(result[:2], expected, 1e-12)
+  rng = np.random.default_rng(2)
+  direction = jax.tree.map(lambda x: rng.standard_normal(x.shape), arrays)
+
+  def loss(step):
+    moved = jax.tree.map(lambda x, d: x + step * d, arrays, direction)
+    out, state = ORACLES[op](**moved, segment_ids=ids, **options)
+    total = np.vdot(out, cotangents()[0])
+    return total if state is None else total + np.vdot(state, cotangents()[1])
+
+  slope = (loss(1e-5) - loss(-1e-5)) / 2e-5
+  products = jax.tree.leaves(jax.tree.map(np.vdot, result[2], direction))
+  np.testing.assert_allclose(sum(products), slope, rtol=1e-6)
+  return arrays, result
+
+
+@pytest.mark.parametrize('op, gate', CASES)
+def test_chunks_equal_tokens_in_outputs_states_and_gradients(op, gate):
+  arrays, expected = reference(op, gate)
+  with jax.enable_x64(True):
+    actual = vjp(
+      to_jax(arrays),
+      to_jax(cotangents()),
+      segments(),
+      op=op,
+      form='chunkwise',
+      chunk_size=CHUNK,
+    )
+  assert_close(actual, expected, 1e-11)
+
+
+OPTIONS = [
+  ('delta', 'scalar', (('read', 'exclusive'),)),
+  ('dplr', 'channel', (('read', 'exclusive'),)),
+  ('erase', 'channel', (('bidirectional', True),)),
+  ('dplr', 'none', (('bidirectional', True), ('read', 'exclusive'))),
+]
+
+
+@pytest.mark.parametrize('op, gate, options', OPTIONS)
+@pytest.mark.parametrize('form', ['chunkwise', 'parallel'])
+def test_options(op, gate, options, form):
+  arrays, expected = reference(op, gate, options)
+  with jax.enable_x64(True):
+    actual = vjp(
+      to_jax(arrays),
+      to_jax(cotangents()),
+      segments(),
+      op=op,
+      form=form,
+      chunk_size=CHUNK,
+      **dict(options),
+    )
+  assert_close(actual, expected, 1e-11)
+
+
+@pytest.mark.parametrize('length', [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 13])
+@pytest.mark.parametrize('op', ['delta', 'dplr'])
+def test_lengths_and_chunk_sizes(op, length):
+  arrays = make(op, 'channel', length)
+  ids = segments(length)
+  expected = ORACLES[op](**arrays, segment_ids=ids)
+  with jax.enable_x64(True):
+    for size in (CHUNK, 64) if length in (1, 13) else (CHUNK,):
+      actual = apply(to_jax(arrays), ids, op=op, chunk_size=size)
+      assert_close(actual, expected, 1e-12)
+
+
+@pytest.mark.parametrize('op, gate', [('erase', 'channel'), ('dplr', 'scalar')])
+def test_packed_equals_separate(op, gate):
+  lengths = (6, 1, 1, 6, 6)
+  cuts = np.cumsum((0, *lengths))
+  ids = np.repeat(np.array([4, 1, 2, 1, 7]), lengths)[None].astype(np.int32)
+  ids = np.repeat(ids, BATCH, 0)
+  arrays = make(op, gate, cuts[-1], state=False)
+  run = functools.partial(vjp, op=op, form='chunkwise', chunk_size=CHUNK)
+  with jax.enable_x64(True):
+    arrays, given = to_jax(arrays), to_jax(cotangents(cuts[-1]))
+    out, state, grads = run(arrays, given, ids)
+    for a, b in zip(cuts, cuts[1:], strict=False):
+      cut = lambda x, a=a, b=b: x[:, a:b]  # noqa: E731
+      last = given[1] if b == cuts[-1] else jnp.zeros_like(given[1])
+      separate = run(jax.tree.map(cut, arrays), (cut(given[0]), last))
+      assert_close(cut(out), separate[0], 1e-12)
+      assert_close(jax.tree.map(cut, grads), separate[2], 1e-12)
+    assert_close(state, separate[1], 1e-12)
+
+
+@pytest.mark.parametrize('op', ['delta', 'dplr'])
+def test_state_continues_at_every_cut(op):
+  arrays = make(op, 'channel', 7, state=False)
+  expected = ORACLES[op](**arrays)
+  with jax.enable_x64(True):
+    arrays = to_jax(arrays)
+    for cut in range(1, 7):
+      state, outs = jnp.zeros((BATCH, HEADS, CHANNELS, VALUES)), []
+      for span in (slice(0, cut), slice(cut, 7)):
+        piece = {name: x[:, span] for name, x in arrays.items()}
+        out, state = apply(
+          piece | {'initial_state': state}, op=op, chunk_size=2
+        )
+        outs.append(out)
+      assert_close((jnp.concatenate(outs, 1), state), expected, 1e-12)
+
+
+@pytest.mark.parametrize('gate', ['none', 'scalar', 'channel'])
+@pytest.mark.parametrize('op', ['erase', 'dplr'])
+def test_causality_is_bitwise(op, gate):
+  to_32 = functools.partial(jax.tree.map, np.float32)
+  arrays = to_32(make(op, gate, 37, state=False))
+  other = to_32(make(op, gate, 37, state=False, seed=3))
+  ids, other_ids = segments(37), segments(37, seed=8)
+  if gate != 'none':
+    other['log_decay'] *= 1000
+
+  @jax.jit
+  def call(arrays, ids):
+    return OPS[op](**arrays, segment_ids=ids, form='chunkwise', chunk_size=16)[
+      0
+    ]
+
+  out = call(to_jax(arrays), ids)
+  for cut in (1, 7, 15, 16, 17, 36):
+    splice = lambda x, y, cut=cut: np.concatenate([x[:, :cut], y[:, cut:]], 1)  # noqa: E731
+    changed = call(
+      to_jax(jax.tree.map(splice, arrays, other)), splice(ids, other_ids)
+    )
+    np.testing.assert_array_equal(changed[:, :cut], out[:, :cut])
+    assert np.any(changed[:, cut:] != out[:, cut:])
+
+
+def test_identities():
+  arrays = make('delta', 'channel', kv_heads=HEADS)
+  q, k, v, beta, gate, state = arrays.values()
+  call = functools.partial(apply, chunk_size=CHUNK)
+  with jax.enable_x64(True):
+    delta = call(to_jax(arrays), op='delta')
+    # The normal form: a = alpha k, b = -beta k, values beta v.
+    normal = dict(
+      q=q,
+      k=k,
+      v=beta[..., None] * v,
+      a=np.exp(gate) * k,
+      b=-beta[..., None] * k,
+      log_decay=gate,
+      initial_state=state,
+    )
+    assert_close(call(to_jax(normal), op='dplr'), delta, 1e-12)
+    # erase = 1 is no erase; scaling erase, writes and beta is GDN-2's form.
+    arrays = dict(arrays, erase=np.ones_like(gate))
+    assert_close(call(to_jax(arrays), op='erase'), delta, 1e-12)
+    strengths = dict(
+      q=q,
+      k=k,
+      v=beta[..., None] * v,
+      beta=np.ones_like(beta),
+      erase=np.repeat(beta[..., None], CHANNELS, -1),
+      log_decay=gate,
+      initial_state=state,
+    )
+    assert_close(call(to_jax(strengths), op='erase'), delta, 1e-12)
+    # KDA with one gate for all channels is GDN; without decay, DeltaNet.
+    scalar = dict(arrays, log_decay=gate[..., 0])
+    channel = dict(arrays, log_decay=np.repeat(gate[..., :1], CHANNELS, -1))
+    assert_close(
+      call(to_jax(scalar), op='erase'), call(to_jax(channel), op='erase'), 1e-12
+    )
+    still = dict(arrays, log_decay=np.zeros_like(gate))
+    del arrays['log_decay']
+    assert_close(
+      call(to_jax(still), op='erase'), call(to_jax(arrays), op='erase'), 1e-12
+    )
+    # Nothing erased, or nothing read by a: linear attention.
+    plain = linear_attention(
+      *to_jax((q, k, beta[..., None] * v)),
+      log_decay=jnp.asarray(gate),
+      initial_state=jnp.asarray(state),
+    )
+    idle = dict(normal, a=np.zeros_like(k))
+    assert_close(call(to_jax(idle), op='dplr'), plain, 1e-12)
+    never = dict(arrays, erase=np.zeros_like(gate), log_decay=gate)
+    assert_close(call(to_jax(never), op='erase'), plain, 1e-12)
+    # Orthonormal keys and beta = 1 overwrite: nothing is ever erased.
+    keys = np.eye(CHANNELS)[None, :, None].repeat(BATCH, 0).repeat(HEADS, 2)
+    v = v[:, :CHANNELS]
+    ones = np.ones(v.shape[:3])
+    one = delta_rule(*to_jax((keys, keys, v, ones)), scale=1)
+    assert_close(one, linear_attention(*to_jax((keys, keys, v)), scale=1), 0)
+    assert_close(one[0], v, 0)
+
+
+def test_elementwise_reading_of_the_transition_is_wrong():
+  # Erratum: eq. 46 and Tables 6-7 of the attention survey print G * H with
+  # G = I - beta k k^T for the delta rule; it is the matrix product G H.
+  arrays = make('delta', 'none', kv_heads=HEADS, state=False)
+  q, k, v, beta = (x[0, :, 0] for x in arrays.values())
+  with jax.enable_x64(True):
+    ours = np.asarray(apply(to_jax(arrays), op='delta')[0])[0, :, 0]
+  results = []
+  for times in (np.multiply, np.matmul):
+    state, out = np.zeros((CHANNELS, VALUES)), np.zeros((LENGTH, VALUES))
+    for t in range(LENGTH):
+      gate = np.eye(CHANNELS) - beta[t] * np.outer(k[t], k[t])
+      if times is np.multiply:
+        gate = np.resize(gate, state.shape)
+      state = times(gate, state) + beta[t] * np.outer(k[t], v[t])
+      out[t] = CHANNELS**-0.5 * q[t] @ state
+    results.append(np.linalg.norm(ours - out) / np.linalg.norm(ours))
+  assert results[0] > 0.1 and results[1] < 1e-12
+
+
+def test_side_of_the_transition_of_rwkv7():
+  # Erratum: the transition stands left of the key x value state; on the
+  # value x key state of the survey it must stand on the right.
+  arrays = make('dplr', 'channel', kv_heads=HEADS, state=False)
+  arrays['v'] = arrays['v'][..., :CHANNELS]
+  q, k, v, a, b, gate = (x[0, :, 0] for x in arrays.values())
+  with jax.enable_x64(True):
+    ours = np.asarray(apply(to_jax(arrays), op='dplr')[0])[0, :, 0]
+  results = []
+  for left in (True, False):
+    state, out = np.zeros((CHANNELS, CHANNELS)), np.zeros((LENGTH, CHANNELS))
+    for t in range(LENGTH):
+      transition = np.diag(np.exp(gate[t])) + np.outer(a[t], b[t])
+      state = transition @ state if left else state @ transition
+      state = state + np.outer(v[t], k[t])
+      out[t] = CHANNELS**-0.5 * state @ q[t]
+    results.append(np.linalg.norm(ours - out) / np.linalg.norm(ours))
+  assert results[0] > 0.1 and results[1] < 1e-12
+
+
+HARD = {
+  'zero': ([0.0], [1.0]),
+  'reset': ([-1000.0], [1.0]),
+  'mixture': ([0.0, -1000.0, -0.01, -3.0], [0.3, 0.1, 0.3, 0.3]),
+  'infinite': ([-np.inf, -0.01], [0.1, 0.9]),
+}
+
+
+@pytest.mark.parametrize('gate', ['scalar', 'channel'])
+@pytest.mark.parametrize('op', ['delta', 'dplr'])
+def test_hard_gates_are_right_with_their_gradients(op, gate):
+  for values, chances in HARD.values():
+    arrays = make(op, gate)
+    shape = arrays['log_decay'].shape
+    rng = np.random.default_rng(1)
+    arrays['log_decay'] = rng.choice(values, shape, p=chances)
+    arrays = jax.tree.map(np.float32, arrays)
+    given = jax.tree.map(np.float32, cotangents())
+    run = functools.partial(vjp, op=op)
+    with jax.enable_x64(True):
+      exact = to_jax(jax.tree.map(np.float64, (arrays, given)))
+      expected = run(*exact, segments(), form='recurrent')
+      expected = jax.tree.map(np.asarray, expected)
+    actual = run(
+      *to_jax((arrays, given)), segments(), form='chunkwise', chunk_size=CHUNK
+    )
+    assert_close(actual, expected, 3e-6)
+
+
+def errors_in_float32(arrays, op, forms):
+  exact = ORACLES[op](**jax.tree.map(np.float64, arrays))
+  found = []
+  for form in forms:
+    actual = apply(to_jax(arrays), op=op, form=form, chunk_size=64)
+    assert all(np.isfinite(x).all() for x in actual)
+    found.append(
+      [
+        np.abs(x - y).max() / np.abs(y).max()
+        for x, y in zip(actual, exact, strict=True)
+      ]
+    )
+  return found
+
+
+# Length of the keys, beta, whether they repeat, channels, allowed error.
+KEYS = {
+  'normalised': (1.0, 1.0, False, 32, 2),
+  'negative eigenvalues': (1.0, 2.0, False, 32, 2),
+  'unnormalised': (1.02, 2.0, False, 32, 2),
+  # Updates of one key telescope: what is read is a sum of C that cancel.
+  'repeated': (1.0, 1.0, True, 32, 8),
+  # The rounding of |k|^2 = 1, the same for every token of a chunk, adds up:
+  # a backward error of one unit in the last place of beta.
+  'repeated reflections': (1.0, 2.0, True, 32, 60),
+}
+
+
+@pytest.mark.parametrize('kind', KEYS)
+def test_float32_error_is_within_twice_that_of_the_recurrence(kind):
+  length, beta, repeat, channels, allowed = KEYS[kind]
+  plain, chunkwise = [], []
+  for seed in range(3):
+    rng = np.random.default_rng(seed)
+    q, k, v = rng.standard_normal((3, 1, 150, 4, channels))
+    k *= length / np.linalg.norm(k, axis=-1, keepdims=True)
+    if repeat:
+      k = np.broadcast_to(k[:, :1], k.shape)
+    arrays = dict(q=q, k=k, v=v, beta=np.full(k.shape[:3], beta))
+    arrays = jax.tree.map(np.float32, arrays)
+    first, second = errors_in_float32(
+      arrays, 'delta', ('recurrent', 'chunkwise')
+    )
+    plain.append(first)
+    chunkwise.append(second)
+  error, base = np.median(chunkwise, 0), np.median(plain, 0)
+  assert (error <= allowed * base + 2e-7).all(), (error, base)
+
+
+def test_long_sequence():
+  arrays = make('delta', 'channel', 4000, state=False)
+  k = arrays['k']
+  arrays['k'] = k / np.linalg.norm(k, axis=-1, keepdims=True)
+  arrays['log_decay'] *= 0.01
+  arrays = {k: np.float32(x[:1, :, :1]) for k, x in arrays.items()}
+  (errors,) = errors_in_float32(arrays, 'delta', ['chunkwise'])
+  assert max(errors) < 5e-6
+
+
+def test_bfloat16_operands():
+  arrays = make('delta', 'channel', 64, state=False)
+  low = {
+    name: jnp.asarray(x, jnp.float32 if name == 'log_decay' else jnp.bfloat16)
+    for name, x in arrays.items()
+  }
+  exact = jax.tree.map(lambda x: np.asarray(x, np.float64), low)
+  expected, _ = oracle.delta_rule(**exact)
+  out, state = apply(low, op='delta', chunk_size=16)
+  assert out.dtype == jnp.bfloat16 and state.dtype == jnp.float32
+  error = np.abs(np.asarray(out, np.float64) - expected).max()
+  assert error < 0.02 * np.abs(expected).max()
+
+
+def test_triangular_solve_and_its_derivatives():
+  rng = np.random.default_rng(0)
+  for size in (1, 2, 16):
+    lower, lower_dot = np.tril(rng.standard_normal((2, 3, size, size)), -1)
+    rhs, rhs_dot = rng.standard_normal((2, 3, size, 5))
+    with jax.enable_x64(True):
+      primals, tangents = to_jax(((lower, rhs), (lower_dot, rhs_dot)))
+      solution, slope = jax.jvp(solve_unit_lower, primals, tangents)
+      inverse = np.linalg.inv(np.eye(size) + lower)
+      expected = inverse @ rhs
+      assert_close(solution, expected, 1e-12)
+      expected = inverse @ (rhs_dot - lower_dot @ expected)
+      assert_close(slope, expected, 1e-12)
+      _, pull = jax.vjp(solve_unit_lower, *primals)
+      paired = sum(map(np.vdot, pull(tangents[1]), tangents))
+      np.testing.assert_allclose(paired, np.vdot(slope, rhs_dot), rtol=1e-12)
+
+
+ERRORS = {
+  'q has shape': lambda a: {**a, 'q': a['q'][:, :-1]},
+  'beta has shape': lambda a: {**a, 'beta': a['beta'][:, :-1]},
+  'erase has shape': lambda a: {**a, 'erase': a['k']},
+  'beta has dtype': lambda a: {**a, 'beta': jnp.ones(a['beta'].shape, int)},
+  'no kind of gate': lambda a: {**a, 'log_decay': jnp.zeros((2, 13, 2))},
+  'log_decay has dtype': lambda a: {**a, 'log_decay': jnp.zeros((4,), int)},
+  'positive value 0.5': lambda a: {**a, 'log_decay': jnp.full((4,), 0.5)},
+  'power of two': lambda a: {**a, 'chunk_size': 48},
+  "form = 'chunk'": lambda a: {**a, 'form': 'chunk'},
+  "read = 'before'": lambda a: {**a, 'read': 'before'},
+  'no meaning with bidirectional': lambda a: {
+    **a,
+    'bidirectional': True,
+    'initial_state': jnp.zeros((2, 4, 3, 5)),
+  },
+  'initial_state has shape': lambda a: {
+    **a,
+    'initial_state': jnp.zeros((2, 4, 5, 3)),
+  },
+}
+
+
+@pytest.mark.parametrize('message', ERRORS)
+def test_wrong_calls_say_what_is_wrong(message):
+  arrays = make('delta', 'none', 13, state=False)
+  arrays = to_jax(jax.tree.map(np.float32, arrays))
+  call = inspect.unwrap(delta_rule)
+  with pytest.raises(ValueError, match=message):
+    call(**ERRORS[message](arrays))
+
+
+def test_unknown_implementation():
+  arrays = to_jax(make('delta', 'none', 13, state=False))
+  with pytest.raises(NotImplementedError, match="pass None or 'xla'"):
+    delta_rule(**jax.tree.map(jnp.float32, arrays), implementation='cudnn')
