@@ -5,8 +5,23 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn import sharding
+from efficient_attn.config import ConfigError
 from efficient_attn.layers.param import fan_in_normal, param, use
 from efficient_attn.ops.short_conv import short_conv
+
+
+def conv_taps(conv_width: int | None, causal: bool) -> int:
+  """The width of a mixer's short convolution; 0 is none.
+
+  None is the published one: 4, and none in an encoder, because it is causal.
+  """
+  if conv_width is None:
+    return 4 if causal else 0
+  if conv_width and not causal:
+    raise ConfigError(
+      f'conv_width={conv_width} is causal: use conv_width=0 in an encoder'
+    )
+  return conv_width
 
 
 class ShortConv(nnx.Module):

@@ -90,6 +90,29 @@ class Projection(nnx.Module):
     return y
 
 
+class LowRank(nnx.Module):
+  """A projection through `rank` channels: x [B, T, D] -> [B, T, *outputs]."""
+
+  def __init__(
+    self,
+    d_model: int,
+    rank: int,
+    outputs: Mapping[str, int],
+    *,
+    rngs: nnx.Rngs,
+    activation: Callable | None = None,
+    bias: bool = False,
+  ):
+    self.down = Projection({'embed': d_model}, {'rank': rank}, rngs=rngs)
+    self.up = Projection({'rank': rank}, outputs, rngs=rngs, bias=bias)
+    self.activation = activation
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [B, T, D] to [B, T, *outputs]; `activation` acts on the rank."""
+    x = self.down(x)
+    return self.up(x if self.activation is None else self.activation(x))
+
+
 def activation_axes(lead: int) -> tuple[str | None, ...]:
   """Returns the logical axes of `lead` leading activation dimensions."""
   return ('batch',) + (None,) * (lead - 1)

@@ -7,7 +7,7 @@ from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.layers.norm import RMSNorm
-from efficient_attn.layers.param import Projection
+from efficient_attn.layers.param import LowRank, Projection
 
 # The layout of an argument by its rank: a decay per head, a bonus, a scalar
 # and a vector per token and head.
@@ -45,7 +45,7 @@ def run_op(
 
   special = layouts or {}
   inputs = {
-    name: special.get(name, ARGUMENTS[array.ndim])
+    name: special.get(name) or ARGUMENTS[array.ndim]
     for name, array in arrays.items()
     if array is not None
   }
@@ -60,14 +60,44 @@ def run_op(
 
 
 class GatedOutput(nnx.Module):
-  """y = W_out (norm_per_head(o) * silu(W_gate x)), the RetNet/GLA output."""
+  """y = W_out (norm_per_head(o) * activation(W_gate x)).
+
+  The output of RetNet, GLA and Gated DeltaNet (silu) and of Kimi Delta
+  Attention (sigmoid, with a gate of low rank).
+  """
+
+  def __init__(
+    self,
+    d_model: int,
+    num_heads: int,
+    value_dim: int,
+    *,
+    rngs: nnx.Rngs,
+    activation: Callable = jax.nn.silu,
+    rank: int = 0,
+  ):
+    heads = {'heads': num_heads, 'head_dim': value_dim}
+    self.norm = RMSNorm(value_dim)
+    if rank:
+      self.gate = LowRank(d_model, rank, heads, rngs=rngs)
+    else:
+      self.gate = Projection({'embed': d_model}, heads, rngs=rngs)
+    self.out = Projection(heads, {'embed': d_model}, rngs=rngs)
+    self.activation = activation
+
+  def __call__(self, o: jax.Array, x: jax.Array) -> jax.Array:
+    """Maps heads o [B, T, N, V] and the mixer's input x to [B, T, D]."""
+    return self.out(self.norm(o) * self.activation(self.gate(x)))
+
+
+class NormedOutput(nnx.Module):
+  """y = W_out norm_per_head(o), the output of DeltaNet."""
 
   def __init__(self, d_model, num_heads, value_dim, *, rngs):
     heads = {'heads': num_heads, 'head_dim': value_dim}
     self.norm = RMSNorm(value_dim)
-    self.gate = Projection({'embed': d_model}, heads, rngs=rngs)
     self.out = Projection(heads, {'embed': d_model}, rngs=rngs)
 
   def __call__(self, o: jax.Array, x: jax.Array) -> jax.Array:
-    """Maps heads o [B, T, N, V] and the mixer's input x to [B, T, D]."""
-    return self.out(self.norm(o) * jax.nn.silu(self.gate(x)))
+    """Maps heads o [B, T, N, V] to [B, T, D]; the input x does not matter."""
+    return self.out(self.norm(o))

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_attn.config import ConfigError
-from efficient_attn.layers.param import Projection
+from efficient_attn.layers.conv import conv_taps
+from efficient_attn.layers.param import LowRank
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import GatedOutput, run_op
 from efficient_attn.ops.linear_attention import linear_attention
@@ -37,22 +37,17 @@ class GLA(nnx.Module):
   ):
     key_dim = int(expand_k * d_model / num_heads)
     value_dim = int(expand_v * d_model / num_heads)
-    if conv_width and not causal:
-      raise ConfigError('gla: conv_width > 0 is causal; use 0 in an encoder')
     keys = (num_heads, key_dim)
     self.qkv = QKV(
       d_model,
       query=keys,
       key=keys,
       value=(num_heads, value_dim),
-      conv_width=conv_width,
+      conv_width=conv_taps(conv_width, causal),
       rngs=rngs,
     )
-    d_in, rank = {'embed': d_model}, {'rank': gate_rank}
-    self.gate_down = Projection(d_in, rank, rngs=rngs)
-    self.gate_up = Projection(
-      rank, {'heads': num_heads, 'head_dim': key_dim}, bias=True, rngs=rngs
-    )
+    heads = {'heads': num_heads, 'head_dim': key_dim}
+    self.gate = LowRank(d_model, gate_rank, heads, bias=True, rngs=rngs)
     self.out = GatedOutput(d_model, num_heads, value_dim, rngs=rngs)
     self.gate_temperature = gate_temperature
     self.state_shape = (num_heads, key_dim, value_dim)
@@ -63,7 +58,7 @@ class GLA(nnx.Module):
     qkv, tails = self.qkv(
       x, segment_ids=segment_ids, tails=cache and cache['conv']
     )
-    gate = self.gate_up(self.gate_down(x)).astype(jnp.float32)
+    gate = self.gate(x).astype(jnp.float32)
     q, k, v = qkv
     log_decay = jax.nn.log_sigmoid(gate) / self.gate_temperature
     o, state = run_op(

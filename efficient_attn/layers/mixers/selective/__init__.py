@@ -1,3 +1,46 @@
 """Recurrences that forget and select: delta rules and state spaces."""
 
-SELECTIVE = {}
+from efficient_attn.layers.mixers.selective.comba import Comba
+from efficient_attn.layers.mixers.selective.deltanet import DeltaNet
+from efficient_attn.layers.mixers.selective.deltaproduct import DeltaProduct
+from efficient_attn.layers.mixers.selective.gated_deltanet import (
+  GatedDeltaNet,
+)
+from efficient_attn.layers.mixers.selective.kda import KDA
+from efficient_attn.layers.mixers.selective.mamba import Mamba
+from efficient_attn.layers.mixers.selective.rwkv7 import RWKV7
+from efficient_attn.layers.mixers.selective.slstm import SLSTM
+from efficient_attn.layers.mixers.spec import MixerSpec
+
+SELECTIVE = {
+  'deltanet': MixerSpec(DeltaNet, 'DeltaNet', 2021, '2406.06484'),
+  'gated_deltanet': MixerSpec(
+    GatedDeltaNet, 'Gated DeltaNet', 2024, '2412.06464', gate='scalar'
+  ),
+  'deltaproduct': MixerSpec(
+    DeltaProduct, 'Gated DeltaProduct', 2025, '2502.10297', gate='scalar'
+  ),
+  'kda': MixerSpec(
+    KDA, 'Kimi Delta Attention', 2025, '2510.26692', gate='channel'
+  ),
+  'comba': MixerSpec(Comba, 'Comba', 2025, '2506.02475', gate='scalar'),
+  'rwkv7': MixerSpec(RWKV7, 'RWKV-7', 2025, '2503.14456', gate='channel'),
+  'mamba': MixerSpec(
+    Mamba,
+    'Mamba',
+    2023,
+    '2312.00752',
+    gate='channel',
+    forms=('recurrent', 'chunkwise'),
+    bidirectional=False,
+  ),
+  'slstm': MixerSpec(
+    SLSTM,
+    'xLSTM (sLSTM)',
+    2024,
+    '2405.04517',
+    gate='channel',
+    forms=('recurrent',),
+    bidirectional=False,
+  ),
+}

@@ -1,0 +1,95 @@
+"""DeltaNet (Schlag et al. 2102.11174; Yang et al. 2406.06484).
+
+  S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T     o_t = S_t^T q_t
+
+q, k and v pass through a short convolution and silu, q and k have unit
+length, beta = sigmoid(W_b x), and the output is normalised per head. With
+`negative_eigenvalues` beta reaches 2 (Grazzi et al. 2411.12537), which state
+tracking needs.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_attn.layers.conv import conv_taps
+from efficient_attn.layers.norm import l2_normalize
+from efficient_attn.layers.param import Projection
+from efficient_attn.layers.qkv import QKV
+from efficient_attn.layers.recurrence import NormedOutput, run_op
+from efficient_attn.ops.delta_rule import delta_rule
+
+
+class DeltaNet(nnx.Module):
+  """Token mixer [B, T, D] -> [B, T, D]; see the module docstring.
+
+  The other delta rules override what differs: `decay` and `rule`.
+  """
+
+  def __init__(
+    self,
+    *,
+    d_model: int,
+    num_heads: int,
+    causal: bool,
+    rngs: nnx.Rngs,
+    expand_k: float = 1.0,
+    expand_v: float = 1.0,
+    negative_eigenvalues: bool = False,
+    conv_width: int | None = None,
+    chunk_size: int = 64,
+  ):
+    key_dim = int(expand_k * d_model / num_heads)
+    value_dim = int(expand_v * d_model / num_heads)
+    self.qkv = QKV(
+      d_model,
+      query=(num_heads, key_dim),
+      key=(num_heads, key_dim),
+      value=(num_heads, value_dim),
+      conv_width=conv_taps(conv_width, causal),
+      rngs=rngs,
+    )
+    self.beta = Projection({'embed': d_model}, {'heads': num_heads}, rngs=rngs)
+    self.largest_beta = 2.0 if negative_eigenvalues else 1.0
+    self.state_shape = (num_heads, key_dim, value_dim)
+    self.options = dict(bidirectional=not causal, chunk_size=chunk_size)
+    self.out = self.output(d_model, num_heads, value_dim, rngs=rngs)
+
+  def output(self, d_model, num_heads, value_dim, *, rngs) -> nnx.Module:
+    """Returns the module that maps (o, x) to y."""
+    return NormedOutput(d_model, num_heads, value_dim, rngs=rngs)
+
+  def decay(self, x: jax.Array) -> jax.Array | None:
+    """Returns the log decays of the tokens."""
+    return None
+
+  def rule(self, q: jax.Array, k: jax.Array) -> dict[str, jax.Array]:
+    """Returns the queries, keys and, where it is not 1, erase strengths."""
+    return dict(q=q, k=k)
+
+  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
+    """Mixes tokens; see `layers.mixers` for the contract."""
+    (q, k, v), tails = self.qkv(
+      x, segment_ids=segment_ids, tails=cache and cache['conv']
+    )
+    if tails is None:  # the convolution would have done this
+      q, k, v = (jax.nn.silu(a) for a in (q, k, v))
+    beta = jax.nn.sigmoid(self.beta(x).astype(jnp.float32))
+    arrays = self.rule(l2_normalize(q), l2_normalize(k)) | dict(
+      v=v, beta=self.largest_beta * beta, log_decay=self.decay(x)
+    )
+    o, state = run_op(
+      delta_rule,
+      arrays,
+      segment_ids=segment_ids,
+      state=cache and cache['state'],
+      **self.options,
+    )
+    if cache is not None:
+      cache = dict(state=state, conv=tails)
+    return self.out(o, x), cache
+
+  def init_cache(self, batch: int, max_len: int, dtype):
+    """Returns the zero state; `max_len` does not matter."""
+    state = jnp.zeros((batch, *self.state_shape))
+    return dict(state=state, conv=self.qkv.init_tails(batch, dtype))

@@ -1,0 +1,94 @@
+"""Gated DeltaProduct (Siems et al. 2502.10297).
+
+Several delta-rule steps per token, so that the transition is a product of
+`num_steps` generalised Householder matrices:
+
+  S_{t,0} = alpha_t S_{t-1}
+  S_{t,j} = S_{t,j-1} + beta_{t,j} k_{t,j} (v_{t,j} - S_{t,j-1}^T k_{t,j})^T
+  S_t = S_{t,n},     o_t = S_t^T q_t
+
+It is Gated DeltaNet on a sequence n times as long, gated at the first step of
+a token and read at the last. beta reaches 2 (`negative_eigenvalues`), so that
+a product of two steps can rotate.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_attn.layers.conv import conv_taps
+from efficient_attn.layers.decay import DecayGate
+from efficient_attn.layers.norm import l2_normalize
+from efficient_attn.layers.param import Projection
+from efficient_attn.layers.qkv import QKV
+from efficient_attn.layers.recurrence import GatedOutput, run_op
+from efficient_attn.ops.delta_product import delta_product
+
+
+class DeltaProduct(nnx.Module):
+  """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  def __init__(
+    self,
+    *,
+    d_model: int,
+    num_heads: int,
+    causal: bool,
+    rngs: nnx.Rngs,
+    num_steps: int = 2,
+    expand_k: float = 1.0,
+    expand_v: float = 1.0,
+    negative_eigenvalues: bool = True,
+    conv_width: int | None = None,
+    chunk_size: int = 64,
+  ):
+    key_dim = int(expand_k * d_model / num_heads)
+    value_dim = int(expand_v * d_model / num_heads)
+    self.qkv = QKV(
+      d_model,
+      query=(num_heads, key_dim),
+      key=(num_heads, num_steps * key_dim),
+      value=(num_heads, num_steps * value_dim),
+      conv_width=conv_taps(conv_width, causal),
+      rngs=rngs,
+    )
+    steps = {'heads': num_heads, 'steps': num_steps}
+    self.beta = Projection({'embed': d_model}, steps, rngs=rngs)
+    self.gate = DecayGate(d_model, num_heads, rngs=rngs)
+    self.out = GatedOutput(d_model, num_heads, value_dim, rngs=rngs)
+    self.num_steps = num_steps
+    self.largest_beta = 2.0 if negative_eigenvalues else 1.0
+    self.state_shape = (num_heads, key_dim, value_dim)
+    self.options = dict(bidirectional=not causal, chunk_size=chunk_size)
+
+  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
+    """Mixes tokens; see `layers.mixers` for the contract."""
+    (q, k, v), tails = self.qkv(
+      x, segment_ids=segment_ids, tails=cache and cache['conv']
+    )
+    if tails is None:  # the convolution would have done this
+      q, k, v = (jax.nn.silu(a) for a in (q, k, v))
+    k, v = (a.reshape(*a.shape[:3], self.num_steps, -1) for a in (k, v))
+    beta = jax.nn.sigmoid(self.beta(x).astype(jnp.float32))
+    o, state = run_op(
+      delta_product,
+      dict(
+        q=l2_normalize(q),
+        k=l2_normalize(k),
+        v=v,
+        beta=self.largest_beta * beta,
+        log_decay=self.gate(x),
+      ),
+      layouts=dict(k='BTNMH', v='BTNMV'),
+      segment_ids=segment_ids,
+      state=cache and cache['state'],
+      **self.options,
+    )
+    if cache is not None:
+      cache = dict(state=state, conv=tails)
+    return self.out(o, x), cache
+
+  def init_cache(self, batch: int, max_len: int, dtype):
+    """Returns the zero state; `max_len` does not matter."""
+    state = jnp.zeros((batch, *self.state_shape))
+    return dict(state=state, conv=self.qkv.init_tails(batch, dtype))

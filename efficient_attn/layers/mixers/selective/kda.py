@@ -1,0 +1,43 @@
+"""Kimi Delta Attention (Kimi Linear, 2510.26692).
+
+  S' = diag(alpha_t) S_{t-1}
+  S_t = S' + beta_t k_t (v_t - S'^T k_t)^T               o_t = S_t^T q_t
+
+Gated DeltaNet with a decay per key channel. The projections of the decay and
+of the sigmoid output gate have the rank of a head.
+"""
+
+import jax
+from flax import nnx
+
+from efficient_attn.layers.decay import DecayGate
+from efficient_attn.layers.mixers.selective.deltanet import DeltaNet
+from efficient_attn.layers.recurrence import GatedOutput
+
+
+class KDA(DeltaNet):
+  """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  def __init__(
+    self, *, d_model: int, num_heads: int, rngs: nnx.Rngs, **options
+  ):
+    super().__init__(d_model=d_model, num_heads=num_heads, rngs=rngs, **options)
+    _, key_dim, value_dim = self.state_shape
+    self.gate = DecayGate(
+      d_model, num_heads, key_dim, rank=value_dim, rngs=rngs
+    )
+
+  def output(self, d_model, num_heads, value_dim, *, rngs) -> nnx.Module:
+    """Returns the module that maps (o, x) to y."""
+    return GatedOutput(
+      d_model,
+      num_heads,
+      value_dim,
+      rngs=rngs,
+      activation=jax.nn.sigmoid,
+      rank=value_dim,
+    )
+
+  def decay(self, x: jax.Array) -> jax.Array:
+    """Returns the log decays of the tokens, [B, T, N, H]."""
+    return self.gate(x)
