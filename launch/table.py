@@ -17,7 +17,7 @@ COLUMNS = {
   'year': lambda name, spec: str(spec.year),
   'family': lambda name, spec: spec.family,
   'gate': lambda name, spec: spec.gate,
-  'bidirectional': lambda name, spec: 'yes' if spec.bidirectional else 'no',
+  'bidirectional': lambda name, spec: yes_or_no(spec.bidirectional),
   'time': lambda name, spec: power(spec.time),
   'decode state': lambda name, spec: power(spec.state),
   'forms': lambda name, spec: ', '.join(spec.forms),
@@ -31,8 +31,15 @@ def link(spec: MixerSpec) -> str:
   return f'{spec.title} ({spec.reference})'
 
 
-def power(exponent: float) -> str:
-  """Returns T to the power of `exponent`."""
+def yes_or_no(value: bool | str) -> str:
+  """Returns yes or no for a boolean, and a word as it is."""
+  return value if isinstance(value, str) else ('no', 'yes')[value]
+
+
+def power(exponent: float | str) -> str:
+  """Returns T to the power of `exponent`, or its logarithm."""
+  if exponent == 'log':
+    return 'log T'
   return {0: '1', 1: 'T', 2: 'T²'}.get(exponent, f'T^{exponent:g}')
 
 

@@ -62,7 +62,7 @@ def delta_rule(
     read: 'inclusive' reads S_t, 'exclusive' S_{t-1} before the gate.
     bidirectional: the sum of the op on the sequence and on the reversed one.
     form: 'chunkwise', 'recurrent', 'parallel' (one chunk, T x T scores) or
-      None for what is fastest here, see `forms.choose`.
+      None for what is fastest here, see `choose_form`.
     chunk_size: tokens per chunk, a power of two.
     implementation: None or 'xla'.
 

@@ -10,6 +10,7 @@ the T / C states for the backward pass; what happens inside a chunk is
 computed again.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,14 +39,20 @@ class Marks(NamedTuple):
   keeps: Bool[Array, 'B']
 
 
-def choose(platform: str, length: int, gradients: bool) -> tuple[str, str]:
-  """The form that `form=None` takes, and why."""
+def choose_form(platform: str, length: int, gradients: bool) -> tuple[str, str]:
+  """The form that `form=None` takes, and why.
+
+  Args:
+    platform: 'cpu', 'gpu', 'tpu', ...
+    length: T.
+    gradients: whether the call is differentiated.
+  """
   if length == 1:
     return 'recurrent', 'there is one token (T = 1)'
-  if platform == 'cpu' and not gradients:
-    return 'recurrent', 'a CPU runs the plain scan faster without gradients'
   if gradients:
     return 'chunkwise', 'the backward of the scan keeps a state per token'
+  if platform == 'cpu':
+    return 'recurrent', 'a CPU runs the plain scan faster without gradients'
   return 'chunkwise', f'a {platform} is fast at matrix products'
 
 
@@ -71,7 +78,7 @@ def run(
       at the start of a segment.
     segment_ids: the state is reset where an id differs from the one before.
     form: one of FORMS; None: by platform, and by whether the call is
-      differentiated, see `choose`.
+      differentiated, see `choose_form`.
     chunk_size: tokens per chunk, a power of two.
 
   Returns:
@@ -83,27 +90,34 @@ def run(
     chunk_size = 1 << (length - 1).bit_length()
   size = chunks.chunk_length(length, chunk_size)
 
-  def recurrent(tokens, state, segment_ids):
-    return _recurrent(step, tokens, state, segment_ids)
+  executions = {
+    'recurrent': functools.partial(_recurrent, step),
+    'chunkwise': functools.partial(_chunkwise, chunk, size),
+  }
+  executions['parallel'] = executions['chunkwise']  # one chunk
 
-  def chunkwise(tokens, state, segment_ids):
-    return _chunkwise(chunk, tokens, state, segment_ids, size)
+  def chosen(platform, gradients):
+    return executions[choose_form(platform, length, gradients)[0]]
 
-  if form == 'recurrent' or (form is None and length == 1):
-    return recurrent(tokens, state, segment_ids)
   if form is not None:
-    return chunkwise(tokens, state, segment_ids)
+    return executions[form](tokens, state, segment_ids)
 
   @jax.custom_jvp
   def auto(tokens, state, segment_ids):
     return jax.lax.platform_dependent(
-      tokens, state, segment_ids, cpu=recurrent, default=chunkwise
+      tokens,
+      state,
+      segment_ids,
+      cpu=chosen('cpu', False),
+      default=chosen('gpu', False),
     )
 
   @auto.defjvp
   def differentiated(primals, tangents):
-    return jax.jvp(chunkwise, primals, tangents)
+    return jax.jvp(chosen('any', True), primals, tangents)
 
+  if length == 1:
+    return chosen('any', False)(tokens, state, segment_ids)
   return auto(tokens, state, segment_ids)
 
 
@@ -141,7 +155,7 @@ def _recurrent(step, tokens, state, segment_ids):
   return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), out), state
 
 
-def _chunkwise(chunk, tokens, state, segment_ids, size):
+def _chunkwise(chunk, size, tokens, state, segment_ids):
   length = jax.tree.leaves(tokens)[0].shape[1]
   tokens = jax.tree.map(
     lambda x: jnp.moveaxis(chunks.to_chunks(x, size), 2, -2), tokens

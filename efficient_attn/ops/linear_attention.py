@@ -71,7 +71,7 @@ def linear_attention(
       Normalisation divides the sum of both directions.
     form: 'chunkwise' (O(T), matrix products), 'recurrent' (token by token,
       for decoding and as the definition) or 'parallel' (T x T scores). None
-      takes what is fastest here, see `forms.choose`.
+      takes what is fastest here, see `choose_form`.
     chunk_size: tokens per chunk, a power of two.
     implementation: None or 'xla'.
 

@@ -4,4 +4,6 @@
 SUITES = {
   'trainer': 'experiments.benchmarks.trainer',
   'attention': 'experiments.benchmarks.attention',
+  'accuracy': 'experiments.benchmarks.accuracy',
+  'linear': 'experiments.benchmarks.linear',
 }

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from efficient_attn.ops import linear_attention
+from efficient_attn.ops.delta_product import delta_product
 from efficient_attn.ops.delta_rule import delta_rule
 from efficient_attn.ops.dplr import dplr
 from efficient_attn.ops.triangular import solve_unit_lower
@@ -492,3 +494,50 @@ def test_unknown_implementation():
   arrays = to_jax(make('delta', 'none', 13, state=False))
   with pytest.raises(NotImplementedError, match="pass None or 'xla'"):
     delta_rule(**jax.tree.map(jnp.float32, arrays), implementation='cudnn')
+
+
+@pytest.mark.parametrize('bidirectional', [False, True])
+def test_delta_product_is_steps_of_the_delta_rule(bidirectional):
+  rng = np.random.default_rng(0)
+  steps, kv_heads, length = 3, 2, 7
+  q = rng.standard_normal((BATCH, length, kv_heads, CHANNELS))
+  k = rng.standard_normal((BATCH, length, kv_heads, steps, CHANNELS)) / 2
+  v = rng.standard_normal((BATCH, length, HEADS, steps, VALUES))
+  beta = rng.uniform(0, 2, (BATCH, length, HEADS, steps))
+  gate = -rng.exponential(0.3, (BATCH, length, HEADS))
+  ids = segments(length)
+  expected = np.zeros((BATCH, length, HEADS, VALUES))
+  orders = [range(length)] + [range(length)[::-1]] * bidirectional
+  for b, n, order in itertools.product(range(BATCH), range(HEADS), orders):
+    state, before = np.zeros((CHANNELS, VALUES)), None
+    for t in order:
+      if before is not None and ids[b, t] != ids[b, before]:
+        state = np.zeros_like(state)
+      state, before = np.exp(gate[b, t, n]) * state, t
+      for m in range(steps):
+        key = k[b, t, n // 2, m]
+        update = v[b, t, n, m] - key @ state
+        state = state + beta[b, t, n, m] * np.outer(key, update)
+      expected[b, t, n] += CHANNELS**-0.5 * q[b, t, n // 2] @ state
+  with jax.enable_x64(True):
+    call = jax.jit(
+      functools.partial(
+        delta_product,
+        form='chunkwise',
+        chunk_size=CHUNK,
+        bidirectional=bidirectional,
+      )
+    )
+    out, _ = call(
+      *to_jax((q, k, v, beta)), log_decay=gate, segment_ids=jnp.asarray(ids)
+    )
+    assert_close(out, expected, 1e-12)
+
+
+def test_delta_product_refuses_a_constant_gate_and_unequal_steps():
+  x = jnp.ones((1, 5, 2, 3, 4))
+  call = inspect.unwrap(delta_product)
+  with pytest.raises(ValueError, match='pass a gate per token'):
+    call(x[..., 0, :], x, x, x[..., 0], log_decay=jnp.zeros(2))
+  with pytest.raises(ValueError, match='v has 2 steps and k 3'):
+    call(x[..., 0, :], x, x[..., :2, :], x[..., :2, 0])

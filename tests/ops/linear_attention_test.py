@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from efficient_attn.ops.forms import choose_form
 from efficient_attn.ops.linear_attention import affine_summary, linear_attention
 from tests.ops.linear_attention_cases import (
   BATCH,
@@ -334,3 +335,36 @@ def test_unknown_implementation():
   arrays = to_jax(make('none', 13, dtype=np.float32)[0])
   with pytest.raises(NotImplementedError, match="pass None or 'xla'"):
     linear_attention(**arrays, implementation='cudnn')
+
+
+def test_without_a_form_the_platform_and_the_gradients_choose():
+  arrays, options = make('channel', 37, segments=True, dtype=np.float32)
+  arrays, ids = to_jax(arrays), options['segment_ids']
+
+  def run(form, arrays):
+    return linear_attention(**arrays, segment_ids=ids, form=form, chunk_size=8)[
+      0
+    ]
+
+  def gradients(form):
+    call = jax.grad(lambda a: jnp.sum(run(form, a) ** 2))
+    return jax.jit(call)(arrays)
+
+  platform = jax.default_backend()
+  for length in (1, 37):
+    first = jax.tree.map(lambda x, n=length: x[:, :n], arrays)
+    form, _ = choose_form(platform, length, gradients=False)
+    ids = options['segment_ids'][:, :length]
+    np.testing.assert_array_equal(
+      jax.jit(run, static_argnums=0)(None, first),
+      jax.jit(run, static_argnums=0)(form, first),
+    )
+  ids = options['segment_ids']
+  form, _ = choose_form(platform, 37, gradients=True)
+  assert form == 'chunkwise'
+  for x, y in zip(
+    jax.tree.leaves(gradients(None)),
+    jax.tree.leaves(gradients(form)),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(x, y)

@@ -19,10 +19,11 @@ import inspect
 from flax import nnx
 
 from efficient_attn.config import ConfigError, choose, nearest
+from efficient_attn.layers.mixers.both_ways import BothWays
 from efficient_attn.layers.mixers.gated import GATED
 from efficient_attn.layers.mixers.selective import SELECTIVE
 from efficient_attn.layers.mixers.softmax import SOFTMAX
-from efficient_attn.layers.mixers.spec import MixerSpec
+from efficient_attn.layers.mixers.spec import TWO_PASSES, MixerSpec
 from efficient_attn.layers.mixers.test_time import TEST_TIME
 from efficient_attn.layers.mixers.ungated import UNGATED
 
@@ -59,9 +60,15 @@ def build_mixer(
         f'model.mixers.{name}.{option}={value!r} is not an option of {name}; '
         f'{nearest(option, valid)}'
       )
-  return spec.build(
-    d_model=d_model, num_heads=num_heads, causal=causal, rngs=rngs, **options
+  two_passes = not causal and spec.bidirectional == TWO_PASSES
+  mixer = spec.build(
+    d_model=d_model,
+    num_heads=num_heads,
+    causal=causal or two_passes,
+    rngs=rngs,
+    **options,
   )
+  return BothWays(mixer) if two_passes else mixer
 
 
 def mixer_options(name: str) -> dict[str, inspect.Parameter]:

@@ -8,6 +8,8 @@ from flax import nnx
 # The executions of the ops with a matrix state.
 LINEAR_FORMS = ('recurrent', 'parallel', 'chunkwise')
 
+TWO_PASSES = 'two passes'
+
 
 @dataclasses.dataclass(frozen=True)
 class MixerSpec:
@@ -22,7 +24,8 @@ class MixerSpec:
       test-time.
     gate: none | constant | scalar | channel: what decays the past.
     forms: the executions that exist and agree.
-    bidirectional: whether it can also be an encoder's mixer.
+    bidirectional: whether it can also be an encoder's mixer: by itself
+      (True), by one pass in each direction (TWO_PASSES), or not (False).
     time: exponent of T in the cost of a training pass.
     state: exponent of T in the size of the decode state, or 'log'.
   """
@@ -35,6 +38,6 @@ class MixerSpec:
   family: str = 'linear'
   gate: str = 'none'
   forms: tuple[str, ...] = LINEAR_FORMS
-  bidirectional: bool = True
+  bidirectional: bool | str = True
   time: float = 1
   state: float | str = 0
