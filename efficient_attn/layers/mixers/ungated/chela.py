@@ -1,0 +1,115 @@
+"""CHELA, short-long convolutions with linear attention (Liu 2406.08128).
+
+  Z = K_long * silu(K_short * X)
+  Q = a_q Z + b_q,   K = a_k Z + b_k,   V = silu(X W_v + c_v)
+  S_t = S_{t-1} + k_t v_t^T,   o_t = S_t^T q_t / sqrt(H)
+  y = W_o (norm(o) * silu(Z W_g + c_g))
+
+Both convolutions are causal and depthwise, a and b vectors. The paper leaves
+the parameters of the long kernel open. Here it is a mixture of exponentials,
+
+  K_long[t] = sum_{i < n} w_i (1 - a_i) a_i^t,   a_i = exp(-exp(rate_i)),
+
+per channel: as long as the sequence, O(T n) to apply, and a state of n numbers
+per channel where a free kernel would keep all inputs. Spans 1 / exp(rate) start
+between 1 and 1024 tokens.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from efficient_attn import sharding
+from efficient_attn.layers.conv import ShortConv
+from efficient_attn.layers.norm import RMSNorm
+from efficient_attn.layers.param import Projection, fan_in_normal, param, use
+from efficient_attn.layers.recurrence import run_op
+from efficient_attn.ops.diagonal_scan import diagonal_scan
+from efficient_attn.ops.linear_attention import linear_attention
+
+
+class Chela(nnx.Module):
+  """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  def __init__(
+    self,
+    *,
+    d_model: int,
+    num_heads: int,
+    causal: bool,
+    rngs: nnx.Rngs,
+    short_width: int = 4,
+    exponentials: int = 4,
+    chunk_size: int = 64,
+  ):
+    self.heads = heads = (num_heads, d_model // num_heads)
+    names = ('heads', 'head_dim')
+    d_in, inner = {'embed': d_model}, dict(zip(names, heads, strict=True))
+    self.short = ShortConv(heads, short_width, rngs=rngs)
+    shape = (*heads, exponentials)
+    rates = -jnp.linspace(0, np.log(1024.0), exponentials)
+    self.rates = param(
+      jnp.broadcast_to(rates, shape), (*names, None), weight_decay=False
+    )
+    mixture = fan_in_normal()(rngs.params(), shape, exponentials)
+    self.mixture = param(mixture, (*names, None), weight_decay=False)
+    # a_q and a_k, b_q and b_k.
+    self.scale = param(jnp.ones((2, *heads)), (None, *names))
+    self.shift = param(jnp.zeros((2, *heads)), (None, *names))
+    self.value = Projection(d_in, inner, bias=True, rngs=rngs)
+    self.gate = Projection(d_in, inner, bias=True, rngs=rngs)
+    self.norm = RMSNorm(heads[1])
+    self.out = Projection(inner, d_in, rngs=rngs)
+    self.chunk_size = chunk_size
+
+  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
+    """Mixes tokens; see `layers.mixers` for the contract."""
+    cache_in = cache or dict(conv=None, long=None, state=None)
+    z, conv = self.short(
+      x.reshape(*x.shape[:2], *self.heads),
+      segment_ids=segment_ids,
+      state=cache_in['conv'],
+    )
+    z, long = self.long_conv(z, segment_ids, cache_in['long'])
+    scale, shift = use(self.scale, x.dtype), use(self.shift, x.dtype)
+    o, state = run_op(
+      linear_attention,
+      dict(
+        q=z * scale[0] + shift[0],
+        k=z * scale[1] + shift[1],
+        v=jax.nn.silu(self.value(x)),
+      ),
+      segment_ids=segment_ids,
+      state=cache_in['state'],
+      chunk_size=self.chunk_size,
+    )
+    z = sharding.constrain(z, 'batch', None, None, None).reshape(x.shape)
+    y = self.out(self.norm(o) * jax.nn.silu(self.gate(z)))
+    return y, cache and dict(conv=conv, long=long, state=state)
+
+  def long_conv(self, u, segment_ids, state):
+    """Returns K_long * u for heads u [B, T, N, H], and the last averages."""
+    log_decay = -jnp.exp(use(self.rates, jnp.float32))
+    inputs = u[..., None] * -jnp.expm1(log_decay).astype(u.dtype)
+    averages, state = run_op(
+      diagonal_scan,
+      dict(
+        x=inputs.reshape(*u.shape[:3], -1),
+        log_decay=log_decay.reshape(self.heads[0], -1),
+      ),
+      segment_ids=segment_ids,
+      state=state,
+      chunk_size=self.chunk_size,
+    )
+    averages = averages.reshape(inputs.shape)
+    return jnp.sum(averages * use(self.mixture, u.dtype), -1), state
+
+  def init_cache(self, batch: int, max_len: int, dtype):
+    """Returns the zero state; `max_len` does not matter."""
+    n, h = self.heads
+    return dict(
+      conv=self.short.init_state(batch, dtype),
+      long=jnp.zeros((batch, n, h * self.rates.shape[-1])),
+      state=jnp.zeros((batch, n, h, h)),
+    )

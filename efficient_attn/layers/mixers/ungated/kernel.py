@@ -1,0 +1,88 @@
+"""What the normalised linear attentions share: everything but the kernel.
+
+S_t = S_{t-1} + psi(k_t) v_t^T    z_t = z_{t-1} + psi(k_t)
+o_t = S_t^T phi(q_t) / (z_t . phi(q_t))
+
+that is, attention with the weights phi(q_t) . psi(k_s) over their sum, and
+zero where the sum is zero. An encoder sums over all tokens of the segment.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_attn.layers.cache import next_positions
+from efficient_attn.layers.param import Projection
+from efficient_attn.layers.qkv import QKV
+from efficient_attn.layers.recurrence import run_op
+from efficient_attn.ops.linear_attention import linear_attention
+
+
+class Kernel(nnx.Module):
+  """Token mixer [B, T, D] -> [B, T, D]; a subclass gives the `features`."""
+
+  def __init__(
+    self,
+    *,
+    d_model: int,
+    num_heads: int,
+    causal: bool,
+    rngs: nnx.Rngs,
+    chunk_size: int = 64,
+  ):
+    self.heads = (num_heads, d_model // num_heads)
+    keys = (num_heads, self.key_dim(self.heads[1]))
+    self.qkv = QKV(d_model, query=keys, key=keys, value=self.heads, rngs=rngs)
+    self.out = Projection(
+      {'heads': self.heads[0], 'head_dim': self.heads[1]},
+      {'embed': d_model},
+      rngs=rngs,
+    )
+    self.options = dict(
+      normalize=True, bidirectional=not causal, chunk_size=chunk_size
+    )
+
+  def key_dim(self, head_dim: int) -> int:
+    """Returns the width of queries and keys before the feature map."""
+    return head_dim
+
+  def features(self, q, k, positions):
+    """Returns phi(q), psi(k) [B, T, N, f] of q, k [B, T, N, key_dim]."""
+    raise NotImplementedError
+
+  def arrays(self, x, positions) -> dict[str, jax.Array]:
+    """Returns the arguments of the op for the mixer's input."""
+    (q, k, v), _ = self.qkv(x)
+    q, k = self.features(q, k, positions)
+    return dict(q=q, k=k, v=v)
+
+  def attend(self, arrays, segment_ids, cache):
+    """Returns heads o [B, T, N, V] and the cache after them."""
+    o, state = run_op(
+      linear_attention,
+      arrays,
+      segment_ids=segment_ids,
+      state=cache and cache['state'],
+      **self.options,
+    )
+    if cache is not None:
+      cache = dict(state=state, length=cache['length'] + o.shape[1])
+    return o, cache
+
+  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
+    """Mixes tokens; see `layers.mixers` for the contract."""
+    if positions is None:
+      positions = next_positions(cache, x.shape[1])
+    o, cache = self.attend(self.arrays(x, positions), segment_ids, cache)
+    return self.out(o), cache
+
+  def init_cache(self, batch: int, max_len: int, dtype):
+    """Returns the zero state, (S, z); `max_len` does not matter."""
+    n, h = self.heads
+    one = jax.ShapeDtypeStruct((batch, 1, n, self.key_dim(h)), dtype)
+    position = jax.ShapeDtypeStruct((1,), jnp.int32)
+    f = jax.eval_shape(self.features, one, one, position)[1].shape[-1]
+    return dict(
+      state=(jnp.zeros((batch, n, f, h)), jnp.zeros((batch, n, f))),
+      length=jnp.zeros((), jnp.int32),
+    )
