@@ -7,6 +7,7 @@ projection; the recurrent state of the shift is the last token.
 import jax
 import jax.numpy as jnp
 
+from efficient_attn import sharding
 from efficient_attn.ops import chunks
 
 
@@ -27,7 +28,9 @@ def token_shift(
     previous: [B, T, D].
     state: [B, D], the last token: `state` of the next call.
   """
-  state = jnp.zeros_like(x[:, 0]) if state is None else state.astype(x.dtype)
+  if state is None:
+    state = jnp.zeros_like(x[:, 0])
+  state = sharding.constrain(state.astype(x.dtype), 'batch', None)
   previous = jnp.concatenate([state[:, None], x[:, :-1]], axis=1)
   if segment_ids is not None:
     starts = chunks.segment_starts(segment_ids)

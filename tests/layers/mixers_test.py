@@ -28,7 +28,14 @@ CASES = [
   ('attention', dict(num_kv_heads=2, qk_norm=True, implementation='blockwise')),
   ('attention', dict(position='alibi', logits_soft_cap=5.0)),
   ('window', dict(window=1)),
+  ('path', dict(chunk_size=8, forget_gate=True)),
   ('gla', dict(chunk_size=16, conv_width=4)),
+  ('performer', dict(chunk_size=8, hyperbolic=True)),
+  ('rfa', dict(chunk_size=8, gate=True)),
+  ('lightning', dict(chunk_size=8, decay=False)),
+  ('sana', dict(chunk_size=8, qk_norm=True)),
+  ('qt_vit', dict(chunk_size=8, compact=False)),
+  ('deltanet', dict(chunk_size=8, negative_eigenvalues=True, conv_width=0)),
 ]
 every_case = pytest.mark.parametrize(
   'name,options',
@@ -155,7 +162,7 @@ def test_packed_equals_separate(name, options):
   for a, b in zip(
     jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True
   ):
-    np.testing.assert_allclose(a, b, atol=1e-4 * (1 + np.abs(b).max()))
+    np.testing.assert_allclose(a, b, atol=2e-4 * (1 + np.abs(b).max()))
 
 
 @every_case
@@ -198,11 +205,14 @@ def test_cache_size_grows_as_the_row_says(name, options):
     sum(
       leaf.size for leaf in jax.tree.leaves(mixer.init_cache(1, m, 'float32'))
     )
-    for m in (1000, 2000)
+    for m in (1000, 2000, 4000)
   ]
+  if MIXERS[name].state == 'log':
+    assert 0 < sizes[1] - sizes[0] == sizes[2] - sizes[1]
+    return
   grows = 2 ** MIXERS[name].state
   assert sizes[1] / max(sizes[0], 1) == pytest.approx(grows, rel=1e-3) or (
-    sizes == [1, 1]  # a window of one token keeps nothing but its length
+    set(sizes) == {1}  # a window of one token keeps nothing but its length
   )
 
 

@@ -59,6 +59,9 @@ def expressions():
   def array(*shape):
     return jnp.asarray(rng.standard_normal(shape), jnp.float32)
 
+  def eighths(*shape):  # whose sums are exact in any order
+    return jnp.asarray(-rng.integers(0, 9, shape) / 8, jnp.float32)
+
   return {
     'alibi': scores.Alibi(array(2)),
     'alibi_offset': scores.Alibi(array(2), jnp.array([1, 2])),
@@ -68,6 +71,8 @@ def expressions():
     'dense_rows': scores.Dense(array(6, 1)),
     'dense_scalar': scores.Dense(array()),
     'sum': scores.Alibi(array(2)) + scores.Dense(array(6, 9)),
+    'forget': scores.Forget(eighths(2, 9, 2)),
+    'forget_offset': scores.Forget(eighths(2, 9, 2), jnp.int32(3)),
   }
 
 

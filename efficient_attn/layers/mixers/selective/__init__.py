@@ -8,6 +8,10 @@ from efficient_attn.layers.mixers.selective.gated_deltanet import (
 )
 from efficient_attn.layers.mixers.selective.kda import KDA
 from efficient_attn.layers.mixers.selective.mamba import Mamba
+from efficient_attn.layers.mixers.selective.mamba2 import Mamba2
+from efficient_attn.layers.mixers.selective.mamba3 import Mamba3
+from efficient_attn.layers.mixers.selective.mesa import Mesa
+from efficient_attn.layers.mixers.selective.mlstm import MLSTM
 from efficient_attn.layers.mixers.selective.rwkv7 import RWKV7
 from efficient_attn.layers.mixers.selective.slstm import SLSTM
 from efficient_attn.layers.mixers.spec import MixerSpec
@@ -41,6 +45,28 @@ SELECTIVE = {
     '2405.04517',
     gate='channel',
     forms=('recurrent',),
+    bidirectional=False,
+  ),
+  'mamba2': MixerSpec(
+    Mamba2, 'Mamba-2', 2024, '2405.21060', gate='scalar', bidirectional=False
+  ),
+  'mlstm': MixerSpec(
+    MLSTM,
+    'xLSTM (mLSTM)',
+    2024,
+    '2405.04517',
+    gate='scalar',
+    bidirectional=False,
+  ),
+  'mamba3': MixerSpec(
+    Mamba3, 'Mamba-3', 2026, '2603.15569', gate='scalar', bidirectional=False
+  ),
+  'mesa': MixerSpec(
+    Mesa,
+    'MesaNet',
+    2025,
+    '2506.05233',
+    gate='scalar',
     bidirectional=False,
   ),
 }

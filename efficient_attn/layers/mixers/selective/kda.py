@@ -29,7 +29,7 @@ class KDA(DeltaNet):
 
   def output(self, d_model, num_heads, value_dim, *, rngs) -> nnx.Module:
     """Returns the module that maps (o, x) to y."""
-    return GatedOutput(
+    out = GatedOutput(
       d_model,
       num_heads,
       value_dim,
@@ -37,6 +37,8 @@ class KDA(DeltaNet):
       activation=jax.nn.sigmoid,
       rank=value_dim,
     )
+    out.norm.eps = 1e-5  # as published; early outputs are of its size
+    return out
 
   def decay(self, x: jax.Array) -> jax.Array:
     """Returns the log decays of the tokens, [B, T, N, H]."""

@@ -1,6 +1,8 @@
 """Mixers that normalise with a softmax."""
 
 from efficient_attn.layers.mixers.softmax.attention import Attention
+from efficient_attn.layers.mixers.softmax.fox import FoX
+from efficient_attn.layers.mixers.softmax.path import PaTH
 from efficient_attn.layers.mixers.softmax.window import Window
 from efficient_attn.layers.mixers.spec import MixerSpec
 
@@ -22,5 +24,26 @@ SOFTMAX = {
     '2004.05150',
     family='sparse',
     forms=('reference', 'blockwise'),
+  ),
+  'fox': MixerSpec(
+    FoX,
+    'Forgetting Transformer (FoX)',
+    2025,
+    '2503.02130',
+    gate='scalar',
+    forms=('reference', 'blockwise'),
+    bidirectional=False,
+    time=2,
+    state=1,
+  ),
+  'path': MixerSpec(
+    PaTH,
+    'PaTH attention',
+    2025,
+    '2505.16381',
+    forms=('recurrent', 'parallel', 'blockwise'),
+    bidirectional=False,
+    time=2,
+    state=1,
   ),
 }

@@ -1,3 +1,48 @@
-"""Mixers whose state is a model trained at test time."""
+"""Mixers whose state is a model trained at test time.
 
-TEST_TIME = {}
+Their `chunk_size` is the inner mini-batch, a part of the method.
+"""
+
+from efficient_attn.layers.mixers.spec import MixerSpec
+from efficient_attn.layers.mixers.test_time.lact import LaCT
+from efficient_attn.layers.mixers.test_time.titans import Titans
+from efficient_attn.layers.mixers.test_time.ttt import TTTMLP, TTTLinear
+
+FORMS = ('recurrent', 'chunkwise')
+
+TEST_TIME = {
+  'ttt_linear': MixerSpec(
+    TTTLinear,
+    'TTT-Linear',
+    2024,
+    '2407.04620',
+    family='test-time',
+    forms=FORMS,
+  ),
+  'ttt_mlp': MixerSpec(
+    TTTMLP,
+    'TTT-MLP',
+    2024,
+    '2407.04620',
+    family='test-time',
+    forms=FORMS,
+  ),
+  'titans': MixerSpec(
+    Titans,
+    'Titans (neural memory)',
+    2025,
+    '2501.00663',
+    family='test-time',
+    gate='scalar',
+    forms=FORMS,
+    bidirectional=False,
+  ),
+  'lact': MixerSpec(
+    LaCT,
+    'LaCT',
+    2025,
+    '2505.23884',
+    family='test-time',
+    forms=FORMS,
+  ),
+}

@@ -1,0 +1,69 @@
+"""Gated slot attention (Zhang et al. 2409.07146).
+
+  K_t = diag(alpha_t) K_{t-1} + (1 - alpha_t) k_t^T     V_t likewise with v_t
+  o_t = V_t^T softmax(K_t q_t)
+  alpha_t = sigmoid(W_a x_t)^(1/8)                      per slot
+
+q, k and v pass through silu; the output is silu, normalised over all heads.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_attn.layers.head_norm import JointRMSNorm
+from efficient_attn.layers.param import Projection
+from efficient_attn.layers.recurrence import run_op
+from efficient_attn.ops.slots import slot_attention
+
+
+class GSA(nnx.Module):
+  """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  def __init__(
+    self,
+    *,
+    d_model: int,
+    num_heads: int,
+    causal: bool,
+    rngs: nnx.Rngs,
+    num_slots: int = 64,
+    gate_temperature: float = 8.0,
+    chunk_size: int = 64,
+  ):
+    head_dim = d_model // num_heads
+    inputs = {'embed': d_model}
+    heads = {'heads': num_heads, 'head_dim': head_dim}
+    self.query, self.key, self.value = (
+      Projection(inputs, heads, rngs=rngs) for _ in range(3)
+    )
+    slots = {'heads': num_heads, 'slots': num_slots}
+    self.decay = Projection(inputs, slots, rngs=rngs)
+    self.norm = JointRMSNorm(num_heads, head_dim)
+    self.out = Projection(heads, inputs, rngs=rngs)
+    self.gate_temperature = gate_temperature
+    self.state_shape = (num_heads, num_slots, head_dim)
+    self.chunk_size = chunk_size
+
+  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
+    """Mixes tokens; see `layers.mixers` for the contract."""
+    logits = self.decay(x).astype(jnp.float32)
+    o, state = run_op(
+      slot_attention,
+      dict(
+        q=jax.nn.silu(self.query(x)),
+        k=jax.nn.silu(self.key(x)),
+        v=jax.nn.silu(self.value(x)),
+        log_decay=jax.nn.log_sigmoid(logits) / self.gate_temperature,
+      ),
+      segment_ids=segment_ids,
+      state=cache,
+      scale=1,
+      chunk_size=self.chunk_size,
+    )
+    y = self.out(self.norm(jax.nn.silu(o)))
+    return y, None if cache is None else state
+
+  def init_cache(self, batch: int, max_len: int, dtype):
+    """Returns the zero state; `max_len` does not matter."""
+    return (jnp.zeros((batch, *self.state_shape)),) * 2

@@ -1,0 +1,99 @@
+"""HGRN, the hierarchically gated recurrent network (Qin et al. 2311.04823).
+
+  c_t = silu(W_c x_t)                         complex, D channels
+  lambda_t = gamma + (1 - gamma) sigmoid(W_f x_t)
+  h_t = lambda_t exp(i theta) h_{t-1} + (1 - lambda_t) c_t
+  y_t = W_o (norm([Re h_t, Im h_t]) * silu(W_g x_t))
+
+gamma is the lower bound of the layer; in the paper it grows from 0 in the
+first layer towards 1. The angle theta is the same for all tokens, so with
+h_t = exp(i theta t) z_t the real and the imaginary part of z are two real
+recurrences: the input is turned back by theta t, the state forth.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_attn import sharding
+from efficient_attn.layers.cache import next_positions
+from efficient_attn.layers.headwise import split_heads
+from efficient_attn.layers.norm import LayerNorm
+from efficient_attn.layers.param import Projection, param, use
+from efficient_attn.layers.recurrence import run_op
+from efficient_attn.ops.diagonal_scan import diagonal_scan
+
+
+class HGRN(nnx.Module):
+  """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  def __init__(
+    self,
+    *,
+    d_model: int,
+    num_heads: int,
+    causal: bool,
+    rngs: nnx.Rngs,
+    lower_bound: float = 0.0,
+    chunk_size: int = 64,
+  ):
+    del causal  # the row says that there is no encoder
+    heads = split_heads(d_model, num_heads)
+    shape, embed = tuple(heads.values()), {'embed': d_model}
+    self.real, self.imaginary, self.forget = (
+      Projection(embed, heads, bias=True, rngs=rngs) for _ in range(3)
+    )
+    index = jnp.arange(d_model).reshape(shape)
+    theta = 10000.0 ** (-2 / d_model * index)
+    self.theta = param(theta, (*heads,), weight_decay=False)
+    both = {'channels': 2 * d_model}
+    self.gate = Projection(embed, both, bias=True, rngs=rngs)
+    self.norm = LayerNorm(2 * d_model)
+    self.out = Projection(both, embed, bias=True, rngs=rngs)
+    self.lower_bound = lower_bound
+    self.shape = shape
+    self.chunk_size = chunk_size
+
+  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
+    """Mixes tokens; see `layers.mixers` for the contract."""
+    length = x.shape[1]
+    # Tokens turn one by one, whatever their positions are.
+    turns = next_positions(cache, length)[:, None, None]
+    angle = turns * use(self.theta, jnp.float32)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    forget = self.forget(x).astype(jnp.float32)
+    new = (1 - self.lower_bound) * jax.nn.sigmoid(-forget)  # 1 - lambda
+    a = new * jax.nn.silu(self.real(x).astype(jnp.float32))
+    b = new * jax.nn.silu(self.imaginary(x).astype(jnp.float32))
+    log_decay = jax.nn.log_sigmoid(forget)
+    if self.lower_bound:
+      log_decay = jnp.logaddexp(
+        math.log(self.lower_bound), math.log1p(-self.lower_bound) + log_decay
+      )
+    z, state = run_op(
+      diagonal_scan,
+      dict(
+        x=jnp.concatenate([a * cos + b * sin, b * cos - a * sin], -1),
+        log_decay=jnp.concatenate([log_decay, log_decay], -1),
+      ),
+      segment_ids=segment_ids,
+      state=cache and cache['state'],
+      chunk_size=self.chunk_size,
+    )
+    a, b = jnp.split(z, 2, -1)
+    h = jnp.stack([a * cos - b * sin, a * sin + b * cos], 2)
+    h = sharding.constrain(h.astype(x.dtype), 'batch', *[None] * 4)
+    h = self.norm(h.reshape(*x.shape[:2], -1))
+    if cache is not None:
+      cache = dict(state=state, length=cache['length'] + length)
+    return self.out(h * jax.nn.silu(self.gate(x))), cache
+
+  def init_cache(self, batch: int, max_len: int, dtype):
+    """Returns the zero state; `max_len` does not matter."""
+    heads, channels = self.shape
+    return dict(
+      state=jnp.zeros((batch, heads, 2 * channels)),
+      length=jnp.zeros((), jnp.int32),
+    )

@@ -1,0 +1,97 @@
+"""Log-linear Mamba-2 (Guo et al. 2506.04761): a state per power of two.
+
+  y_t = sum_s lambda_t[level(t, s)] exp(sum_{(s, t]} a_l) (C_t . B_s) dt_s x_s
+  lambda_t = softplus(scale * W_lambda u_t),     a_t = -exp(A) dt_t
+
+with u the input, and level(t, s) the number of binary digits of t XOR s, so
+that 2^m past tokens share a weight. All else is Mamba-2. The cache holds one
+state per binary digit of its length, up to `num_levels` - 1. With 15 levels
+2^14 tokens fill them, and the last one holds everything further away.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_attn import sharding
+from efficient_attn.layers.mixers.selective.mamba2 import Mamba2
+from efficient_attn.layers.param import Projection, param, use
+from efficient_attn.ops.log_linear import log_linear_attention
+
+# One head of q and k is on every device.
+LAYOUTS = dict(
+  q='BTGH', k='BTGH', v='BTNV', log_decay='BTN', level_scales='BTNL'
+)
+STATE = ('BNMHV', 'B')
+
+
+class LogLinear(Mamba2):
+  """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  def __init__(
+    self,
+    *,
+    d_model: int,
+    num_heads: int,
+    rngs: nnx.Rngs,
+    num_levels: int = 15,
+    **options,
+  ):
+    super().__init__(d_model=d_model, num_heads=num_heads, rngs=rngs, **options)
+    levels = {'heads': num_heads, 'levels': num_levels}
+    self.levels = Projection({'embed': d_model}, levels, rngs=rngs)
+    ones = jnp.ones((num_heads, num_levels))
+    self.level_scale = param(ones, (*levels,), weight_decay=False)
+    self.num_levels = num_levels
+
+  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
+    """Mixes tokens; see `layers.mixers` for the contract."""
+    empty = self.empty(*x.shape[:2]), None, None
+    state, x_tail, bc_tail = cache or empty
+    v, x_tail = self.x_conv(self.x(x), segment_ids=segment_ids, state=x_tail)
+    bc, bc_tail = self.bc_conv(
+      self.bc(x), segment_ids=segment_ids, state=bc_tail
+    )
+    k, q = jnp.split(bc[:, :, None], 2, axis=-1)
+    f32 = jnp.float32
+    dt = jax.nn.softplus(self.dt(x).astype(f32) + use(self.dt_bias, f32))
+    scales = self.levels(x).astype(f32) * use(self.level_scale, f32)
+    arrays = dict(
+      q=q,
+      k=k,
+      v=(dt[..., None] * v).astype(v.dtype),
+      log_decay=-jnp.exp(use(self.a_log, f32)) * dt,
+      level_scales=jax.nn.softplus(scales),
+    )
+
+    def op(arrays, segment_ids, state):
+      return log_linear_attention(
+        **arrays,
+        segment_ids=segment_ids,
+        initial_state=state,
+        scale=1,
+        chunk_size=self.chunk_size,
+      )
+
+    op = sharding.local_op(
+      op,
+      (LAYOUTS, 'BT', lambda leaf: STATE[leaf.ndim == 1]),
+      ('BTNV', STATE),
+    )
+    o, state = op(arrays, segment_ids, state)
+    o = o + use(self.skip, o.dtype) * v
+    y = self.out(self.norm(o * jax.nn.silu(self.gate(x))))
+    return y, None if cache is None else (state, x_tail, bc_tail)
+
+  def empty(self, batch: int, length: int):
+    """Returns the state before `length` tokens, with the buckets they need."""
+    buckets = max((length - 1).bit_length(), 1)
+    heads, *shape = self.state_shape
+    buckets = min(buckets, self.num_levels - 1)
+    memory = jnp.zeros((batch, heads, buckets, *shape))
+    return memory, jnp.zeros((batch,), jnp.int32)
+
+  def init_cache(self, batch: int, max_len: int, dtype):
+    """Returns the cache of an empty past, enough for `max_len` tokens."""
+    _, *tails = super().init_cache(batch, max_len, dtype)
+    return self.empty(batch, max_len), *tails

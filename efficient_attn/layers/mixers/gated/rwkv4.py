@@ -1,0 +1,94 @@
+"""Time mixing of RWKV-4 (Peng et al. 2305.13048).
+
+  r, k, v = W_r x^r, W_k x^k, W_v x^v      x^s_t = mu_s x_t + (1 - mu_s) x_{t-1}
+  out = W_o (sigmoid(r) * wkv(k, v))
+
+where wkv is an average of the past values whose weights exp(k) decay by a
+learned rate per channel (see `ops.wkv4`). Rates, bonus and mu start as
+published: slow to fast over the channels.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_attn.layers.headwise import split_heads
+from efficient_attn.layers.param import Projection, param, use
+from efficient_attn.layers.recurrence import run_op
+from efficient_attn.layers.token_shift import token_shift
+from efficient_attn.ops.wkv4 import wkv4
+
+
+class RWKV4(nnx.Module):
+  """Token mixer [B, T, D] -> [B, T, D]; see the module docstring.
+
+  `depth` is the place of the layer in its model, 0 for the first and 1 for the
+  last: later layers start with slower decays and more of the present token.
+  """
+
+  def __init__(
+    self,
+    *,
+    d_model: int,
+    num_heads: int,
+    causal: bool,
+    rngs: nnx.Rngs,
+    depth: float = 0.0,
+    chunk_size: int = 64,
+  ):
+    del causal  # the row says that there is no encoder
+    heads = split_heads(d_model, num_heads)
+    shape, embed = tuple(heads.values()), {'embed': d_model}
+    self.receptance, self.key, self.value = (
+      Projection(embed, heads, rngs=rngs) for _ in range(3)
+    )
+    self.out = Projection(heads, embed, rngs=rngs)
+    ramp = jnp.arange(d_model) / d_model
+    mix = ramp ** (1 - depth)
+    self.mix_key = param(mix, (None,))
+    self.mix_value = param(mix + 0.3 * depth, (None,))
+    self.mix_receptance = param(ramp ** (0.5 * (1 - depth)), (None,))
+    # exp(-exp(.)) is the decay.
+    speed = jnp.linspace(0.0, 1.0, d_model) ** (0.7 + 1.3 * depth)
+    self.rate = param((-5 + 8 * speed).reshape(shape), (*heads,))
+    zigzag = (jnp.arange(d_model) + 1) % 3 - 1.0
+    bonus = math.log(0.3) + 0.5 * zigzag
+    self.bonus = param(bonus.reshape(shape), (*heads,))
+    self.shape, self.d_model = shape, d_model
+    self.chunk_size = chunk_size
+
+  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
+    """Mixes tokens; see `layers.mixers` for the contract."""
+    previous, last = token_shift(
+      x, segment_ids=segment_ids, state=cache and cache['last']
+    )
+
+    def mixed(mu):
+      mu = use(mu, x.dtype)
+      return mu * x + (1 - mu) * previous
+
+    receptance = jax.nn.sigmoid(self.receptance(mixed(self.mix_receptance)))
+    wkv, state = run_op(
+      wkv4,
+      dict(
+        k=self.key(mixed(self.mix_key)),
+        v=self.value(mixed(self.mix_value)),
+        log_decay=-jnp.exp(use(self.rate, jnp.float32)),
+        bonus=use(self.bonus, jnp.float32),
+      ),
+      segment_ids=segment_ids,
+      state=cache and cache['state'],
+      chunk_size=self.chunk_size,
+    )
+    if cache is not None:
+      cache = dict(state=state, last=last)
+    return self.out(receptance * wkv), cache
+
+  def init_cache(self, batch: int, max_len: int, dtype):
+    """Returns the empty state; `max_len` does not matter."""
+    return dict(
+      state=(jnp.zeros((batch, *self.shape)),) * 3,
+      last=jnp.zeros((batch, self.d_model), dtype),
+    )

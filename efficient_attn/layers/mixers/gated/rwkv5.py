@@ -1,0 +1,110 @@
+"""RWKV-5 "Eagle" (Peng et al. 2404.05892): static decays, bonus, token shift.
+
+  S_t = diag(w) S_{t-1} + k_t v_t^T     w = exp(-exp(w_0)) per key channel
+  o_t = S_{t-1}^T r_t + (r_t . (u * k_t)) v_t
+  y_t = W_o (groupnorm(o_t) * silu(g_t))
+
+where each of r, k, v and g projects its own mixture of x_t and x_{t-1}.
+The published initial values depend on the depth of the layer in the network;
+these are the ones of its middle.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_attn.layers.head_norm import HeadLayerNorm
+from efficient_attn.layers.param import Projection, param, use
+from efficient_attn.layers.recurrence import run_op
+from efficient_attn.layers.token_shift import token_shift
+from efficient_attn.ops.linear_attention import linear_attention
+
+DEPTH = 0.5
+
+
+class RWKV5(nnx.Module):
+  """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  def __init__(
+    self,
+    *,
+    d_model: int,
+    num_heads: int,
+    causal: bool,
+    rngs: nnx.Rngs,
+    chunk_size: int = 64,
+  ):
+    head_dim = d_model // num_heads
+    inputs = {'embed': d_model}
+    heads = {'heads': num_heads, 'head_dim': head_dim}
+    self.receptance, self.key, self.value, self.gate = (
+      Projection(inputs, heads, rngs=rngs) for _ in range(4)
+    )
+    # How much of the previous token goes into r, k, v and g.
+    self.shifts = param(
+      jnp.stack([shift_init(d_model, name) for name in 'rkvg']),
+      (None, 'embed'),
+    )
+    channel = jnp.arange(d_model) / (d_model - 1)
+    decay = -6 + 5 * channel ** (0.7 + 1.3 * DEPTH)
+    self.decay = param(
+      decay.reshape(num_heads, head_dim), (*heads,), weight_decay=False
+    )
+    zigzag = 0.1 * ((jnp.arange(d_model) + 1) % 3 - 1)
+    bonus = DEPTH * (1 - channel) + zigzag
+    self.bonus = param(bonus.reshape(num_heads, head_dim), (*heads,))
+    # The paper divides o by 8 before a norm with eps = 1e-5.
+    self.norm = HeadLayerNorm(num_heads, head_dim, eps=64e-5)
+    self.out = Projection(heads, inputs, rngs=rngs)
+    self.state_shape = (num_heads, head_dim, head_dim)
+    self.chunk_size = chunk_size
+    self.d_model = d_model
+
+  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
+    """Mixes tokens; see `layers.mixers` for the contract."""
+    previous, last = token_shift(
+      x, segment_ids=segment_ids, state=cache and cache['shift']
+    )
+    r, k, v, g, log_decay = self.inputs(x, previous - x)
+    o, state = run_op(
+      _wkv,
+      dict(
+        q=self.receptance(r),
+        k=self.key(k),
+        v=self.value(v),
+        log_decay=log_decay,
+        bonus=use(self.bonus, jnp.float32),
+      ),
+      segment_ids=segment_ids,
+      state=cache and cache['state'],
+      chunk_size=self.chunk_size,
+    )
+    if cache is not None:
+      cache = dict(state=state, shift=last)
+    return self.out(self.norm(o) * jax.nn.silu(self.gate(g))), cache
+
+  def inputs(self, x, delta):
+    """Returns the inputs of r, k, v and g, and the log decay."""
+    shifts = use(self.shifts, x.dtype)
+    mixed = [x + delta * shifts[i] for i in range(4)]
+    return *mixed, -jnp.exp(use(self.decay, jnp.float32))
+
+  def init_cache(self, batch: int, max_len: int, dtype):
+    """Returns the zero state; `max_len` does not matter."""
+    state = jnp.zeros((batch, *self.state_shape))
+    return dict(state=state, shift=jnp.zeros((batch, self.d_model), dtype))
+
+
+def shift_init(d_model: int, name: str) -> jax.Array:
+  """The initial share of the previous token per channel, [D]."""
+  power = (1 - DEPTH) * (0.5 if name in 'rg' else 1)
+  present = (jnp.arange(d_model) / d_model) ** power
+  return 1 - present - (0.3 * DEPTH if name == 'v' else 0)
+
+
+def _wkv(q, k, v, log_decay, **options):
+  """RWKV's read; a decay [N, H] is the same for all tokens."""
+  log_decay = jnp.broadcast_to(log_decay, q.shape)
+  return linear_attention(
+    q, k, v, log_decay=log_decay, read='exclusive', scale=1, **options
+  )

@@ -1,0 +1,94 @@
+"""Mamba-2 (Dao and Gu 2405.21060): a state space with one decay per head.
+
+  S_t = exp(-exp(A) dt_t) S_{t-1} + B_t (dt_t x_t)^T     dt = softplus(. + b)
+  y_t = S_t^T C_t + D x_t
+  out = W_out rmsnorm(y_t * silu(z_t))
+
+Linear attention with q = C, k = B, v = dt x. x, B and C pass through a short
+causal convolution; one B and one C of 128 channels serve all heads; the norm is
+over all heads.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_attn.layers.channel_conv import ChannelConv
+from efficient_attn.layers.decay import time_step_bias
+from efficient_attn.layers.head_norm import JointRMSNorm
+from efficient_attn.layers.param import Projection, param, use
+from efficient_attn.layers.recurrence import run_op
+from efficient_attn.ops.linear_attention import linear_attention
+
+
+class Mamba2(nnx.Module):
+  """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  def __init__(
+    self,
+    *,
+    d_model: int,
+    num_heads: int,
+    causal: bool,
+    rngs: nnx.Rngs,
+    state_dim: int = 128,
+    expand: int = 2,
+    conv_width: int = 4,
+    chunk_size: int = 64,
+  ):
+    head_dim = expand * d_model // num_heads
+    inputs = {'embed': d_model}
+    heads = {'heads': num_heads, 'head_dim': head_dim}
+    state = {'state': 2 * state_dim}  # B and C
+    self.gate = Projection(inputs, heads, rngs=rngs)
+    self.x = Projection(inputs, heads, rngs=rngs)
+    self.bc = Projection(inputs, state, rngs=rngs)
+    self.dt = Projection(inputs, {'heads': num_heads}, rngs=rngs)
+    self.x_conv = ChannelConv(heads, conv_width, rngs=rngs)
+    self.bc_conv = ChannelConv(state, conv_width, rngs=rngs)
+    bias = time_step_bias(rngs.params(), (num_heads,))
+    self.dt_bias = param(bias, ('heads',), weight_decay=False)
+    a = jax.random.uniform(rngs.params(), (num_heads,), minval=1, maxval=16)
+    self.a_log = param(jnp.log(a), ('heads',), weight_decay=False)
+    self.skip = param(jnp.ones((num_heads, 1)), (*heads,), weight_decay=False)
+    self.norm = JointRMSNorm(num_heads, head_dim)
+    self.out = Projection(heads, inputs, rngs=rngs)
+    self.state_shape = (num_heads, state_dim, head_dim)
+    self.chunk_size = chunk_size
+
+  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
+    """Mixes tokens; see `layers.mixers` for the contract."""
+    state, x_tail, bc_tail = cache or (None, None, None)
+    v, x_tail = self.x_conv(self.x(x), segment_ids=segment_ids, state=x_tail)
+    bc, bc_tail = self.bc_conv(
+      self.bc(x), segment_ids=segment_ids, state=bc_tail
+    )
+    k, q = jnp.split(bc[:, :, None], 2, axis=-1)
+    dt = self.dt(x).astype(jnp.float32) + use(self.dt_bias, jnp.float32)
+    dt = jax.nn.softplus(dt)
+    o, state = run_op(
+      linear_attention,
+      dict(
+        q=q,
+        k=k,
+        v=(dt[..., None] * v).astype(v.dtype),
+        log_decay=-jnp.exp(use(self.a_log, jnp.float32)) * dt,
+      ),
+      segment_ids=segment_ids,
+      state=state,
+      # The one head of q and k is on every device.
+      layouts=dict(q='BTGH', k='BTGH'),
+      scale=1,
+      chunk_size=self.chunk_size,
+    )
+    o = o + use(self.skip, o.dtype) * v
+    y = self.out(self.norm(o * jax.nn.silu(self.gate(x))))
+    return y, None if cache is None else (state, x_tail, bc_tail)
+
+  def init_cache(self, batch: int, max_len: int, dtype):
+    """Returns the zero state; `max_len` does not matter."""
+    return (
+      jnp.zeros((batch, *self.state_shape)),
+      self.x_conv.init_state(batch, dtype),
+      self.bc_conv.init_state(batch, dtype),
+    )

@@ -1,0 +1,88 @@
+"""sLSTM (xLSTM, Beck et al. 2405.04517).
+
+  i, f = W_i x', W_f x'      z, o = W_z x, W_o x       x' = silu(conv(x))
+  y = norm_per_head(cell(z, i, f, o))
+
+The cell has exponential gates and mixes its memory through recurrent matrices
+(see `ops.slstm`). All matrices are block diagonal, one block per head: the
+feed-forward layer that follows is what mixes heads. Recurrent matrices start
+at zero, forget gates with biases from 5 down to -7 over the channels of a head.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_attn import sharding
+from efficient_attn.layers.headwise import ChannelConv, Headwise, split_heads
+from efficient_attn.layers.norm import LayerNorm
+from efficient_attn.layers.param import param, use
+from efficient_attn.layers.recurrence import run_op
+from efficient_attn.ops.slstm import slstm
+
+
+class SLSTM(nnx.Module):
+  """Token mixer [B, T, D] -> [B, T, D]; see the module docstring.
+
+  `depth` is the place of the layer in its model, 0 for the first and 1 for the
+  last: forget gates of later layers start with fewer open channels.
+  """
+
+  def __init__(
+    self,
+    *,
+    d_model: int,
+    num_heads: int,
+    causal: bool,
+    rngs: nnx.Rngs,
+    conv_width: int = 4,
+    depth: float = 0.0,
+  ):
+    del causal  # the row says that there is no encoder
+    heads = split_heads(d_model, num_heads)
+    shape = tuple(heads.values())
+    self.conv = ChannelConv(shape, conv_width, rngs=rngs)
+    self.z, self.i, self.f, self.o = (
+      Headwise(*shape, rngs=rngs) for _ in range(4)
+    )
+    self.recurrent = param(
+      jnp.zeros((4, *shape, shape[1])),
+      (None, *heads, None),
+      weight_decay=True,
+    )
+    ramp = jnp.linspace(0.0, 1.0, shape[1]) ** (0.3 + 1.3 * depth)
+    bias = jnp.zeros((4, *shape)).at[2].set(5.0 - 12.0 * ramp)
+    self.bias = param(bias, (None, *heads))
+    self.norm = LayerNorm(shape[1])
+    self.shape = shape
+
+  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
+    """Mixes tokens; see `layers.mixers` for the contract."""
+    heads = x.reshape(*x.shape[:2], *self.shape)
+    smooth, tail = self.conv(
+      heads, segment_ids=segment_ids, state=cache and cache['conv']
+    )
+    smooth = jax.nn.silu(smooth)
+    h, state = run_op(
+      slstm,
+      dict(
+        z=self.z(heads),
+        i=self.i(smooth),
+        f=self.f(smooth),
+        o=self.o(heads),
+        recurrent=use(self.recurrent, jnp.float32),
+        bias=use(self.bias, jnp.float32),
+      ),
+      segment_ids=segment_ids,
+      state=cache and cache['state'],
+      layouts=dict(recurrent='GNHV', bias='GNH'),
+    )
+    if cache is not None:
+      cache = dict(state=state, conv=tail)
+    y = sharding.constrain(self.norm(h), 'batch', None, None, None)
+    return y.reshape(x.shape), cache
+
+  def init_cache(self, batch: int, max_len: int, dtype):
+    """Returns the empty cell; `max_len` does not matter."""
+    state = (jnp.zeros((batch, *self.shape)),) * 4
+    return dict(state=state, conv=self.conv.init_state(batch, dtype))

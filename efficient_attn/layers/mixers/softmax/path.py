@@ -1,0 +1,108 @@
+"""PaTH attention (Yang et al. 2505.16381): data-dependent positions.
+
+  o_t = sum_s softmax_s(q_t^T (prod_{l in (s, t]} G_l) k_s / sqrt(H)) v_s
+  G_t = I - beta_t w_t w_t^T,           beta_t = 2 sigmoid(w_b x_t + b)
+  w_t = normalise(silu(conv_3(W_2 W_1 x)_t)),          W_1 of rank 32
+
+per head. With `forget_gate` (PaTH-FoX) sum_{l in (s, t]} log f_l joins the
+logits, f_t = sigmoid(w_f x_t + b_f). The cache holds every past value and
+every past key, turned by all tokens since.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_attn import sharding
+from efficient_attn.layers.conv import ShortConv
+from efficient_attn.layers.norm import l2_normalize
+from efficient_attn.layers.param import LowRank, Projection
+from efficient_attn.layers.qkv import QKV
+from efficient_attn.ops.path_attention import Past, path_attention
+
+
+class PaTH(nnx.Module):
+  """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  def __init__(
+    self,
+    *,
+    d_model: int,
+    num_heads: int,
+    causal: bool,
+    rngs: nnx.Rngs,
+    direction_rank: int = 32,
+    conv_width: int = 3,
+    forget_gate: bool = False,
+    chunk_size: int = 64,
+  ):
+    del causal  # always: the row says bidirectional=False
+    heads = (num_heads, d_model // num_heads)
+    embed, each = {'embed': d_model}, {'heads': num_heads}
+    wide = each | {'head_dim': heads[1]}
+    self.qkv = QKV(d_model, query=heads, key=heads, value=heads, rngs=rngs)
+    self.direction = LowRank(d_model, direction_rank, wide, rngs=rngs)
+    self.conv = ShortConv(heads, conv_width, rngs=rngs)
+    self.beta = Projection(embed, each, bias=True, rngs=rngs)
+    if forget_gate:
+      self.forget = Projection(embed, each, bias=True, rngs=rngs)
+    else:
+      self.forget = None
+    self.out = Projection(wide, embed, rngs=rngs)
+    self.heads = heads
+    self.chunk_size = chunk_size
+
+  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
+    """Mixes tokens; see `layers.mixers` for the contract."""
+    (q, k, v), _ = self.qkv(x)
+    w, tail = self.conv(
+      self.direction(x),
+      segment_ids=segment_ids,
+      state=cache and cache['conv'],
+    )
+    gates = dict(beta=2 * jax.nn.sigmoid(self.beta(x).astype(jnp.float32)))
+    if self.forget is not None:
+      gate = self.forget(x).astype(jnp.float32)
+      gates['log_forget'] = jax.nn.log_sigmoid(gate)
+
+    def op(q, k, v, w, gates, segment_ids, past):
+      return path_attention(
+        q,
+        k,
+        v,
+        w,
+        **gates,
+        segment_ids=segment_ids,
+        initial_state=past,
+        chunk_size=self.chunk_size,
+      )
+
+    heads, past = ('BTNH',) * 4, lambda leaf: PAST[leaf.ndim]
+    op = sharding.local_op(
+      op,
+      (*heads, dict.fromkeys(gates, 'BTN'), 'BT', past),
+      lambda out, state: ('BTNV', jax.tree.map(past, state)),
+    )
+    past = cache and cache['past']
+    o, past = op(
+      q, k, v, l2_normalize(w.astype(jnp.float32)), gates, segment_ids, past
+    )
+    if cache is not None:
+      cache = dict(past=past, conv=tail)
+    return self.out(o), cache
+
+  def init_cache(self, batch: int, max_len: int, dtype):
+    """Returns room for `max_len` tokens; writing past it is wrong."""
+    shape = (batch, max_len, *self.heads)
+    past = Past(
+      # Turned again by every token: kept in float32.
+      key=jnp.zeros(shape),
+      value=jnp.zeros(shape, dtype),
+      forget=jnp.zeros(shape[:3]),
+      length=jnp.zeros((), jnp.int32),
+    )
+    return dict(past=past, conv=self.conv.init_state(batch, dtype))
+
+
+# The layouts of the leaves of `Past` by rank.
+PAST = {0: '', 3: 'BSN', 4: 'BSNH'}

@@ -1,0 +1,82 @@
+"""The learned start of a model per head, and running it as fast weights."""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_attn.layers.param import param, use
+from efficient_attn.layers.recurrence import run_op
+from efficient_attn.ops.fast_weights import FastState, fast_weights, fresh_state
+
+
+class FastMLP(nnx.Module):
+  """Weights [N, in, out], and biases and a layer norm where asked for.
+
+  Weights are normal of standard deviation `std`, 1 / sqrt(in) by default.
+  """
+
+  def __init__(
+    self,
+    num_heads: int,
+    widths: tuple[int, ...],
+    *,
+    norm: bool,
+    std: float | None = None,
+    rngs: nnx.Rngs,
+  ):
+    self.weights = nnx.List(
+      param(
+        jax.random.normal(rngs.params(), (num_heads, i, o))
+        * (std or 1 / math.sqrt(i)),
+        ('heads', None, None),
+      )
+      for i, o in itertools.pairwise(widths)
+    )
+    if norm:
+      self.biases = nnx.List(
+        param(jnp.zeros((num_heads, o)), ('heads', None)) for o in widths[1:]
+      )
+      self.scale = param(jnp.ones((num_heads, widths[-1])), ('heads', None))
+      self.shift = param(jnp.zeros((num_heads, widths[-1])), ('heads', None))
+    else:
+      self.biases = None
+    self.norm = norm
+
+  def __call__(self, arrays: dict, *, segment_ids, state, **options):
+    """Returns (out, state) of `ops.fast_weights` on arrays by name."""
+    model = dict(weights=self.layers())
+    if self.norm:
+      model['norm'] = use(self.scale, jnp.float32), use(self.shift, jnp.float32)
+    # run_op takes arrays by name.
+    leaves, structure = jax.tree.flatten(model)
+    leaves = {f'model_{i}': leaf for i, leaf in enumerate(leaves)}
+
+    def op(**arrays):
+      model = structure.unflatten([arrays.pop(name) for name in leaves])
+      return fast_weights(**model, **arrays)
+
+    return run_op(
+      op,
+      arrays | leaves,
+      segment_ids=segment_ids,
+      state=state,
+      layouts={
+        name: ('N', 'NH', 'NHV')[x.ndim - 1] for name, x in leaves.items()
+      },
+      **options,
+    )
+
+  def layers(self) -> tuple:
+    """Returns (weight, bias or None) of every layer, float32."""
+    biases = self.biases or [None] * len(self.weights)
+    return tuple(
+      (use(w, jnp.float32), None if b is None else use(b, jnp.float32))
+      for w, b in zip(self.weights, biases, strict=True)
+    )
+
+  def init_state(self, batch: int, *, momentum: bool = False) -> FastState:
+    """Returns the state before the first token."""
+    return fresh_state(self.layers(), batch, momentum=momentum)

@@ -1,0 +1,209 @@
+"""LaCT (Zhang et al. 2505.23884): one update per chunk of thousands of tokens.
+
+  o_t = sum_{s in window} softmax_s(q_t . k_s / sqrt(H)) v_s
+        + silu(g_t) RMSNorm(f(q'_t; W)),  f(x) = W_2 (silu(W_1 x) * (W_3 x))
+
+q, k, v are shared: q' and k' of the fast weights are l2norm(silu(.)) of q and
+k with a scale and an offset per channel, rotated as q and k are, v' = silu(v).
+W is what the chunks before the token's left behind (see `ops.lact`): trained
+on -f(k') . v' with rates softplus(.) near 0.001 per token, head and matrix and
+momentum sigmoid(.). The sliding window sees what happens inside a chunk
+("shifted block causal"). The fast weights have few, wide heads.
+
+The defaults are those of the published language models' configuration. With
+`muon` updates are orthogonalised, the paper's other variant, which magnifies
+rounding errors as it does small singular values: up to 3.4^5 times.
+
+An encoder makes one update with all tokens, then all read it; its window
+reaches window // 2 tokens to each side.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_attn import sharding
+from efficient_attn.config import ConfigError
+from efficient_attn.layers.cache import next_positions
+from efficient_attn.layers.norm import RMSNorm, l2_normalize
+from efficient_attn.layers.param import Projection, param, use
+from efficient_attn.layers.qkv import QKV
+from efficient_attn.layers.recurrence import run_op
+from efficient_attn.ops import masks
+from efficient_attn.ops.attention import attention
+from efficient_attn.ops.lact import fresh_state, lact
+from efficient_attn.ops.positions import rotary
+
+BASE_RATE = 0.001
+
+
+class LaCT(nnx.Module):
+  """Token mixer [B, T, D] -> [B, T, D]; see the module docstring.
+
+  `chunk_size` is the paper's chunk, a part of the definition; `window` = 0
+  takes as many tokens.
+  """
+
+  def __init__(
+    self,
+    *,
+    d_model: int,
+    num_heads: int,
+    causal: bool,
+    rngs: nnx.Rngs,
+    fast_heads: int = 4,
+    expand: int = 1,
+    muon: bool = False,
+    window: int = 0,
+    rotary_base: float = 10_000.0,
+    chunk_size: int = 2048,
+  ):
+    if num_heads % fast_heads:
+      raise ConfigError(
+        f'fast_heads={fast_heads} does not divide num_heads={num_heads}'
+      )
+    width = d_model // fast_heads
+    heads = {'heads': fast_heads, 'head_dim': width}
+    shape = (fast_heads, width)
+    self.qkv = QKV(d_model, query=shape, key=shape, value=shape, rngs=rngs)
+    # Of the queries and the keys of the fast weights.
+    axes = (None, 'heads', 'head_dim')
+    self.scale = param(jnp.ones((2, *shape)), axes)
+    self.offset = param(jnp.zeros((2, *shape)), axes)
+    self.rates = Projection(
+      {'embed': d_model},
+      {'heads': fast_heads, 'rates': 3},
+      bias=True,
+      rngs=rngs,
+    )
+    self.momentum = Projection(
+      {'embed': d_model}, {'heads': fast_heads}, bias=True, rngs=rngs
+    )
+    hidden = expand * width
+    self.weights = nnx.List(
+      param(
+        jax.random.normal(rngs.params(), (fast_heads, i, o)) / math.sqrt(i),
+        ('heads', None, None),
+      )
+      for i, o in ((width, hidden), (hidden, width), (width, hidden))
+    )
+    self.norm = RMSNorm(width)
+    self.gate = Projection(
+      {'embed': d_model}, {'heads': fast_heads}, bias=True, rngs=rngs
+    )
+    self.out = Projection(heads, {'embed': d_model}, rngs=rngs)
+    self.heads = (num_heads, d_model // num_heads)
+    self.window = window or chunk_size
+    self.rotary_base = rotary_base
+    self.causal = causal
+    self.options = dict(
+      use_muon=muon, chunk_size=chunk_size, bidirectional=not causal
+    )
+
+  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
+    """Mixes tokens; see `layers.mixers` for the contract."""
+    if cache is not None and segment_ids is not None:
+      raise NotImplementedError('lact: a cache needs unpacked sequences')
+    length = x.shape[1]
+    if positions is None:
+      positions = next_positions(cache, length)
+    (q, k, v), _ = self.qkv(x)
+    near, past = self._attend(q, k, v, positions, segment_ids, cache)
+    far, state = self._recall(x, q, k, v, positions, segment_ids, cache)
+    if cache is not None:
+      cache = dict(**past, state=state, length=cache['length'] + length)
+    gate = jax.nn.silu(self.gate(x))[..., None]
+    return self.out(near + gate * self.norm(far)), cache
+
+  def _recall(self, x, q, k, v, positions, segment_ids, cache):
+    """Reads and trains the fast weights."""
+    scale, offset = use(self.scale, q.dtype), use(self.offset, q.dtype)
+    q, k = (
+      l2_normalize(jax.nn.silu(y * scale[i] + offset[i]))
+      for i, y in enumerate((q, k))
+    )
+    width = v.shape[-1]
+    q, k = (_regroup(self._rotate(y, positions), width) for y in (q, k))
+    rates = self.rates(x).astype(jnp.float32)
+    names = ('w1', 'w2', 'w3')
+
+    def op(w1, w2, w3, **arrays):
+      return lact(weights=(w1, w2, w3), **arrays)
+
+    return run_op(
+      op,
+      dict(
+        q=q,
+        k=k,
+        v=jax.nn.silu(v),
+        learning_rate=jax.nn.softplus(rates + math.log(math.expm1(BASE_RATE))),
+        momentum=jax.nn.sigmoid(self.momentum(x).astype(jnp.float32)),
+        **dict(zip(names, self._weights(), strict=True)),
+      ),
+      segment_ids=segment_ids,
+      state=cache and cache['state'],
+      layouts=dict.fromkeys(names, 'NHV'),
+      **self.options,
+    )
+
+  def _attend(self, q, k, v, positions, segment_ids, cache):
+    """The sliding window over narrow heads, and the cache of its past."""
+    q, k = self._rotate(q, positions), self._rotate(k, positions)
+    width, v = v.shape[-1], _regroup(v, self.heads[1])
+    left, right = self.window - 1, 0
+    if not self.causal:
+      left = right = self.window // 2
+    mask, past = masks.Window(left, right), None
+    if segment_ids is not None:
+      mask &= masks.Segments(segment_ids, segment_ids)
+    if cache is not None:
+      length = q.shape[1]
+      k, v = (
+        jnp.concatenate([cache[name], y.astype(cache[name].dtype)], 1)
+        for name, y in (('key', k), ('value', v))
+      )
+      filled = jnp.arange(k.shape[1]) >= left - cache['length']
+      # Key 0 stands `left` tokens before query 0.
+      mask = masks.Window(left, right, left) & masks.Dense(
+        filled[None, None, None, :]
+      )
+      past = dict(key=k[:, length:], value=v[:, length:])
+
+    def op(q, k, v, mask):
+      return attention(q, k, v, mask=mask)
+
+    op = sharding.local_op(op, ('BTNH', 'BTNH', 'BTNV', mask_layout), 'BTNV')
+    return _regroup(op(q, k, v, mask), width), past
+
+  def _rotate(self, x, positions):
+    """Rotates wide heads as the narrow ones they consist of."""
+    return rotary(_regroup(x, self.heads[1]), positions, base=self.rotary_base)
+
+  def _weights(self):
+    return tuple(use(w, jnp.float32) for w in self.weights)
+
+  def init_cache(self, batch: int, max_len: int, dtype):
+    """Returns the initial weights and an empty window."""
+    empty = jnp.zeros((batch, self.window - 1, *self.heads), dtype)
+    return dict(
+      key=empty,
+      value=empty,
+      state=fresh_state(self._weights(), batch, momentum=True),
+      length=jnp.zeros((), jnp.int32),
+    )
+
+
+def _regroup(x: jax.Array, width: int) -> jax.Array:
+  """Turns heads [B, T, N, H] into more or fewer, `width` wide."""
+
+  def op(x):
+    return x.reshape(*x.shape[:2], -1, width)
+
+  return sharding.local_op(op, ('BTNH',), 'BTNH')(x)
+
+
+def mask_layout(leaf: jax.Array) -> str:
+  """Layout of an array inside a mask: segment ids, dense masks."""
+  return ('', 'B', 'BT', 'BTS', 'BNTS')[leaf.ndim]

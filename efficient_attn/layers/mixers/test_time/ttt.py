@@ -1,0 +1,121 @@
+"""TTT layers (Sun et al. 2407.04620): the state is a model being trained.
+
+  W_t = W_{t-1} - eta_t grad |f(k_t; W) - v_t|^2 / 2      o_t = f(q_t; W_t)
+  f(x) = x + LN(W x + b)                                  TTT-Linear
+  f(x) = x + LN(W_2 gelu(W_1 x + b_1) + b_2)              TTT-MLP, 4x as wide
+  eta_t = base_rate sigmoid(w . x_t + c) / H              per head
+
+Gradients are taken at the weights before the mini-batch: `chunk_size` is the
+paper's inner mini-batch b = 16, a part of the definition. It is the version
+for a Transformer backbone: own projections for q, k and v, no convolution,
+rotary positions counted inside the mini-batch, a layer norm over the joined
+heads and a gate gelu(W_g x). The initial weights, learned, are N(0, 0.02^2).
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_attn.layers.cache import next_positions
+from efficient_attn.layers.mixers.test_time.fast_mlp import FastMLP
+from efficient_attn.layers.param import Projection, param, use
+from efficient_attn.layers.qkv import QKV
+from efficient_attn.ops.positions import rotary
+
+INIT_STD = 0.02
+
+
+class TTTLinear(nnx.Module):
+  """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  hidden = ()  # widths between the layers of the model, in head widths
+
+  def __init__(
+    self,
+    *,
+    d_model: int,
+    num_heads: int,
+    causal: bool,
+    rngs: nnx.Rngs,
+    base_rate: float = 1.0,
+    rotary_base: float = 10_000.0,
+    chunk_size: int = 16,
+  ):
+    head_dim = d_model // num_heads
+    shape = (num_heads, head_dim)
+    heads = {'heads': num_heads, 'head_dim': head_dim}
+    self.qkv = QKV(d_model, query=shape, key=shape, value=shape, rngs=rngs)
+    self.rate = Projection(
+      {'embed': d_model},
+      {'heads': num_heads},
+      bias=True,
+      init=lambda key, shape, _: INIT_STD * jax.random.normal(key, shape),
+      rngs=rngs,
+    )
+    widths = (head_dim, *(x * head_dim for x in self.hidden), head_dim)
+    self.model = FastMLP(num_heads, widths, norm=True, std=INIT_STD, rngs=rngs)
+    self.norm = JoinedLayerNorm(*shape)
+    self.gate = Projection({'embed': d_model}, heads, rngs=rngs)
+    self.out = Projection(heads, {'embed': d_model}, rngs=rngs)
+    self.base_rate = base_rate / head_dim
+    self.rotary_base = rotary_base
+    self.chunk_size = chunk_size
+    self.causal = causal
+
+  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
+    """Mixes tokens; see `layers.mixers` for the contract."""
+    length = x.shape[1]
+    if positions is None:
+      positions = next_positions(cache, length)
+    inner = positions % self.chunk_size
+    (q, k, v), _ = self.qkv(x)
+    rate = jax.nn.sigmoid(self.rate(x).astype(jnp.float32))
+    o, state = self.model(
+      dict(
+        q=rotary(q, inner, base=self.rotary_base),
+        k=rotary(k, inner, base=self.rotary_base),
+        v=v,
+        learning_rate=self.base_rate * rate,
+      ),
+      segment_ids=segment_ids,
+      state=cache and cache['state'],
+      bidirectional=not self.causal,
+      chunk_size=self.chunk_size,
+    )
+    if cache is not None:
+      cache = dict(state=state, length=cache['length'] + length)
+    return self.out(self.norm(o) * jax.nn.gelu(self.gate(x))), cache
+
+  def init_cache(self, batch: int, max_len: int, dtype):
+    """Returns the initial weights; `max_len` does not matter."""
+    return dict(
+      state=self.model.init_state(batch), length=jnp.zeros((), jnp.int32)
+    )
+
+
+class TTTMLP(TTTLinear):
+  """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  hidden = (4,)
+
+  def __init__(self, *, base_rate: float = 0.1, **options):
+    super().__init__(base_rate=base_rate, **options)
+
+
+class JoinedLayerNorm(nnx.Module):
+  """Layer norm over all channels of all heads, [B, T, N, H] -> same."""
+
+  def __init__(self, num_heads: int, head_dim: int, *, eps: float = 1e-6):
+    axes = ('heads', 'head_dim')
+    self.scale = param(jnp.ones((num_heads, head_dim)), axes)
+    self.bias = param(jnp.zeros((num_heads, head_dim)), axes)
+    self.eps = eps
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Normalises the last two axes together."""
+    x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x32 = x32 - jnp.mean(x32, axis=(-2, -1), keepdims=True)
+    variance = jnp.mean(x32 * x32, axis=(-2, -1), keepdims=True)
+    y = x32 * jax.lax.rsqrt(variance + self.eps)
+    y = y * use(self.scale, y.dtype) + use(self.bias, y.dtype)
+    return y.astype(x.dtype)
