@@ -1,12 +1,15 @@
 """The short causal convolution many recurrent mixers put before q, k and v."""
 
+import math
+from collections.abc import Callable, Mapping
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError
-from efficient_attn.layers.param import fan_in_normal, param, use
+from efficient_attn.layers.param import param, use
 from efficient_attn.ops.short_conv import short_conv
 
 
@@ -25,33 +28,66 @@ def conv_taps(conv_width: int | None, causal: bool) -> int:
 
 
 class ShortConv(nnx.Module):
-  """silu of a causal depthwise convolution over heads, [B,T,N,H] -> same."""
+  """Causal depthwise convolution, [B, T, *channels] -> same; silu by default.
 
-  def __init__(self, heads: tuple[int, int], width: int, *, rngs: nnx.Rngs):
-    weight = fan_in_normal()(rngs.params(), (width, *heads), width)
-    axes = (None, 'heads', 'head_dim')
-    self.weight = param(weight, axes, weight_decay=False)
-    self.shape = (width - 1, *heads)
+  `channels` names the axes after the first two, {'heads': N, 'head_dim': H} or
+  {'state': H}: the convolution runs on shards of 'heads'. Weight and bias
+  start uniform in +-1 / sqrt(width).
+  """
+
+  def __init__(
+    self,
+    channels: Mapping[str, int],
+    width: int,
+    *,
+    bias: bool = False,
+    activation: Callable | None = jax.nn.silu,
+    rngs: nnx.Rngs,
+  ):
+    if width < 1:
+      raise ConfigError(f'conv_width={width}: use 1 or more tokens')
+
+    def uniform(*shape):
+      bound = 1 / math.sqrt(width)
+      return jax.random.uniform(
+        rngs.params(), shape, minval=-bound, maxval=bound
+      )
+
+    shape = tuple(channels.values())
+    self.weight = param(
+      uniform(width, *shape), (None, *channels), weight_decay=False
+    )
+    self.bias = param(uniform(*shape), (*channels,)) if bias else None
+    self.activation = activation
+    self.shape = (width - 1, *shape)
+    self.layout = ''.join('N' if n == 'heads' else 'D' for n in channels)
 
   def __call__(self, x, *, segment_ids=None, state=None):
     """Returns the convolved x and the last width - 1 inputs."""
 
-    def op(x, weight, segment_ids, state):
-      def flat(a):  # heads and their channels as one axis
-        return a.reshape(*a.shape[:-2], -1)
+    def flat(a, lead):
+      return None if a is None else a.reshape(*a.shape[:lead], -1)
 
-      y, state = short_conv(
-        flat(x),
-        flat(weight),
+    def op(x, weight, bias, segment_ids, state):
+      y, last = short_conv(
+        flat(x, 2),
+        flat(weight, 1),
+        bias=flat(bias, 0),
         segment_ids=segment_ids,
-        initial_state=None if state is None else flat(state),
+        initial_state=flat(state, 2),
       )
-      return y.reshape(x.shape), state.reshape(*state.shape[:2], *x.shape[2:])
+      return y.reshape(x.shape), last.reshape(*last.shape[:2], *x.shape[2:])
 
-    op = sharding.local_op(op, ('BTNH', 'WNH', 'BT', 'BTNH'), ('BTNH', 'BTNH'))
-    y, state = op(x, use(self.weight, x.dtype), segment_ids, state)
-    return jax.nn.silu(y), state
+    tokens = 'BT' + self.layout
+    op = sharding.local_op(
+      op,
+      (tokens, 'W' + self.layout, self.layout, 'BT', tokens),
+      (tokens, tokens),
+    )
+    bias = None if self.bias is None else use(self.bias, x.dtype)
+    y, state = op(x, use(self.weight, x.dtype), bias, segment_ids, state)
+    return y if self.activation is None else self.activation(y), state
 
   def init_state(self, batch: int, dtype) -> jax.Array:
-    """Returns the zero inputs before the first token, [B, width-1, N, H]."""
+    """Returns the zero inputs before the first token, [B, width-1, ...]."""
     return jnp.zeros((batch, *self.shape), dtype)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_attn.layers.param import param, use
+from efficient_attn.layers.param import param
 
 
 class RMSNorm(nnx.Module):
@@ -37,28 +37,6 @@ class LayerNorm(nnx.Module):
     variance = jnp.mean(x32 * x32, axis=-1, keepdims=True)
     y = x32 * jax.lax.rsqrt(variance + self.eps)
     return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
-
-
-class GroupNorm(nnx.Module):
-  """LayerNorm of each head by itself, with a scale and bias per channel.
-
-  Wu and He, 1803.08494; RWKV's epsilon is 64e-5.
-  """
-
-  def __init__(self, num_heads: int, dim: int, *, eps: float = 64e-5):
-    axes = ('heads', 'head_dim')
-    self.scale = param(jnp.ones((num_heads, dim)), axes)
-    self.bias = param(jnp.zeros((num_heads, dim)), axes)
-    self.eps = eps
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Normalises the heads of x [B, T, N, dim]."""
-    x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    variance = jnp.mean(x32 * x32, axis=-1, keepdims=True)
-    y = x32 * jax.lax.rsqrt(variance + self.eps)
-    scale, bias = use(self.scale, y.dtype), use(self.bias, y.dtype)
-    return (y * scale + bias).astype(x.dtype)
 
 
 NORMS = {'rmsnorm': RMSNorm, 'layernorm': LayerNorm}

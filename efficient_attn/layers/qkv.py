@@ -34,7 +34,8 @@ class QKV(nnx.Module):
     )
     if conv_width:
       self.convs = nnx.List(
-        ShortConv(shape, conv_width, rngs=rngs) for shape in shapes
+        ShortConv({'heads': heads, 'head_dim': dim}, conv_width, rngs=rngs)
+        for heads, dim in shapes
       )
     else:
       self.convs = None

@@ -16,8 +16,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from efficient_attn.ops import diagonal_scan as diagonal
 from efficient_attn.ops import shapes
+from efficient_attn.ops.diagonal_scan import (
+  associative,
+  check_form,
+  run,
+  starts,
+)
 
 DISCRETIZATIONS = ('euler', 'zoh')
 # Where the series replaces expm1(z) / z, whose derivative cancels near zero.
@@ -62,7 +67,7 @@ def selective_scan(
     state: [B, N, H, S] after the last token, float32 (float64 for float64
       inputs).
   """
-  diagonal.check_form(form, implementation, 'selective_scan')
+  check_form(form, implementation, 'selective_scan')
   _check(x, dt, A, B, C, D, initial_state, segment_ids)
   if discretization not in DISCRETIZATIONS:
     raise ValueError(
@@ -86,11 +91,11 @@ def selective_scan(
   def chunk(carry, tokens, marks):
     state, A = carry
     decay, write, read = _discrete(A[:, None], tokens, exact)
-    states = diagonal.associative(decay, write, state)
+    states = associative(decay, write, state)
     return (states[:, :, -1], A), _read(states, read)
 
-  tokens = x, dt, B[:, :, None], C[:, :, None], diagonal.starts(segment_ids)
-  y, (state, _) = diagonal.run(
+  tokens = x, dt, B[:, :, None], C[:, :, None], starts(segment_ids)
+  y, (state, _) = run(
     step, chunk, tokens, (state, A), form=form, chunk_size=chunk_size
   )
   if D is not None:

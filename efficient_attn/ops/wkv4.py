@@ -17,8 +17,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from efficient_attn.ops import diagonal_scan as diagonal
 from efficient_attn.ops import shapes
+from efficient_attn.ops.diagonal_scan import (
+  check_form,
+  chunk,
+  run,
+  starts,
+  step,
+)
 
 
 def wkv4(
@@ -53,7 +59,7 @@ def wkv4(
       inputs): a = num exp(max) and b = den exp(max). Where den is 0 the state
       is empty, whatever max is. Gradients take max for a constant.
   """
-  diagonal.check_form(form, implementation, 'wkv4')
+  check_form(form, implementation, 'wkv4')
   _check(k, v, log_decay, bonus, initial_state, segment_ids)
   dtype = shapes.accumulator(k, v, log_decay, bonus, initial_state)
   k, value, w, u = (z.astype(dtype) for z in (k, v, log_decay, bonus))
@@ -63,7 +69,7 @@ def wkv4(
     state = tuple(z.astype(dtype) for z in initial_state)
   num, den, top = state
   anchor = jnp.where(den > 0, jax.lax.stop_gradient(top), -jnp.inf)
-  start = diagonal.starts(segment_ids)
+  start = starts(segment_ids)
   options = dict(form=form, chunk_size=chunk_size)
   before, after = jax.lax.stop_gradient(
     _running_max(jax.lax.stop_gradient((w, k)), anchor, start, **options)
@@ -75,9 +81,7 @@ def wkv4(
   gate = jnp.tile(before + w - after, 2)
   scale = jnp.exp(top - jax.lax.stop_gradient(top))  # 1, with a gradient
   first = jnp.concatenate([num * scale, den * scale], -1)
-  sums, last = diagonal.run(
-    diagonal.step, diagonal.chunk, (sums, gate, start), first, **options
-  )
+  sums, last = run(step, chunk, (sums, gate, start), first, **options)
 
   past = jnp.concatenate([first[:, None], sums[:, :-1]], 1)
   past_num, past_den = jnp.split(past, 2, -1)
@@ -93,7 +97,7 @@ def _running_max(inputs, anchor, start, **options):
   w = jnp.broadcast_to(w, (1, *k.shape[1:]))
   if start is not None:
     w = jnp.where(start, -jnp.inf, w)
-  after, _ = diagonal.run(_max_step, _max_chunk, (w, k), anchor, **options)
+  after, _ = run(_max_step, _max_chunk, (w, k), anchor, **options)
   before = jnp.concatenate([anchor[:, None], after[:, :-1]], 1)
   if start is not None:
     before = jnp.where(start, -jnp.inf, before)

@@ -270,8 +270,8 @@ def test_sharded_equals_unsharded(name, options):
 
 
 def test_unknown_names_and_options():
-  with pytest.raises(ConfigError, match="did you mean 'gla'"):
-    make('gal', {})
+  with pytest.raises(ConfigError, match="did you mean 'retention'"):
+    make('retentoin', {})
   with pytest.raises(ConfigError, match="did you mean 'num_kv_heads'"):
     make('attention', dict(num_kv_head=2))
   with pytest.raises(ConfigError, match="did you mean 'num_kv_heads'"):

@@ -12,7 +12,7 @@ from efficient_attn.layers.mixers.gated.rodimus import Rodimus
 from efficient_attn.layers.mixers.gated.rwkv4 import RWKV4
 from efficient_attn.layers.mixers.gated.rwkv5 import RWKV5
 from efficient_attn.layers.mixers.gated.rwkv6 import RWKV6
-from efficient_attn.layers.mixers.spec import MixerSpec
+from efficient_attn.layers.mixers.spec import TWO_PASSES, MixerSpec
 
 GATED = {
   'retention': MixerSpec(
@@ -28,7 +28,7 @@ GATED = {
     '2311.04823',
     gate='channel',
     forms=('recurrent', 'chunkwise'),
-    bidirectional=False,
+    bidirectional=TWO_PASSES,
   ),
   'rg_lru': MixerSpec(
     RGLRU,
@@ -37,7 +37,7 @@ GATED = {
     '2402.19427',
     gate='channel',
     forms=('recurrent', 'chunkwise'),
-    bidirectional=False,
+    bidirectional=TWO_PASSES,
   ),
   'rwkv4': MixerSpec(
     RWKV4,
@@ -46,7 +46,7 @@ GATED = {
     '2305.13048',
     gate='channel',
     forms=('recurrent', 'chunkwise'),
-    bidirectional=False,
+    bidirectional=TWO_PASSES,
   ),
   'rwkv5': MixerSpec(
     RWKV5,
@@ -54,7 +54,7 @@ GATED = {
     2024,
     '2404.05892',
     gate='channel',
-    bidirectional=False,
+    bidirectional=TWO_PASSES,
   ),
   'rwkv6': MixerSpec(
     RWKV6,
@@ -62,7 +62,7 @@ GATED = {
     2024,
     '2404.05892',
     gate='channel',
-    bidirectional=False,
+    bidirectional=TWO_PASSES,
   ),
   'hgrn2': MixerSpec(HGRN2, 'HGRN2', 2024, '2404.07904', gate='channel'),
   'gsa': MixerSpec(
@@ -71,7 +71,7 @@ GATED = {
     2024,
     '2409.07146',
     gate='channel',
-    bidirectional=False,
+    bidirectional=TWO_PASSES,
   ),
   'rodimus': MixerSpec(
     Rodimus,
@@ -79,10 +79,15 @@ GATED = {
     2024,
     '2410.06577',
     gate='channel',
-    bidirectional=False,
+    bidirectional=TWO_PASSES,
   ),
   'metala': MixerSpec(
-    MetaLA, 'MetaLA', 2024, '2411.10741', gate='channel', bidirectional=False
+    MetaLA,
+    'MetaLA',
+    2024,
+    '2411.10741',
+    gate='channel',
+    bidirectional=TWO_PASSES,
   ),
   'log_linear': MixerSpec(
     LogLinear,
@@ -90,7 +95,7 @@ GATED = {
     2025,
     '2506.04761',
     gate='scalar',
-    bidirectional=False,
+    bidirectional=TWO_PASSES,
     state='log',
   ),
 }

@@ -39,7 +39,7 @@ class HGRN(nnx.Module):
     lower_bound: float = 0.0,
     chunk_size: int = 64,
   ):
-    del causal  # the row says that there is no encoder
+    del causal  # always True, as the row says
     heads = split_heads(d_model, num_heads)
     shape, embed = tuple(heads.values()), {'embed': d_model}
     self.real, self.imaginary, self.forget = (

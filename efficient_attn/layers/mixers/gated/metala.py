@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_attn.layers.channel_conv import ChannelConv
+from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.head_norm import HeadLayerNorm
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
@@ -41,7 +41,9 @@ class MetaLA(nnx.Module):
     keys = {'heads': num_heads, 'head_dim': key_dim}
     values = {'heads': num_heads, 'head_dim': value_dim}
     # One convolution for all heads: its channels are not sharded.
-    self.conv = ChannelConv({'channels': d_model}, conv_width, rngs=rngs)
+    self.conv = ShortConv(
+      {'channels': d_model}, conv_width, bias=True, rngs=rngs
+    )
     self.query = Projection(inputs, keys, rngs=rngs)
     self.decay = Projection(inputs, keys, rngs=rngs)
     self.value = Projection(inputs, values, rngs=rngs)

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_attn.layers.headwise import ChannelConv, Headwise
+from efficient_attn.layers.conv import ShortConv
+from efficient_attn.layers.headwise import Headwise
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.diagonal_scan import diagonal_scan
@@ -36,12 +37,14 @@ class RGLRU(nnx.Module):
     conv_width: int = 4,
     chunk_size: int = 64,
   ):
-    del causal  # the row says that there is no encoder
+    del causal  # always True, as the row says
     shape = (num_heads, int(expand * d_model / num_heads))
     heads = {'heads': shape[0], 'head_dim': shape[1]}
     self.value = Projection({'embed': d_model}, heads, rngs=rngs)
     self.gate = Projection({'embed': d_model}, heads, rngs=rngs)
-    self.conv = ChannelConv(shape, conv_width, rngs=rngs)
+    self.conv = ShortConv(
+      heads, conv_width, bias=True, activation=None, rngs=rngs
+    )
     self.recurrence_gate = Headwise(*shape, bias=True, rngs=rngs)
     self.input_gate = Headwise(*shape, bias=True, rngs=rngs)
     decay = jax.random.uniform(rngs.params(), shape, minval=0.9, maxval=0.999)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_attn.layers.channel_conv import ChannelConv
+from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.head_norm import JointRMSNorm
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
@@ -43,7 +43,7 @@ class Rodimus(nnx.Module):
     rank = {'rank': max(d_model // 64, 16)}
     self.up = Projection(inputs, values, rngs=rngs)
     self.gate = Projection(inputs, values, rngs=rngs)
-    self.conv = ChannelConv(values, conv_width, rngs=rngs)
+    self.conv = ShortConv(values, conv_width, bias=True, rngs=rngs)
     self.query = Projection(values, keys, rngs=rngs)
     self.key = Projection(values, keys, rngs=rngs)
     self.select = Projection(values, keys, bias=True, rngs=rngs)

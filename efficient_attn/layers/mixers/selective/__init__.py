@@ -14,7 +14,7 @@ from efficient_attn.layers.mixers.selective.mesa import Mesa
 from efficient_attn.layers.mixers.selective.mlstm import MLSTM
 from efficient_attn.layers.mixers.selective.rwkv7 import RWKV7
 from efficient_attn.layers.mixers.selective.slstm import SLSTM
-from efficient_attn.layers.mixers.spec import MixerSpec
+from efficient_attn.layers.mixers.spec import TWO_PASSES, MixerSpec
 
 SELECTIVE = {
   'deltanet': MixerSpec(DeltaNet, 'DeltaNet', 2021, '2406.06484'),
@@ -36,7 +36,7 @@ SELECTIVE = {
     '2312.00752',
     gate='channel',
     forms=('recurrent', 'chunkwise'),
-    bidirectional=False,
+    bidirectional=TWO_PASSES,
   ),
   'slstm': MixerSpec(
     SLSTM,
@@ -45,10 +45,15 @@ SELECTIVE = {
     '2405.04517',
     gate='channel',
     forms=('recurrent',),
-    bidirectional=False,
+    bidirectional=TWO_PASSES,
   ),
   'mamba2': MixerSpec(
-    Mamba2, 'Mamba-2', 2024, '2405.21060', gate='scalar', bidirectional=False
+    Mamba2,
+    'Mamba-2',
+    2024,
+    '2405.21060',
+    gate='scalar',
+    bidirectional=TWO_PASSES,
   ),
   'mlstm': MixerSpec(
     MLSTM,
@@ -56,10 +61,15 @@ SELECTIVE = {
     2024,
     '2405.04517',
     gate='scalar',
-    bidirectional=False,
+    bidirectional=TWO_PASSES,
   ),
   'mamba3': MixerSpec(
-    Mamba3, 'Mamba-3', 2026, '2603.15569', gate='scalar', bidirectional=False
+    Mamba3,
+    'Mamba-3',
+    2026,
+    '2603.15569',
+    gate='scalar',
+    bidirectional=TWO_PASSES,
   ),
   'mesa': MixerSpec(
     Mesa,
@@ -67,6 +77,6 @@ SELECTIVE = {
     2025,
     '2506.05233',
     gate='scalar',
-    bidirectional=False,
+    bidirectional=TWO_PASSES,
   ),
 }

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.decay import time_step_bias
-from efficient_attn.layers.headwise import ChannelConv, split_heads
+from efficient_attn.layers.headwise import split_heads
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.selective_scan import selective_scan
@@ -43,13 +44,13 @@ class Mamba(nnx.Module):
     discretization: str = 'euler',
     chunk_size: int = 64,
   ):
-    del causal  # the row says that there is no encoder
+    del causal  # always True, as the row says
     heads = split_heads(expand * d_model, num_heads)
     shape = tuple(heads.values())
     rank = dt_rank or -(-d_model // 16)
     self.value = Projection({'embed': d_model}, heads, rngs=rngs)
     self.gate = Projection({'embed': d_model}, heads, rngs=rngs)
-    self.conv = ChannelConv(shape, conv_width, rngs=rngs)
+    self.conv = ShortConv(heads, conv_width, bias=True, rngs=rngs)
     self.select = Projection(heads, {'rank': rank + 2 * d_state}, rngs=rngs)
     self.dt = Projection({'rank': rank}, heads, rngs=rngs, init=_uniform)
     self.dt_bias = param(
@@ -68,7 +69,6 @@ class Mamba(nnx.Module):
     value, tail = self.conv(
       self.value(x), segment_ids=segment_ids, state=cache and cache['conv']
     )
-    value = jax.nn.silu(value)
     low, B, C = jnp.split(self.select(value), self.splits, -1)
     dt = self.dt(low).astype(jnp.float32) + use(self.dt_bias, jnp.float32)
     y, state = run_op(

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_attn.layers.channel_conv import ChannelConv
+from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.decay import time_step_bias
 from efficient_attn.layers.head_norm import JointRMSNorm
 from efficient_attn.layers.param import Projection, param, use
@@ -44,8 +44,8 @@ class Mamba2(nnx.Module):
     self.x = Projection(inputs, heads, rngs=rngs)
     self.bc = Projection(inputs, state, rngs=rngs)
     self.dt = Projection(inputs, {'heads': num_heads}, rngs=rngs)
-    self.x_conv = ChannelConv(heads, conv_width, rngs=rngs)
-    self.bc_conv = ChannelConv(state, conv_width, rngs=rngs)
+    self.x_conv = ShortConv(heads, conv_width, bias=True, rngs=rngs)
+    self.bc_conv = ShortConv(state, conv_width, bias=True, rngs=rngs)
     bias = time_step_bias(rngs.params(), (num_heads,))
     self.dt_bias = param(bias, ('heads',), weight_decay=False)
     a = jax.random.uniform(rngs.params(), (num_heads,), minval=1, maxval=16)

@@ -40,15 +40,15 @@ class Mesa(nnx.Module):
     num_steps: int = 30,
     chunk_size: int = 64,
   ):
-    del causal  # always: the row says bidirectional=False
+    del causal  # always True, as the row says
     heads = (num_heads, d_model // num_heads)
     embed, each = {'embed': d_model}, {'heads': num_heads}
     wide = each | {'head_dim': heads[1]}
     self.query = Projection(embed, wide, rngs=rngs)
     self.key = Projection(embed, wide, rngs=rngs)
     self.value = Projection(embed, wide, rngs=rngs)
-    self.query_conv = ShortConv(heads, conv_width, rngs=rngs)
-    self.key_conv = ShortConv(heads, conv_width, rngs=rngs)
+    self.query_conv = ShortConv(wide, conv_width, rngs=rngs)
+    self.key_conv = ShortConv(wide, conv_width, rngs=rngs)
     self.forget = Projection(embed, each, bias=True, rngs=rngs)
     self.beta = Projection(embed, each, bias=True, rngs=rngs)
     start = math.log(math.expm1(1 - SMALLEST_RIDGE))

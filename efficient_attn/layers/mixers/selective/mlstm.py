@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.config import ConfigError
-from efficient_attn.layers.channel_conv import ChannelConv
+from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.head_norm import HeadLayerNorm
 from efficient_attn.layers.param import (
   Projection,
@@ -50,7 +50,7 @@ class MLSTM(nnx.Module):
     heads = {'heads': num_heads, 'head_dim': head_dim}
     self.up = Projection(inputs, heads, rngs=rngs)
     self.gate = Projection(inputs, heads, rngs=rngs)
-    self.conv = ChannelConv(heads, conv_width, rngs=rngs)
+    self.conv = ShortConv(heads, conv_width, bias=True, rngs=rngs)
     shape = (num_heads, head_dim // block, block, block)
     self.query, self.key, self.value = (
       param(

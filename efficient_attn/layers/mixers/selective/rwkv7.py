@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_attn.layers.norm import GroupNorm, l2_normalize
+from efficient_attn.layers.head_norm import HeadLayerNorm
+from efficient_attn.layers.norm import l2_normalize
 from efficient_attn.layers.param import LowRank, Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.layers.token_shift import token_shift
@@ -70,7 +71,7 @@ class RWKV7(nnx.Module):
     self.removal = per_channel(0.85)
     self.replacement = per_channel(1.0)
     self.bonus = per_channel(0.0)
-    self.norm = GroupNorm(num_heads, width)
+    self.norm = HeadLayerNorm(num_heads, width, eps=64e-5)
     self.out = Projection(heads, d_in, rngs=rngs)
     self.d_model = d_model
     self.state_shape = (num_heads, width, width)

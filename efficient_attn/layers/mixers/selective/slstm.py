@@ -9,12 +9,12 @@ feed-forward layer that follows is what mixes heads. Recurrent matrices start
 at zero, forget gates with biases from 5 down to -7 over the channels of a head.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn import sharding
-from efficient_attn.layers.headwise import ChannelConv, Headwise, split_heads
+from efficient_attn.layers.conv import ShortConv
+from efficient_attn.layers.headwise import Headwise, split_heads
 from efficient_attn.layers.norm import LayerNorm
 from efficient_attn.layers.param import param, use
 from efficient_attn.layers.recurrence import run_op
@@ -38,10 +38,10 @@ class SLSTM(nnx.Module):
     conv_width: int = 4,
     depth: float = 0.0,
   ):
-    del causal  # the row says that there is no encoder
+    del causal  # always True, as the row says
     heads = split_heads(d_model, num_heads)
     shape = tuple(heads.values())
-    self.conv = ChannelConv(shape, conv_width, rngs=rngs)
+    self.conv = ShortConv(heads, conv_width, bias=True, rngs=rngs)
     self.z, self.i, self.f, self.o = (
       Headwise(*shape, rngs=rngs) for _ in range(4)
     )
@@ -62,7 +62,6 @@ class SLSTM(nnx.Module):
     smooth, tail = self.conv(
       heads, segment_ids=segment_ids, state=cache and cache['conv']
     )
-    smooth = jax.nn.silu(smooth)
     h, state = run_op(
       slstm,
       dict(

@@ -36,7 +36,7 @@ class FoX(nnx.Module):
     rngs: nnx.Rngs,
     implementation: str | None = None,
   ):
-    del causal  # always: the row says bidirectional=False
+    del causal  # always True, as the row says
     heads = (num_heads, d_model // num_heads)
     embed, each = {'embed': d_model}, {'heads': num_heads}
     self.qkv = QKV(d_model, query=heads, key=heads, value=heads, rngs=rngs)

@@ -36,13 +36,13 @@ class PaTH(nnx.Module):
     forget_gate: bool = False,
     chunk_size: int = 64,
   ):
-    del causal  # always: the row says bidirectional=False
+    del causal  # always True, as the row says
     heads = (num_heads, d_model // num_heads)
     embed, each = {'embed': d_model}, {'heads': num_heads}
     wide = each | {'head_dim': heads[1]}
     self.qkv = QKV(d_model, query=heads, key=heads, value=heads, rngs=rngs)
     self.direction = LowRank(d_model, direction_rank, wide, rngs=rngs)
-    self.conv = ShortConv(heads, conv_width, rngs=rngs)
+    self.conv = ShortConv(wide, conv_width, rngs=rngs)
     self.beta = Projection(embed, each, bias=True, rngs=rngs)
     if forget_gate:
       self.forget = Projection(embed, each, bias=True, rngs=rngs)

@@ -3,7 +3,7 @@
 Their `chunk_size` is the inner mini-batch, a part of the method.
 """
 
-from efficient_attn.layers.mixers.spec import MixerSpec
+from efficient_attn.layers.mixers.spec import TWO_PASSES, MixerSpec
 from efficient_attn.layers.mixers.test_time.lact import LaCT
 from efficient_attn.layers.mixers.test_time.titans import Titans
 from efficient_attn.layers.mixers.test_time.ttt import TTTMLP, TTTLinear
@@ -35,7 +35,7 @@ TEST_TIME = {
     family='test-time',
     gate='scalar',
     forms=FORMS,
-    bidirectional=False,
+    bidirectional=TWO_PASSES,
   ),
   'lact': MixerSpec(
     LaCT,

@@ -1,6 +1,6 @@
 """Linear attention without a learned gate: what differs is the kernel."""
 
-from efficient_attn.layers.mixers.spec import MixerSpec
+from efficient_attn.layers.mixers.spec import TWO_PASSES, MixerSpec
 from efficient_attn.layers.mixers.ungated.based import Based
 from efficient_attn.layers.mixers.ungated.chela import Chela
 from efficient_attn.layers.mixers.ungated.cosformer import CosFormer
@@ -28,7 +28,7 @@ UNGATED = {
     2024,
     '2406.08128',
     forms=('recurrent', 'chunkwise'),
-    bidirectional=False,
+    bidirectional=TWO_PASSES,
   ),
   'sana': MixerSpec(Sana, 'SANA', 2024, '2410.10629'),
   'sla': MixerSpec(SLA, 'SLAB', 2024, '2405.11582'),

@@ -46,7 +46,7 @@ class Chela(nnx.Module):
     self.heads = heads = (num_heads, d_model // num_heads)
     names = ('heads', 'head_dim')
     d_in, inner = {'embed': d_model}, dict(zip(names, heads, strict=True))
-    self.short = ShortConv(heads, short_width, rngs=rngs)
+    self.short = ShortConv(inner, short_width, rngs=rngs)
     shape = (*heads, exponentials)
     rates = -jnp.linspace(0, np.log(1024.0), exponentials)
     self.rates = param(
