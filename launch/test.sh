@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Installs and runs the whole test suite, or the tests that are named.
+# Installs and runs the test suite, or the tests that are named; with --all
+# also the exhaustive sweep over lengths, chunks and options.
 #
-#   bash launch/test.sh [pytest arguments]
+#   bash launch/test.sh [--all] [pytest arguments]
 
 EXTRAS=${EXTRAS:-dev} source "$(dirname "$0")/setup.sh"
 python -m pytest -n "${TEST_WORKERS:-auto}" "$@"

@@ -11,6 +11,7 @@ os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
 os.environ.setdefault('PJRT_NPROC', '16')
 
 import jax
+import pytest
 
 jax.config.update('jax_num_cpu_devices', 8)
 
@@ -18,3 +19,18 @@ jax.config.update('jax_num_cpu_devices', 8)
 cache = pathlib.Path(__file__).parents[1] / '.pytest_cache' / 'jax'
 jax.config.update('jax_compilation_cache_dir', str(cache))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+
+
+def pytest_addoption(parser):
+  parser.addoption(
+    '--all', action='store_true', help='the exhaustive sweep too'
+  )
+
+
+def pytest_collection_modifyitems(config, items):
+  if config.getoption('--all'):
+    return
+  skip = pytest.mark.skip(reason='part of the exhaustive sweep: pass --all')
+  for item in items:
+    if 'exhaustive' in item.keywords:
+      item.add_marker(skip)

@@ -24,18 +24,25 @@ SMALL = {'chunk_size': 8, 'window': 5}
 CASES = [
   (name, {k: v for k, v in SMALL.items() if k in mixer_options(name)})
   for name in MIXERS
-] + [
+]
+OPTIONS = [
   ('attention', dict(num_kv_heads=2, qk_norm=True, implementation='blockwise')),
+  ('gla', dict(chunk_size=16, conv_width=4)),
+  ('deltanet', dict(chunk_size=8, negative_eigenvalues=True, conv_width=0)),
+]
+# Options for the exhaustive sweep.
+MORE = [
   ('attention', dict(position='alibi', logits_soft_cap=5.0)),
   ('window', dict(window=1)),
   ('path', dict(chunk_size=8, forget_gate=True)),
-  ('gla', dict(chunk_size=16, conv_width=4)),
   ('performer', dict(chunk_size=8, hyperbolic=True)),
   ('rfa', dict(chunk_size=8, gate=True)),
   ('lightning', dict(chunk_size=8, decay=False)),
   ('sana', dict(chunk_size=8, qk_norm=True)),
   ('qt_vit', dict(chunk_size=8, compact=False)),
-  ('deltanet', dict(chunk_size=8, negative_eigenvalues=True, conv_width=0)),
+  ('deltaproduct', dict(chunk_size=8, num_steps=3)),
+  ('mamba', dict(chunk_size=8, discretization='zoh')),
+  ('kda', dict(chunk_size=64, expand_v=2.0)),
 ]
 every_case = pytest.mark.parametrize(
   'name,options',
@@ -45,9 +52,13 @@ every_case = pytest.mark.parametrize(
       options,
       id=f'{name}-{"-".join(map(str, options))}',
       # One worker runs all tests of a row: they share compiled programs.
-      marks=pytest.mark.xdist_group(name),
+      marks=[pytest.mark.xdist_group(name), *marks],
     )
-    for name, options in CASES
+    for cases, marks in (
+      (CASES + OPTIONS, ()),
+      (MORE, (pytest.mark.exhaustive,)),
+    )
+    for name, options in cases
   ],
 )
 # For gradients, whose optimisation would take longer than running them.
@@ -86,8 +97,7 @@ def inputs(batch=B, length=T, seed=7):
   return jax.random.normal(jax.random.key(seed), (batch, length, D))
 
 
-@jax.jit
-def full(mixer, x, segment_ids=None):
+def run(mixer, x, segment_ids=None):
   positions = None
   if segment_ids is not None:
     start = jnp.concatenate(
@@ -99,22 +109,34 @@ def full(mixer, x, segment_ids=None):
   return mixer(x, positions=positions, segment_ids=segment_ids)[0]
 
 
+# On a CPU a call without gradients takes the recurrent form of an op, one with
+# gradients the chunkwise form: `evaluated` and `trained` differ in that.
+evaluated = jax.jit(run)
+
+
+@jax.jit
+def trained(mixer, x, cache=None):
+  y, _, cache = jax.vjp(lambda x: mixer(x, cache=cache), x, has_aux=True)
+  return y if cache is None else (y, cache)
+
+
 @every_case
-def test_shape_and_finite(name, options):
+def test_evaluation_equals_training(name, options):
   mixer = make(name, options)
   x = inputs()
-  y = full(mixer, x)
+  y = trained(mixer, x)
   assert y.shape == x.shape and y.dtype == x.dtype
   assert np.isfinite(y).all() and np.std(y) > 1e-3
+  np.testing.assert_allclose(evaluated(mixer, x), y, atol=2e-5)
 
 
 @every_case
 def test_bfloat16_in_bfloat16_out(name, options):
   mixer = make(name, options)
   x = inputs()
-  y = full(mixer, x.astype(jnp.bfloat16))
+  y = trained(mixer, x.astype(jnp.bfloat16))
   assert y.dtype == jnp.bfloat16
-  expected = full(mixer, x)
+  expected = trained(mixer, x)
   error = np.abs(y.astype(np.float32) - expected).max()
   assert error < 0.05 * np.abs(expected).max()
 
@@ -123,12 +145,12 @@ def test_bfloat16_in_bfloat16_out(name, options):
 def test_causal_to_the_bit(name, options):
   mixer = make(name, options)
   x = inputs()
-  y = full(mixer, x)
+  y = trained(mixer, x)
   for cut in (1, 8, 13, T - 1):
     changed = x.at[:, cut:].add(3.0)
-    assert (full(mixer, changed)[:, :cut] == y[:, :cut]).all()
+    assert (trained(mixer, changed)[:, :cut] == y[:, :cut]).all()
     if options.get('window') != 1:
-      assert (full(mixer, changed)[:, cut:] != y[:, cut:]).any()
+      assert (trained(mixer, changed)[:, cut:] != y[:, cut:]).any()
 
 
 @every_case
@@ -147,12 +169,12 @@ def test_packed_equals_separate(name, options):
   @functools.partial(jax.jit, compiler_options=QUICK)
   @functools.partial(jax.value_and_grad, argnums=(0, 1))
   def packed(mixer, x):
-    return jnp.sum(full(mixer, x, jnp.asarray(ids)) * weight)
+    return jnp.sum(run(mixer, x, jnp.asarray(ids)) * weight)
 
   @functools.partial(jax.jit, compiler_options=QUICK)
   @functools.partial(jax.value_and_grad, argnums=(0, 1))
   def separate(mixer, x):
-    y = full(mixer, x[0, index])
+    y = run(mixer, x[0, index])
     return jnp.sum(jnp.where(counts[..., None], y * weight[0, index], 0))
 
   # Gradients of the parameters and the inputs cover outputs and states.
@@ -170,14 +192,13 @@ def test_cache_continues_the_sequence(name, options):
   mixer = make(name, options)
   x = inputs()
   cache = mixer.init_cache(B, T, x.dtype)
-  step = jax.jit(lambda m, x, c: m(x, cache=c), compiler_options=QUICK)
   cuts = (5, 6, 17, 22)  # pieces of 5, 1, 11, 5 and 2 tokens
   parts = []
   for a, b in itertools.pairwise((0, *cuts, T)):
-    y, cache = step(mixer, x[:, a:b], cache)
+    y, cache = trained(mixer, x[:, a:b], cache)
     parts.append(y)
   np.testing.assert_allclose(
-    jnp.concatenate(parts, axis=1), full(mixer, x), atol=2e-5
+    jnp.concatenate(parts, axis=1), evaluated(mixer, x), atol=2e-5
   )
 
 
@@ -195,7 +216,7 @@ def test_token_by_token(name, options):
     return jax.lax.scan(step, mixer.init_cache(B, T, x.dtype), x)[1]
 
   y = scan(x.swapaxes(0, 1))
-  np.testing.assert_allclose(y.swapaxes(0, 1), full(mixer, x), atol=2e-5)
+  np.testing.assert_allclose(y.swapaxes(0, 1), trained(mixer, x), atol=2e-5)
 
 
 @every_case
@@ -228,8 +249,8 @@ def test_bidirectional_or_refused(name, options):
     return
   mixer = make(name, options, causal=False)
   x = inputs()
-  y = full(mixer, x)
-  changed = full(mixer, x.at[:, T - 1].add(3.0))
+  y = trained(mixer, x)
+  changed = trained(mixer, x.at[:, T - 1].add(3.0))
   reach = options.get('window', T)
   near = slice(T - 1 - reach // 2 if reach < T else 0, T)
   assert (changed[:, near] != y[:, near]).any(axis=-1).all()

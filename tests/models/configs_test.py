@@ -1,6 +1,7 @@
 """Every config file that is shipped can be resolved and built."""
 
 import pathlib
+import re
 
 import pytest
 
@@ -9,16 +10,23 @@ from efficient_attn import models
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob('configs/*/*.py'))
-TINY = [f'{f}:tiny' for f in FILES if "'tiny'" in (ROOT / f).read_text()]
+HYBRIDS = re.findall(r"^  '(\w+)': dict", (ROOT / FILES[0]).read_text(), re.M)
+ARGUMENTS = [
+  f'{FILES[0]}:{name}{size}' for name in HYBRIDS for size in ('', ',tiny')
+]
 
 
-@pytest.mark.parametrize('file', FILES + TINY)
+def test_the_hybrids_were_found():
+  assert FILES[0] == 'configs/lm/hybrid.py' and len(HYBRIDS) == 4
+
+
+@pytest.mark.parametrize('file', FILES + ARGUMENTS)
 def test_config_builds(file):
   config = configs.resolve(configs.load(str(ROOT / file)))
   assert models.parameter_count(config.model) > 10_000
 
 
-@pytest.mark.parametrize('file', TINY)
-def test_unknown_arguments_are_refused(file):
-  with pytest.raises(ValueError, match='unknown argument'):
-    configs.load(str(ROOT / file.replace(':tiny', ':small')))
+def test_unknown_arguments_are_refused():
+  for argument in ('gemma', 'samba,small'):
+    with pytest.raises(ValueError, match='unknown argument'):
+      configs.load(str(ROOT / f'{FILES[0]}:{argument}'))

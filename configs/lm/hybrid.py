@@ -1,0 +1,63 @@
+"""Hybrids of recurrent layers and attention, as patterns.
+
+  python launch/train.py --config=configs/lm/hybrid.py:kimi_linear \\
+    --workdir=runs/kimi_linear
+
+has 24 layers of width 1024, about 0.3 billion parameters: give it accelerators
+and text of your own (--config.data.path). With `,tiny` a hybrid trains on a
+laptop:
+
+  python launch/train.py --config=configs/lm/hybrid.py:samba,tiny \\
+    --workdir=runs/samba
+
+RESULTS
+"""
+
+import ml_collections
+
+HYBRIDS = {
+  # Kimi Linear (2510.26692); its attention carries no positions.
+  'kimi_linear': dict(
+    pattern=('kda', 'kda', 'kda', 'attention'),
+    mixers=dict(attention=dict(position='none')),
+  ),
+  # Qwen3-Next.
+  'qwen3_next': dict(
+    pattern=('gated_deltanet',) * 3 + ('attention',),
+    mixers=dict(attention=dict(num_kv_heads=2, qk_norm=True)),
+  ),
+  # Samba (2406.07522); with one window in eight layers it is Jamba's ratio.
+  'samba': dict(
+    pattern=('mamba', 'window'),
+    mixers=dict(window=dict(window=2048)),
+  ),
+  # Griffin (2402.19427); its attention has one key-value head.
+  'griffin': dict(
+    pattern=('rg_lru', 'rg_lru', 'window'),
+    mixers=dict(window=dict(window=1024, num_kv_heads=1)),
+    activation='gelu',
+  ),
+}
+
+
+def get_config(arg: str = '') -> ml_collections.ConfigDict:
+  """One of HYBRIDS (kimi_linear); 'samba,tiny' is for a laptop."""
+  name, _, size = (arg or 'kimi_linear').partition(',')
+  if name not in HYBRIDS or size not in ('', 'tiny'):
+    raise ValueError(
+      f'unknown argument {arg!r}: use one of {", ".join(HYBRIDS)}, and ,tiny'
+    )
+  config = ml_collections.ConfigDict()
+  config.model = dict(
+    name='lm', d_model=1024, num_layers=24, num_heads=8, **HYBRIDS[name]
+  )
+  config.data = dict(name='text', seq_len=2048)
+  config.optimizer = dict(learning_rate=3e-4, warmup_steps=1000)
+  config.update(batch_size=128, steps=20_000)
+  if size == 'tiny':
+    layers = len(config.model.pattern)
+    config.model.update(d_model=96, num_layers=layers, num_heads=4)
+    config.data.seq_len = 256
+    config.optimizer.update(learning_rate=6e-3, warmup_steps=30)
+    config.update(batch_size=8, steps=300)
+  return config

@@ -1,0 +1,286 @@
+"""The weights of each block of Hugging Face transformers, by our names.
+
+Imported after `pytest.importorskip('torch')`. Where the two differ by choice
+the configuration makes the difference vanish, and says so.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from efficient_attn.layers.head_norm import HeadLayerNorm
+from efficient_attn.ops.mlstm import mlstm
+from tests.interop.pairs import D, N, Pair, build, cached, into, put, randomize
+
+
+def gated_deltanet() -> Pair:
+  """Their two key heads serve two value heads each; ours hold copies."""
+  from transformers.models.qwen3_next import modeling_qwen3_next as hf
+
+  keys, key_dim, value_dim = 2, 6, 12
+  config = hf.Qwen3NextConfig(
+    hidden_size=D,
+    num_hidden_layers=1,
+    linear_num_key_heads=keys,
+    linear_num_value_heads=N,
+    linear_key_head_dim=key_dim,
+    linear_value_head_dim=value_dim,
+  )
+  theirs = hf.Qwen3NextGatedDeltaNet(config, layer_idx=0)
+  w = randomize(theirs, dt_bias=-2.0, norm=1.0)
+  ours = build('gated_deltanet', chunk_size=16)
+
+  def copies(a):
+    return np.repeat(a, N // keys, axis=0)
+
+  # One group of rows for each key head: q, k and the v and z it serves.
+  each = N // keys * value_dim
+  q, k, v, z = np.split(
+    w['in_proj_qkvz.weight'].reshape(keys, -1, D),
+    np.cumsum([key_dim, key_dim, each]),
+    axis=1,
+  )
+  beta, decay = np.split(w['in_proj_ba.weight'].reshape(keys, -1, D), 2, axis=1)
+  put(ours.qkv.query.weight, into(copies(q)))
+  put(ours.qkv.key.weight, into(copies(k)))
+  put(ours.qkv.value.weight, into(v))
+  put(ours.beta.weight, into(beta))
+  put(ours.gate.project.weight, into(decay))
+  put(ours.out.gate.weight, into(z))
+  taps = w['conv1d.weight'][:, 0]
+  q, k, v = np.split(taps, [keys * key_dim, 2 * keys * key_dim])
+  for conv, a in zip(
+    ours.qkv.convs,
+    (*(copies(a.reshape(keys, key_dim, -1)) for a in (q, k)), v),
+    strict=True,
+  ):
+    put(conv.weight, into(a))
+  put(ours.gate.dt_bias, w['dt_bias'])
+  put(ours.gate.a_log, w['A_log'])
+  put(ours.out.norm.scale, w['norm.weight'])
+  put(ours.out.out.weight, w['out_proj.weight'].T)
+  return cached(ours, theirs, config)
+
+
+def kda() -> Pair:
+  from transformers.models.kimi_linear import modeling_kimi_linear as hf
+
+  config = hf.KimiLinearConfig(
+    hidden_size=D,
+    num_hidden_layers=1,
+    linear_num_heads=N,
+    linear_head_dim=D // N,
+  )
+  theirs = hf.KimiLinearDeltaAttention(config, layer_idx=0)
+  w = randomize(theirs, dt_bias=-2.0, o_norm=1.0)
+  ours = build('kda', chunk_size=16)
+  convs = np.split(w['conv1d.weight'][:, 0], 3)
+  for name, projection, conv, taps in zip(
+    'qkv',
+    (ours.qkv.query, ours.qkv.key, ours.qkv.value),
+    ours.qkv.convs,
+    convs,
+    strict=True,
+  ):
+    put(projection.weight, w[f'{name}_proj.weight'].T)
+    put(conv.weight, taps.T)
+  put(ours.beta.weight, w['b_proj.weight'].T)
+  put(ours.gate.project.down.weight, w['forget_gate.f_a_proj.weight'].T)
+  put(ours.gate.project.up.weight, w['forget_gate.f_b_proj.weight'].T)
+  put(ours.gate.dt_bias, w['forget_gate.dt_bias'])
+  put(ours.gate.a_log, w['forget_gate.A_log'])
+  put(ours.out.gate.down.weight, w['g_a_proj.weight'].T)
+  put(ours.out.gate.up.weight, w['g_b_proj.weight'].T)
+  put(ours.out.norm.scale, w['o_norm.weight'])
+  put(ours.out.out.weight, w['o_proj.weight'].T)
+  return cached(ours, theirs, config)
+
+
+def mamba() -> Pair:
+  from transformers.models.mamba import modeling_mamba as hf
+
+  config = hf.MambaConfig(hidden_size=D, num_hidden_layers=1)
+  theirs = hf.MambaMixer(config, layer_idx=0)
+  w = randomize(theirs, **{'dt_proj.bias': -2.0, 'D': 1.0})
+  ours = build('mamba', chunk_size=16)
+  value, gate = np.split(w['in_proj.weight'], 2)
+  put(ours.value.weight, value.T)
+  put(ours.gate.weight, gate.T)
+  put(ours.conv.weight, w['conv1d.weight'][:, 0].T)
+  put(ours.conv.bias, w['conv1d.bias'])
+  put(ours.select.weight, w['x_proj.weight'].T)
+  put(ours.dt.weight, w['dt_proj.weight'].T)
+  put(ours.dt_bias, w['dt_proj.bias'])
+  put(ours.a_log, w['A_log'])
+  put(ours.skip, w['D'])
+  put(ours.out.weight, w['out_proj.weight'].T)
+  return cached(ours, theirs, config)
+
+
+def mamba2() -> Pair:
+  from transformers.models.mamba2 import modeling_mamba2 as hf
+
+  inner, state = 2 * D, 16
+  config = hf.Mamba2Config(
+    hidden_size=D,
+    num_hidden_layers=1,
+    num_heads=N,
+    head_dim=inner // N,
+    state_size=state,
+    n_groups=1,
+    chunk_size=8,
+  )
+  theirs = hf.Mamba2Mixer(config, layer_idx=0)
+  w = randomize(theirs, dt_bias=-2.0, norm=1.0, D=1.0)
+  ours = build('mamba2', state_dim=state, chunk_size=16)
+  parts = np.split(
+    w['in_proj.weight'], np.cumsum([inner, inner, 2 * state]), axis=0
+  )
+  for projection, rows in zip(
+    (ours.gate, ours.x, ours.bc, ours.dt), parts, strict=True
+  ):
+    put(projection.weight, rows.T)
+  for part in ('weight', 'bias'):
+    x, bc = np.split(w[f'conv1d.{part}'], [inner])
+    put(getattr(ours.x_conv, part), x.squeeze().T)
+    put(getattr(ours.bc_conv, part), bc.squeeze().T)
+  put(ours.dt_bias, w['dt_bias'])
+  put(ours.a_log, w['A_log'])
+  put(ours.skip, w['D'])
+  put(ours.norm.scale, w['norm.weight'])
+  put(ours.out.weight, w['out_proj.weight'].T)
+  return cached(ours, theirs, config)
+
+
+def rwkv4() -> Pair:
+  from transformers.models.rwkv import modeling_rwkv as hf
+
+  config = hf.RwkvConfig(hidden_size=D, num_hidden_layers=1)
+  theirs = hf.RwkvSelfAttention(config, layer_id=0).eval()
+  w = randomize(theirs, time_decay=-1.0, time_mix=0.5)
+  ours = build('rwkv4', chunk_size=16)
+  for name in ('key', 'value', 'receptance'):
+    put(getattr(ours, name).weight, w[f'{name}.weight'].T)
+    put(getattr(ours, f'mix_{name}'), w[f'time_mix_{name}'])
+  put(ours.rate, w['time_decay'])
+  put(ours.bonus, w['time_first'])
+  put(ours.out.weight, w['output.weight'].T)
+
+  def run(x, cache=None):
+    return theirs(x, state=cache, use_cache=cache is not None)[0]
+
+  def new_cache():
+    # Channel mixing's last token, ours, numerator, denominator and maximum;
+    # with a state they take one row.
+    state = [torch.zeros(1, D, 1) for _ in range(5)]
+    state[4] -= 1e30
+    return state
+
+  return Pair(ours, run, new_cache)
+
+
+def rg_lru() -> Pair:
+  """The paper's equations: no biases in the projections of the block.
+
+  Theirs lets the first token in unscaled, the token at position 0; here all
+  are at later positions.
+  """
+  from transformers.models.recurrent_gemma import modeling_recurrent_gemma as hf
+
+  config = hf.RecurrentGemmaConfig(
+    hidden_size=D, num_hidden_layers=1, num_attention_heads=N, lru_width=D
+  )
+  theirs = hf.RecurrentGemmaRecurrentBlock(config, layer_idx=0).eval()
+  w = randomize(theirs, **{'rg_lru.recurrent_param': -2.0})
+  for linear in (theirs.linear_x, theirs.linear_y, theirs.linear_out):
+    linear.bias.data.zero_()
+  ours = build('rg_lru', expand=1, chunk_size=16)
+  put(ours.value.weight, w['linear_x.weight'].T)
+  put(ours.gate.weight, w['linear_y.weight'].T)
+  put(ours.conv.weight, w['conv_1d.weight'][:, 0].T)
+  put(ours.conv.bias, w['conv_1d.bias'])
+  for gate, name in (
+    (ours.input_gate, 'input_gate'),
+    (ours.recurrence_gate, 'recurrent_gate'),
+  ):
+    put(gate.weight, w[f'rg_lru.{name}_weight'])
+    put(gate.bias, w[f'rg_lru.{name}_bias'])
+  put(ours.rate, w['rg_lru.recurrent_param'])
+  put(ours.out.weight, w['linear_out.weight'].T)
+
+  def run(x, cache=None):
+    positions = torch.ones(x.shape[:2], dtype=int)
+    return theirs(x, positions, None, use_cache=cache is not None)[0]
+
+  def new_cache():  # which they keep in the module
+    theirs._setup_cache(1, 'cpu', torch.float32)
+    return True
+
+  return Pair(ours, run, new_cache)
+
+
+def mlstm_layer() -> Pair:
+  """The layer of xLSTM-7B around our op and norm.
+
+  Our mixer is the block of the paper: it has a convolution, block-diagonal
+  q, k, v and a skip, which this later layer dropped.
+  """
+  from transformers.models.xlstm import modeling_xlstm as hf
+
+  config = hf.xLSTMConfig(
+    hidden_size=D,
+    num_hidden_layers=1,
+    num_heads=N,
+    chunk_size=16,
+    gate_soft_cap=2.0,
+    eps=0.0,  # added to the denominator; the paper's has none
+    norm_eps=1e-5,
+  )
+  theirs = hf.xLSTMLayer(config)
+  w = randomize(theirs, multihead_norm=1.0, **{'fgate_preact.bias': 2.0})
+  norm = HeadLayerNorm(N, D // N, bias=False)
+  put(norm.scale, w['multihead_norm.weight'])
+
+  def project(name, x, *shape):
+    y = x @ w[f'{name}.weight'].T + w.get(f'{name}.bias', 0)
+    return y.reshape(*x.shape[:2], *shape)
+
+  def ours(x, *, segment_ids=None, cache=None):
+    cap = config.gate_soft_cap
+    input_gate, forget = (
+      cap * jnp.tanh(project(f'{name}gate_preact', x, N) / cap)
+      for name in ('i', 'f')
+    )
+    h, state = mlstm(
+      *(project(name, x, N, -1) for name in 'qkv'),
+      input_gate,
+      jax.nn.log_sigmoid(forget),
+      segment_ids=segment_ids,
+      initial_state=cache,
+      chunk_size=8,
+    )
+    h = norm(h).reshape(x.shape)
+    y = jax.nn.sigmoid(project('ogate_preact', x, D)) * h
+    return project('out_proj', y, D), None if cache is None else state
+
+  def init_cache(batch, max_len, dtype):
+    shape = (batch, N, D // 2 // N, D // N)
+    return tuple(jnp.zeros(shape[:rank]) for rank in (4, 3, 2))
+
+  def run(x, cache=None):
+    y, state = theirs(x, cache['state'] if cache else None)
+    if cache is not None:
+      cache['state'] = state
+    return y
+
+  ours.init_cache = init_cache
+  return Pair(ours, run, dict)
+
+
+BLOCKS = {
+  f.__name__: functools.cache(f)
+  for f in (gated_deltanet, kda, mamba, mamba2, rwkv4, rg_lru, mlstm_layer)
+}

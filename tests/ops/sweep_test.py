@@ -1,0 +1,98 @@
+"""Every op with a matrix state at many lengths and chunks, for `--all`."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efficient_attn.ops.forms import FORMS
+from tests.ops import delta_rule_test as delta
+from tests.ops import linear_attention_cases as linear
+from tests.ops.linear_attention_cases import QUICK, assert_close, to_jax
+
+pytestmark = pytest.mark.exhaustive
+
+OPS = {'linear': linear.linear_attention, **delta.OPS}
+CASES = [(op, gate) for op in sorted(OPS) for gate in delta.GATES]
+# 1, 2, around a chunk of 16, primes, and several chunks with a rest.
+LENGTHS = (1, 2, 3, 15, 16, 17, 31, 53, 67, 127, 257)
+CHUNKS = (1, 2, 16, 64)
+
+
+def make(op, gate, length):
+  if op != 'linear':
+    return delta.make(op, gate, length)
+  return linear.make(gate, length, state=True)[0]
+
+
+def call(op):
+  @functools.partial(
+    jax.jit, static_argnames=('form', 'chunk_size'), compiler_options=QUICK
+  )
+  def run(arrays, cotangents, ids, form, chunk_size=64):
+    def apply(arrays):
+      return OPS[op](
+        **arrays, segment_ids=ids, form=form, chunk_size=chunk_size
+      )
+
+    result, pull = jax.vjp(apply, arrays)
+    return *result, pull(cotangents)[0]
+
+  return run
+
+
+@pytest.mark.parametrize('op, gate', CASES)
+@pytest.mark.parametrize('length', LENGTHS)
+def test_every_form_and_chunk(op, gate, length):
+  arrays = make(op, gate, length)
+  shape = arrays['v'].shape
+  rng = np.random.default_rng(length)
+  cotangents = (
+    rng.standard_normal(shape),
+    rng.standard_normal((shape[0], shape[2], arrays['k'].shape[-1], shape[3])),
+  )
+  ids = delta.segments(length)
+  run = call(op)
+  with jax.enable_x64(True):
+    given = to_jax((arrays, cotangents))
+    expected = run(*given, ids, 'recurrent')
+    oracle = (
+      linear.oracle.linear_attention if op == 'linear' else delta.ORACLES[op]
+    )
+    assert_close(expected[:2], oracle(**arrays, segment_ids=ids), 1e-11)
+    for form in FORMS:
+      for size in CHUNKS if form == 'chunkwise' else (64,):
+        assert_close(run(*given, ids, form, size), expected, 1e-9)
+
+
+@pytest.mark.parametrize('op, gate', CASES)
+def test_float32_and_bfloat16_at_length_4000(op, gate):
+  arrays = make(op, gate, 4000)
+  arrays['k'] /= np.linalg.norm(arrays['k'], axis=-1, keepdims=True)
+  for name in ('a', 'b'):
+    if name in arrays:
+      norm = np.linalg.norm(arrays[name], axis=-1, keepdims=True)
+      arrays[name] = arrays[name] / norm / 2
+  if gate == 'none' and op == 'linear':
+    pytest.skip('an ungated sum of 4000 tokens has no scale to compare with')
+  run = jax.jit(
+    lambda a: OPS[op](**a, form='chunkwise', chunk_size=64),
+  )
+  for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)):
+    low = {
+      name: jnp.asarray(
+        x, jnp.float32 if name in ('log_decay', 'initial_state') else dtype
+      )
+      for name, x in arrays.items()
+    }
+    exact = jax.tree.map(lambda x: np.asarray(x, np.float64), low)
+    with jax.enable_x64(True):
+      expected = jax.jit(lambda a: OPS[op](**a, form='recurrent'))(
+        to_jax(exact)
+      )
+      expected = jax.tree.map(np.asarray, expected)
+    actual = jax.tree.map(lambda x: np.asarray(x, np.float64), run(low))
+    for x, y in zip(actual, expected, strict=True):
+      assert np.abs(x - y).max() <= tolerance * np.abs(y).max()
