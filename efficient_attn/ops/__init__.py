@@ -1,6 +1,7 @@
 """Pure functions on arrays of one device; see each function's docstring."""
 
 from efficient_attn.ops import masks, scores
+from efficient_attn.ops.affine_summary import affine_summary
 from efficient_attn.ops.attention import attention, explain
 from efficient_attn.ops.delta_product import delta_product
 from efficient_attn.ops.delta_rule import delta_rule
@@ -9,7 +10,7 @@ from efficient_attn.ops.dplr import dplr
 from efficient_attn.ops.fast_weights import fast_weights
 from efficient_attn.ops.forms import choose_form
 from efficient_attn.ops.lact import lact
-from efficient_attn.ops.linear_attention import affine_summary, linear_attention
+from efficient_attn.ops.linear_attention import linear_attention
 from efficient_attn.ops.log_linear import log_linear_attention
 from efficient_attn.ops.mesa import mesa
 from efficient_attn.ops.mlstm import mlstm

@@ -19,7 +19,7 @@ from typing import TypeAlias
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from efficient_attn.ops import chunks, forms, gates, linear_state, shapes
+from efficient_attn.ops import forms, gates, linear_state, shapes
 
 LogDecay: TypeAlias = (
   Float[Array, 'N'] | Float[Array, 'B T N'] | Float[Array, 'B T N H']
@@ -138,50 +138,6 @@ def linear_attention(
   else:
     out = out * (channels**-0.5 if scale is None else scale)
   return out.astype(v.dtype), None if bidirectional else state
-
-
-def affine_summary(
-  k: Float[Array, 'B T K H'],
-  v: Float[Array, 'B T N V'],
-  *,
-  log_decay: LogDecay | None = None,
-  segment_ids: Int[Array, 'B T'] | None = None,
-  chunk_size: int = 64,
-) -> tuple[Float[Array, 'B N H'], Memory]:
-  """What a span does to any state: S_out = M[..., None] * S_in + U.
-
-  Summaries compose as (M2, U2) o (M1, U1) = (M2 M1, M2 U1 + U2), which is
-  the merge of chunks, of devices that hold parts of a sequence, and of
-  prefill and decode. A segment boundary inside the span makes M zero.
-
-  Returns:
-    M: [B, N, H], the decay over the span.
-    U: [B, N, H, V], the state the span leaves when it starts from zero.
-  """
-  _, u = linear_attention(
-    k,
-    k,
-    v,
-    log_decay=log_decay,
-    segment_ids=segment_ids,
-    chunk_size=chunk_size,
-  )
-  batch, length, heads, _ = v.shape
-  shape = (batch, heads, k.shape[-1])
-  gate = gates.expand_log_decay(
-    log_decay,
-    batch=batch,
-    length=length,
-    heads=heads,
-    channels=shape[-1],
-    dtype=u.dtype,
-  )
-  total = jnp.zeros((), u.dtype) if gate is None else jnp.sum(gate, 1)
-  m = jnp.broadcast_to(jnp.exp(total), shape)
-  if segment_ids is not None:
-    reset = jnp.any(chunks.segment_starts(segment_ids), 1)
-    m = jnp.where(reset[:, None, None], 0, m)
-  return m, u
 
 
 def _own_token(q, k, v, bonus, read, dtype):

@@ -1,16 +1,19 @@
 """Errors of every form and dtype against the recurrence in float64.
 
 For each op: the largest error of the output and of the gradients, relative to
-the largest value, and its ratio to that of the plain recurrence, written here
-once in the normal form, with everything in the same dtype.
+the largest value, and its ratio to that of a plain recurrence in the same
+dtype: for ops with a matrix state one written here in the normal form, with
+everything in that dtype; for the others their own recurrent form.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from efficient_attn.ops.forms import FORMS
-from experiments.benchmarks.linear_calls import CALLS, forward, gradients, plain
+from experiments.benchmarks import linear_calls, recurrent_calls
 
 LENGTH, HEADS, WIDTH = 500, 2, 64
 DTYPES = ('float32', 'bfloat16')
@@ -19,19 +22,22 @@ DTYPES = ('float32', 'bfloat16')
 def measure(rounds: int) -> dict[str, float]:
   """Prints the table and returns the figures; medians over `rounds` seeds."""
   found = {}
-  print(f'{"op":15}{"form":11}{"dtype":9}  out     /plain   grad    /plain')
-  for name, call in CALLS.items():
+  print(f'{"op":21}{"form":11}{"dtype":9}  out     /plain   grad    /plain')
+  for name, (draw, contenders) in cases().items():
     for dtype in DTYPES:
-      contenders = {form: forward(call, form) for form in FORMS}
-      contenders['plain'] = plain(call, dtype)
-      seeds = [errors(call, contenders, dtype, s) for s in range(rounds)]
-      medians = {k: np.median([s[k] for s in seeds], 0) for k in contenders}
+      runs = contenders(dtype)
+      wanted = contenders('float64')['plain']
+      seeds = [
+        errors(draw(seed), runs, wanted, dtype) for seed in range(rounds)
+      ]
+      medians = {k: np.median([s[k] for s in seeds], 0) for k in runs}
       base = medians.pop('plain')
       for form, error in medians.items():
         ratio = error / base
         print(
-          f'{name:15}{form:11}{dtype:9}  {error[0]:.1e}  {ratio[0]:4.2f}   '
-          f'  {error[1]:.1e}  {ratio[1]:4.2f}'
+          f'{name:21}{form:11}{dtype:9}  {error[0]:.1e}  {ratio[0]:4.2f}   '
+          f'  {error[1]:.1e}  {ratio[1]:4.2f}',
+          flush=True,
         )
         key = f'{name}_{form}_{dtype}'
         found[f'{key}_out'], found[f'{key}_grad'] = error
@@ -40,31 +46,58 @@ def measure(rounds: int) -> dict[str, float]:
   return found
 
 
-def errors(call, contenders, dtype, seed) -> dict[str, tuple[float, float]]:
+def cases() -> dict:
+  """Returns name: (seed -> arrays, dtype -> contenders by form)."""
+  found = {}
+  for name, call in linear_calls.CALLS.items():
+
+    def matrix(dtype, call=call):
+      runs = {form: linear_calls.forward(call, form) for form in FORMS}
+      return runs | {'plain': linear_calls.plain(call, dtype)}
+
+    draw = functools.partial(call.arrays, LENGTH, heads=HEADS, width=WIDTH)
+    found[name] = (lambda seed, draw=draw: draw(seed=seed)), matrix
+  for name in recurrent_calls.CALLS:
+
+    def other(dtype, name=name):
+      del dtype  # the arrays have it
+      form = recurrent_calls.FORM.get(name, 'chunkwise')
+      forms = {form: form, 'plain': 'recurrent'}
+      return {k: recurrent_calls.forward(name, f) for k, f in forms.items()}
+
+    found[name] = functools.partial(draw_other, name), other
+  return found
+
+
+def draw_other(name: str, seed: int):
+  """Returns the arrays of an op without a matrix state."""
+  return recurrent_calls.arrays(name, LENGTH, HEADS, WIDTH, seed)
+
+
+def errors(arrays, runs, wanted, dtype) -> dict[str, tuple[float, float]]:
   """Returns the errors (output, gradients) of each contender."""
-  arrays = call.arrays(LENGTH, heads=HEADS, width=WIDTH, seed=seed)
   low = {
     # Gates stay float32 in every dtype.
-    name: x if name == 'log_decay' else x.astype(dtype)
+    name: x if 'log_' in name else jax.tree.map(lambda a: a.astype(dtype), x)
     for name, x in arrays.items()
   }
   with jax.enable_x64(True):
     exact = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), low)
-    wanted = both(plain(call, 'float64'))(exact)
-    wanted = jax.tree.map(np.asarray, wanted)
+    expected = jax.tree.map(np.asarray, both(wanted)(exact))
   found = {}
-  for name, run in contenders.items():
+  for name, run in runs.items():
     actual = both(run)(low)
     found[name] = tuple(
       max(map(relative, jax.tree.leaves(x), jax.tree.leaves(y)))
-      for x, y in zip(actual, wanted, strict=True)
+      for x, y in zip(actual, expected, strict=True)
     )
   return found
 
 
 def both(run):
   """Returns the output and the gradients, compiled."""
-  return jax.jit(lambda arrays: (run(arrays), gradients(run)(arrays)))
+  gradients = linear_calls.gradients(run)
+  return jax.jit(lambda arrays: (run(arrays), gradients(arrays)))
 
 
 def relative(actual, wanted) -> float:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from efficient_attn.ops import linear_attention
+from efficient_attn.ops.affine_summary import affine_summary
 from efficient_attn.ops.delta_product import delta_product
 from efficient_attn.ops.delta_rule import delta_rule
 from efficient_attn.ops.dplr import dplr
@@ -210,6 +211,29 @@ def test_state_continues_at_every_cut(op):
         )
         outs.append(out)
       assert_close((jnp.concatenate(outs, 1), state), expected, 1e-12)
+
+
+@pytest.mark.parametrize('cut', [False, True])
+@pytest.mark.parametrize('op', ['erase', 'dplr'])
+def test_affine_summaries_compose(op, cut):
+  arrays = make(op, 'channel', 13)
+  ids = segments(13) if cut else None
+  _, expected = ORACLES[op](**arrays, segment_ids=ids)
+  initial = arrays.pop('initial_state')
+  del arrays['q']
+  summary = jax.jit(functools.partial(affine_summary, chunk_size=4))
+  with jax.enable_x64(True):
+    arrays = to_jax(arrays)
+    m, u = summary(**arrays, segment_ids=ids)
+    assert m.shape == (BATCH, HEADS, CHANNELS, CHANNELS)
+    assert_close(m @ initial + u, expected, 1e-12)
+    if not cut:
+      parts = [
+        summary(**{k: x[:, span] for k, x in arrays.items()})
+        for span in (slice(0, 6), slice(6, 13))
+      ]
+      (m1, u1), (m2, u2) = parts
+      assert_close((m2 @ m1, m2 @ u1 + u2), (m, u), 1e-12)
 
 
 @pytest.mark.parametrize('gate', ['none', 'scalar', 'channel'])
