@@ -9,8 +9,6 @@ laptop:
 
   python launch/train.py --config=configs/lm/hybrid.py:samba,tiny \\
     --workdir=runs/samba
-
-RESULTS
 """
 
 import ml_collections

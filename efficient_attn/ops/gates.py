@@ -88,12 +88,19 @@ def block_sums(
   yield before, after
   while total.shape[-3] > 1:
     first, second = halves(total)
-    before_first, before_second = halves(before)
-    after_first, after_second = halves(after)
-    before = jnp.concatenate([before_first, before_second + first], -2)
-    after = jnp.concatenate([after_first + second, after_second], -2)
+    # Adding zeros to the other half is faster than joining the halves.
+    before = _add_to_pairs(before, jnp.zeros_like(first), first)
+    after = _add_to_pairs(after, second, jnp.zeros_like(second))
     total = first + second
     yield before, after
+
+
+def _add_to_pairs(blocks, first, second):
+  """Adds to the halves of each pair, [.., 2n, m, h] to [.., n, 2 m, h]."""
+  *lead, count, size, channels = blocks.shape
+  pairs = blocks.reshape(*lead, count // 2, 2, size, channels)
+  pairs = pairs + jnp.stack([first, second], axis=-3)
+  return pairs.reshape(*lead, count // 2, 2 * size, channels)
 
 
 def halves(blocks: Array) -> tuple[Array, Array]:

@@ -17,9 +17,9 @@ from experiments.benchmarks.accuracy import relative
 from experiments.benchmarks.linear_calls import CALLS, forward, gradients
 from experiments.benchmarks.timing import interleaved
 
-LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+LENGTHS = (512, 2048, 4096, 8192, 16384)
 # Peers whose memory or time is out of hand past these lengths.
-LIMITS = {'recurrent': 4096, 'associative': 1024, 'jax_nn': 4096}
+LIMITS = {'recurrent': 4096, 'associative': 2048, 'jax_nn': 4096}
 TIMED = ('linear_scalar', 'linear_channel', 'delta_scalar', 'delta_channel')
 
 
