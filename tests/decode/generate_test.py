@@ -21,7 +21,31 @@ def model_of(*pattern):
   return models.init(config, jax.random.key(0))
 
 
-@pytest.mark.parametrize('mixer', MIXERS)
+# One row for each kind of cache; that every row's cache continues a sequence
+# is tested with the mixers.
+CACHES = (
+  'attention',
+  'window',
+  'path',
+  'linear',
+  'gla',
+  'mamba',
+  'log_linear',
+  'ttt_linear',
+)
+
+
+@pytest.mark.parametrize(
+  'mixer',
+  [
+    *CACHES,
+    *(
+      pytest.param(name, marks=pytest.mark.exhaustive)
+      for name in MIXERS
+      if name not in CACHES
+    ),
+  ],
+)
 def test_greedy_equals_uncached(mixer):
   model = model_of(mixer)
   length = 12

@@ -29,10 +29,23 @@ def features(model):
   return model
 
 
+# Both kinds of encoder, and softmax; that every row can be an encoder's mixer
+# is tested with the mixers.
+ENCODERS = ('attention', 'window', 'linear', 'kda', 'mamba', 'lact')
+
+
 @pytest.mark.parametrize(
-  'mixer', [name for name, spec in MIXERS.items() if spec.bidirectional]
+  'mixer, pooling',
+  [
+    ('attention', 'cls'),
+    *((name, 'mean') for name in ENCODERS),
+    *(
+      pytest.param(name, 'mean', marks=pytest.mark.exhaustive)
+      for name, spec in MIXERS.items()
+      if spec.bidirectional and name not in ENCODERS
+    ),
+  ],
 )
-@pytest.mark.parametrize('pooling', ['mean', 'cls'])
 def test_every_patch_reaches_the_logits(mixer, pooling):
   model = features(build(pattern=(mixer,), pooling=pooling))
   logits = call(model, IMAGE)

@@ -43,7 +43,8 @@ class LaCT(nnx.Module):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring.
 
   `chunk_size` is the paper's chunk, a part of the definition; `window` = 0
-  takes as many tokens.
+  takes as many tokens; `fast_heads` = 0 takes the published 4, or what divides
+  `num_heads`.
   """
 
   def __init__(
@@ -53,13 +54,14 @@ class LaCT(nnx.Module):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    fast_heads: int = 4,
+    fast_heads: int = 0,
     expand: int = 1,
     muon: bool = False,
     window: int = 0,
     rotary_base: float = 10_000.0,
     chunk_size: int = 2048,
   ):
+    fast_heads = fast_heads or math.gcd(num_heads, 4)
     if num_heads % fast_heads:
       raise ConfigError(
         f'fast_heads={fast_heads} does not divide num_heads={num_heads}'
