@@ -25,8 +25,8 @@ def measure(rounds: int) -> dict[str, float]:
   print(f'{"op":21}{"form":11}{"dtype":9}  out     /plain   grad    /plain')
   for name, (draw, contenders) in cases().items():
     for dtype in DTYPES:
-      runs = contenders(dtype)
-      wanted = contenders('float64')['plain']
+      runs = {form: both(run) for form, run in contenders(dtype).items()}
+      wanted = both(contenders('float64')['plain'])
       seeds = [
         errors(draw(seed), runs, wanted, dtype) for seed in range(rounds)
       ]
@@ -83,10 +83,10 @@ def errors(arrays, runs, wanted, dtype) -> dict[str, tuple[float, float]]:
   }
   with jax.enable_x64(True):
     exact = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), low)
-    expected = jax.tree.map(np.asarray, both(wanted)(exact))
+    expected = jax.tree.map(np.asarray, wanted(exact))
   found = {}
   for name, run in runs.items():
-    actual = both(run)(low)
+    actual = run(low)
     found[name] = tuple(
       max(map(relative, jax.tree.leaves(x), jax.tree.leaves(y)))
       for x, y in zip(actual, expected, strict=True)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from efficient_attn import ops
 
-# The most a chunkwise or blockwise form can be called.
+# Ops whose form in chunks goes by another name.
 FORM = {'path_attention': 'blockwise'}
 
 

@@ -1,13 +1,10 @@
 """Every op with a matrix state at many lengths and chunks, for `--all`."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_attn.ops.forms import FORMS
 from tests.ops import delta_rule_test as delta
 from tests.ops import linear_attention_cases as linear
 from tests.ops.linear_attention_cases import QUICK, assert_close, to_jax
@@ -27,20 +24,26 @@ def make(op, gate, length):
   return linear.make(gate, length, state=True)[0]
 
 
-def call(op):
-  @functools.partial(
-    jax.jit, static_argnames=('form', 'chunk_size'), compiler_options=QUICK
-  )
-  def run(arrays, cotangents, ids, form, chunk_size=64):
-    def apply(arrays):
-      return OPS[op](
-        **arrays, segment_ids=ids, form=form, chunk_size=chunk_size
+def programs(op):
+  """One program with gradients, one with outputs of every form and chunk."""
+
+  def apply(arrays, ids, form, chunk_size=64):
+    return OPS[op](**arrays, segment_ids=ids, form=form, chunk_size=chunk_size)
+
+  def gradients(arrays, cotangents, ids):
+    found = []
+    for form, size in (('recurrent', 64), ('chunkwise', 16)):
+      result, pull = jax.vjp(
+        lambda a, form=form, size=size: apply(a, ids, form, size), arrays
       )
+      found.append((*result, pull(cotangents)[0]))
+    return found
 
-    result, pull = jax.vjp(apply, arrays)
-    return *result, pull(cotangents)[0]
+  def outputs(arrays, ids):
+    found = [apply(arrays, ids, 'chunkwise', size) for size in CHUNKS]
+    return [*found, apply(arrays, ids, 'parallel')]
 
-  return run
+  return [jax.jit(f, compiler_options=QUICK) for f in (gradients, outputs)]
 
 
 @pytest.mark.parametrize('op, gate', CASES)
@@ -54,17 +57,18 @@ def test_every_form_and_chunk(op, gate, length):
     rng.standard_normal((shape[0], shape[2], arrays['k'].shape[-1], shape[3])),
   )
   ids = delta.segments(length)
-  run = call(op)
+  gradients, outputs = programs(op)
+  oracle = (
+    linear.oracle.linear_attention if op == 'linear' else delta.ORACLES[op]
+  )
+  exact = oracle(**arrays, segment_ids=ids)
   with jax.enable_x64(True):
-    given = to_jax((arrays, cotangents))
-    expected = run(*given, ids, 'recurrent')
-    oracle = (
-      linear.oracle.linear_attention if op == 'linear' else delta.ORACLES[op]
-    )
-    assert_close(expected[:2], oracle(**arrays, segment_ids=ids), 1e-11)
-    for form in FORMS:
-      for size in CHUNKS if form == 'chunkwise' else (64,):
-        assert_close(run(*given, ids, form, size), expected, 1e-9)
+    arrays, cotangents = to_jax((arrays, cotangents))
+    recurrent, chunkwise = gradients(arrays, cotangents, ids)
+    assert_close(recurrent[:2], exact, 1e-11)
+    assert_close(chunkwise, recurrent, 1e-9)
+    for found in outputs(arrays, ids):
+      assert_close(found, exact, 1e-10)
 
 
 @pytest.mark.parametrize('op, gate', CASES)
