@@ -21,6 +21,17 @@ jax.config.update('jax_compilation_cache_dir', str(cache))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
 
 
+@pytest.fixture(autouse=True, scope='module')
+def forget_programs():
+  """Frees what a module compiled.
+
+  Each program holds memory mappings, of which Linux allows a process 65530;
+  XLA dies of a segmentation fault past them.
+  """
+  yield
+  jax.clear_caches()
+
+
 def pytest_addoption(parser):
   parser.addoption(
     '--all', action='store_true', help='the exhaustive sweep too'

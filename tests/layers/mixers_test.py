@@ -128,7 +128,7 @@ def test_evaluation_equals_training(name, options):
   y = trained(mixer, x)
   assert y.shape == x.shape and y.dtype == x.dtype
   assert np.isfinite(y).all() and np.std(y) > 1e-3
-  np.testing.assert_allclose(evaluated(mixer, x), y, atol=2e-5)
+  np.testing.assert_allclose(evaluated(mixer, x), y, rtol=2e-6, atol=2e-5)
 
 
 @every_case
@@ -199,7 +199,7 @@ def test_cache_continues_the_sequence(name, options):
     y, cache = trained(mixer, x[:, a:b], cache)
     parts.append(y)
   np.testing.assert_allclose(
-    jnp.concatenate(parts, axis=1), evaluated(mixer, x), atol=2e-5
+    jnp.concatenate(parts, axis=1), evaluated(mixer, x), rtol=2e-6, atol=2e-5
   )
 
 
@@ -217,7 +217,9 @@ def test_token_by_token(name, options):
     return jax.lax.scan(step, mixer.init_cache(B, T, x.dtype), x)[1]
 
   y = scan(x.swapaxes(0, 1))
-  np.testing.assert_allclose(y.swapaxes(0, 1), trained(mixer, x), atol=2e-5)
+  np.testing.assert_allclose(
+    y.swapaxes(0, 1), trained(mixer, x), rtol=2e-6, atol=2e-5
+  )
 
 
 @every_case
