@@ -30,6 +30,26 @@ def refuse_segments(name: str, segment_ids) -> None:
     )
 
 
+def check_cacheable(causal: bool, segment_ids) -> None:
+  """Raises where past keys and values cannot be continued."""
+  if not causal or segment_ids is not None:
+    raise NotImplementedError(
+      'a cache needs causal attention and unpacked sequences'
+    )
+
+
+def extend(cache, key, value):
+  """Returns all keys and values, the cache that holds them, and the offset."""
+  if cache is None:
+    return key, value, None, 0
+  offset = cache['length']
+  length = offset + key.shape[1]
+  key = append(cache['key'], key, offset)
+  value = append(cache['value'], value, offset)
+  cache = cache | dict(key=key, value=value, length=length)
+  return key, value, cache, offset
+
+
 def append(buffer: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
   """Writes `new` [B, T, ...] into `buffer` [B, M, ...] at position `start`."""
   return jax.lax.dynamic_update_slice_in_dim(

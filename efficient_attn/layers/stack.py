@@ -67,22 +67,28 @@ class Block(nnx.Module):
   def __call__(self, x, *, positions, segment_ids, cache, key, shared):
     """Returns x [B, T, D], the cache and `shared`, all for what comes next."""
     keys = (None, None) if key is None else jax.random.split(key)
-    with jax.named_scope('mixer'):
-      y = self.mixer_norm(x) if self.norm_first else x
-      mix = functools.partial(
+
+    def mix(x):
+      nonlocal cache, shared
+      run = functools.partial(
         self.mixer, positions=positions, segment_ids=segment_ids, cache=cache
       )
       if self.shares:
-        y, cache, shared = mix(y, shared=shared)
+        y, cache, shared = run(x, shared=shared)
       else:
-        y, cache = mix(y)
-      x = x + dropout(y, self.dropout, keys[0])
-      x = x if self.norm_first else self.mixer_norm(x)
+        y, cache = run(x)
+      return y
+
+    with jax.named_scope('mixer'):
+      x = self.residual(x, self.mixer_norm, mix, keys[0])
     with jax.named_scope('ffn'):
-      y = self.ffn(self.ffn_norm(x) if self.norm_first else x)
-      x = x + dropout(y, self.dropout, keys[1])
-      x = x if self.norm_first else self.ffn_norm(x)
+      x = self.residual(x, self.ffn_norm, self.ffn, keys[1])
     return x, cache, shared
+
+  def residual(self, x, norm, f, key):
+    """Adds f of x to x, with dropout, and with the norm before or behind."""
+    x = x + dropout(f(norm(x) if self.norm_first else x), self.dropout, key)
+    return x if self.norm_first else norm(x)
 
 
 class Period(nnx.Module):

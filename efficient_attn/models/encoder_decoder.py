@@ -156,11 +156,6 @@ class DecoderBlock(Block):
     """Maps x [B, T, D] to the same shape, and the cache to the next one."""
     keys = [None] * 3 if key is None else jax.random.split(key, 3)
 
-    def residual(x, norm, f, key):
-      y = f(norm(x) if self.norm_first else x)
-      x = x + dropout(y, self.dropout, key)
-      return x if self.norm_first else norm(x)
-
     def mix(x):
       nonlocal cache
       y, cache = self.mixer(x, cache=cache)
@@ -169,6 +164,6 @@ class DecoderBlock(Block):
     def read(x):
       return self.cross(x, context, mask=mask)
 
-    x = residual(x, self.mixer_norm, mix, keys[0])
-    x = residual(x, self.cross_norm, read, keys[1])
-    return residual(x, self.ffn_norm, self.ffn, keys[2]), cache
+    x = self.residual(x, self.mixer_norm, mix, keys[0])
+    x = self.residual(x, self.cross_norm, read, keys[1])
+    return self.residual(x, self.ffn_norm, self.ffn, keys[2]), cache

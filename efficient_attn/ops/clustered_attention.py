@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from efficient_attn.ops.selected_tokens import softmax
+from efficient_attn.ops.normalizers import softmax
 
 
 def clustered_attention(
@@ -52,7 +52,7 @@ def clustered_attention(
   means = jnp.einsum('bntc,bnth->bnch', chosen, q.astype(stats))
   means = means / jnp.maximum(sizes, 1)
   logits = scale * jnp.einsum('bnch,bnsh->bncs', means, k.astype(stats))
-  weights = softmax(logits, True)
+  weights = softmax(logits)
   take = jax.vmap(jax.vmap(lambda x, i: x[i]))
   if top_k:
     _, best = jax.lax.top_k(
@@ -70,7 +70,7 @@ def clustered_attention(
     logits = scale * jnp.einsum(
       'bnth,bntjh->bntj', q, near, preferred_element_type=stats
     )
-    weights = softmax(logits, True) * take(mass, ids)[..., None]
+    weights = softmax(logits) * take(mass, ids)[..., None]
     out += jnp.einsum('bntj,bntjv->bntv', weights, far.astype(stats))
   return jnp.moveaxis(out, 1, 2).astype(query.dtype)
 

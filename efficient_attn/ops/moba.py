@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from efficient_attn.ops.pooling import block_lengths, block_sums
 from efficient_attn.ops.selected_blocks import (
   block_attention,
-  block_lengths,
-  block_sums,
   causal_bias,
   positions,
   top_blocks,

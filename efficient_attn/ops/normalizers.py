@@ -16,14 +16,20 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from efficient_attn.ops import masks, scores
 from efficient_attn.ops.score_functions import dot
 
 
-def softmax(z: Float[Array, '*rows S']) -> Float[Array, '*rows S']:
-  """Weights e^z over their sum."""
+def softmax(
+  z: Float[Array, '*rows S'],
+  where: Bool[Array | np.ndarray, '...'] | bool = True,
+) -> Float[Array, '*rows S']:
+  """Weights e^z over their sum, `where` there are any; else zeros."""
+  if where is not True:
+    z = jnp.where(where, z, -jnp.inf)
   top = jnp.max(z, axis=-1, keepdims=True)
   top = jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
   weights = jnp.exp(z - top)

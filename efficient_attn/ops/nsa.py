@@ -31,13 +31,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from efficient_attn.ops import masks
 from efficient_attn.ops.attention import attention
+from efficient_attn.ops.normalizers import softmax
 from efficient_attn.ops.selected_blocks import (
   block_attention,
   causal_bias,
   positions,
   top_blocks,
 )
-from efficient_attn.ops.selected_tokens import softmax
 
 INITIAL, LOCAL = 1, 2  # blocks that are always selected
 CHUNK = 128  # queries whose weights of compressed keys are held at once

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from efficient_attn.ops.selected_tokens import softmax
+from efficient_attn.ops.normalizers import softmax
 
 
 def normalize(x: Float[Array, '*rows H']) -> Float[Array, '*rows H']:
@@ -82,7 +82,7 @@ def balanced_attention(
   )
   out = jnp.einsum(
     'bncws,bncsv->bncwv',
-    softmax(logits, True).astype(v.dtype),
+    softmax(logits).astype(v.dtype),
     v,
     preferred_element_type=stats,
   )

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from efficient_attn.ops.pooling import block_means
 from efficient_attn.ops.selected_blocks import (
   block_attention,
-  block_means,
   causal_bias,
   positions,
   top_blocks,

@@ -167,34 +167,6 @@ def top_blocks(
   return jnp.where(values > -jnp.inf, index, -1)
 
 
-def block_sums(
-  x: Float[Array, 'B S *rest'], block_size: int
-) -> Float[Array, 'B I *rest']:
-  """Sums over blocks of the length, in at least float32."""
-  stats = jnp.promote_types(x.dtype, jnp.float32)
-  number = -(-x.shape[1] // block_size)
-  rest = [(0, 0)] * (x.ndim - 2)
-  x = jnp.pad(x, ((0, 0), (0, number * block_size - x.shape[1]), *rest))
-  x = x.reshape(x.shape[0], number, block_size, *x.shape[2:])
-  return jnp.sum(x, 2, dtype=stats)
-
-
-def block_lengths(length: int, block_size: int) -> Int[Array, 'I']:
-  """How many of `length` tokens each block holds: the last may hold fewer."""
-  starts = jnp.arange(0, length, block_size)
-  return jnp.minimum(length - starts, block_size)
-
-
-def block_means(
-  x: Float[Array, 'B S *rest'], block_size: int
-) -> Float[Array, 'B I *rest']:
-  """The mean of every block, in at least float32."""
-  lengths = block_lengths(x.shape[1], block_size)
-  return block_sums(x, block_size) / jnp.expand_dims(
-    lengths, range(1, x.ndim - 1)
-  )
-
-
 def _check(N, K, M, block_size):
   if N % M or M % K:
     raise ValueError(

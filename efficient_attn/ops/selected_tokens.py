@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
+from efficient_attn.ops.normalizers import softmax
+
 # Scores, or numbers of chosen keys, that are held at once.
 BUDGET = 1 << 24
 
@@ -116,16 +118,6 @@ def token_attention(
     for x in (out, loss)
   )
   return out, loss
-
-
-def softmax(logits, there):
-  """Over the last axis where `there`; zeros where nothing is."""
-  logits = jnp.where(there, logits, -jnp.inf)
-  top = jnp.max(logits, -1, keepdims=True)
-  top = lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
-  weights = jnp.exp(logits - top)
-  total = jnp.sum(weights, -1, keepdims=True)
-  return weights / jnp.where(total == 0, 1, total)
 
 
 def divergence(

@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from efficient_attn.ops.normalizers import softmax
 from efficient_attn.ops.selected_blocks import (
   block_attention,
   causal_bias,
   positions,
 )
-from efficient_attn.ops.selected_tokens import softmax
 
 
 def sinkhorn(

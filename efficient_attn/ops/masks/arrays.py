@@ -6,6 +6,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int, Integer
 
+from efficient_attn.ops import chunks
 from efficient_attn.ops.masks.algebra import EMPTY, FULL, PARTIAL, Mask
 from efficient_attn.ops.masks.distance import Window
 from efficient_attn.ops.masks.expression import expression
@@ -277,7 +278,6 @@ def packed(mask: Mask | None, segment_ids: Int[Array, 'B T']) -> Mask:
   if mask.relative:
     return mask & same
   index = jnp.arange(segment_ids.shape[1])
-  starts = segment_ids[:, 1:] != segment_ids[:, :-1]
-  starts = jnp.where(jnp.pad(starts, ((0, 0), (1, 0))), index, 0)
+  starts = jnp.where(chunks.segment_starts(segment_ids), index, 0)
   positions = index - lax.cummax(starts, axis=1)
   return At(mask, positions, positions) & same

@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from efficient_attn.ops import masks
+from efficient_attn.ops.normalizers import softmax
 from efficient_attn.ops.selection import scoring
 from efficient_attn.ops.selection.expressions import Slashes
 
@@ -50,7 +51,7 @@ def select_sample_attention(
   T, S = query.shape[1], key.shape[1]
   rows = jnp.arange(T - 1, -1, -max(int(1 / sample), 1))
   scores = scoring.logits(query[:, rows], key)
-  p = scoring.normalise(scores, jnp.arange(S) <= rows[:, None] + base.offset)
+  p = softmax(scores, jnp.arange(S) <= rows[:, None] + base.offset)
   columns = scoring.cover(p.sum(2, keepdims=True), coverage)
   near = masks.Window(scoring.count(window, S) - 1, 0, base.offset)
   return base & (near | masks.Dense(columns))
@@ -87,7 +88,7 @@ def select_sparge(
   alike_k = _self_similarity(key, block_k) >= similarity
   alike_k = jnp.repeat(alike_k, query.shape[2] // key.shape[2], axis=1)
   scores = scoring.logits(mean_q, mean_k)
-  p = scoring.normalise(scores, seen & alike_k[:, :, None])
+  p = softmax(scores, seen & alike_k[:, :, None])
   kept = scoring.cover(p, coverage) | ~alike_q[..., None]
   kept = kept | ~alike_k[:, :, None] | own
   if skip_below is not None:
@@ -203,7 +204,7 @@ def select_flex_prefill(
   p = scoring.probabilities(query[:, -block_size:], key)
   pooled_q, pooled_k = (scoring.pool(x, block_size) for x in (query, key))
   seen, own = scoring.tiles(T, S, block_size, block_size)
-  pooled = scoring.normalise(scoring.logits(pooled_q, pooled_k), seen)
+  pooled = softmax(scoring.logits(pooled_q, pooled_k), seen)
 
   true = p.mean(2).reshape(*p.shape[:2], -1, block_size).sum(-1)
   middle = (true + pooled[:, :, -1]) / 2
@@ -266,7 +267,7 @@ def select_xattention(
     base, seen, own = masks.Window(None, None), seen | True, own & False
     squares = squares | True
   sums = antidiagonal_sums(query, key, stride) / stride
-  p = scoring.normalise(sums, squares)
+  p = softmax(sums, squares)
   (I, J), inner = seen.shape, scoring.divide(block_size, stride)
   p = p.reshape(*p.shape[:2], I, inner, J, inner).sum((3, 5))
   kept = scoring.cover(p, coverage) | own

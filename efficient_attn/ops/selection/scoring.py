@@ -14,6 +14,8 @@ from jaxtyping import Array, Bool, Float
 
 from efficient_attn.ops import masks
 from efficient_attn.ops.attention import attention
+from efficient_attn.ops.normalizers import softmax
+from efficient_attn.ops.score_functions import scaled_dot
 
 
 def causal(query: Array, key: Array) -> masks.Mask:
@@ -32,23 +34,8 @@ def logits(
   query: Float[Array, 'B T N H'], key: Float[Array, 'B S K H']
 ) -> Float[Array, 'B N T S']:
   """q_t . k_s / sqrt(H)."""
-  key = jnp.repeat(key, query.shape[2] // key.shape[2], axis=2)
-  dtype = jnp.promote_types(query.dtype, jnp.float32)
-  scores = jnp.einsum(
-    'btnh,bsnh->bnts', query, key, preferred_element_type=dtype
-  )
-  return scores * query.shape[-1] ** -0.5
-
-
-def normalise(
-  scores: Float[Array, '*rows S'], seen: Bool[Array | np.ndarray, '...']
-) -> Float[Array, '*rows S']:
-  """Softmax over what is seen; zeros in a row that sees nothing."""
-  scores = jnp.where(seen, scores, -jnp.inf)
-  top = scores.max(-1, keepdims=True)
-  weights = jnp.exp(scores - jnp.where(top == -jnp.inf, 0, top))
-  total = weights.sum(-1, keepdims=True)
-  return weights / jnp.where(total == 0, 1, total)
+  groups = query.shape[2] // key.shape[2]
+  return scaled_dot(query, jnp.repeat(key, groups, axis=2))
 
 
 def probabilities(
@@ -56,7 +43,7 @@ def probabilities(
 ) -> Float[Array, 'B N T S']:
   """The causal attention of the last T queries."""
   T, S = query.shape[1], key.shape[1]
-  return normalise(logits(query, key), causal(query, key).dense(T, S))
+  return softmax(logits(query, key), causal(query, key).dense(T, S))
 
 
 def pool(x: Float[Array, 'B T N H'], size: int) -> Float[Array, 'B I N H']:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from efficient_attn.ops import masks, scores
 from efficient_attn.ops.attention import attention
+from efficient_attn.ops.normalizers import softmax
 from efficient_attn.ops.selection import scoring
 
 Query = Float[Array, 'B T N H']
@@ -69,7 +70,7 @@ def sparq_scores(query: Query, key: Key, rank: int) -> Float[Array, 'B N T S']:
   kept = jnp.where(whole > 0, jnp.abs(large).sum(-1) / whole, 1)
   found = scoring.logits(large, key) / jnp.sqrt(kept.mT[..., None])
   T, S = query.shape[1], key.shape[1]
-  return scoring.normalise(found, scoring.causal(query, key).dense(T, S))
+  return softmax(found, scoring.causal(query, key).dense(T, S))
 
 
 def select_sparq(

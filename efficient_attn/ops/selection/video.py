@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from efficient_attn.ops import masks
 from efficient_attn.ops.attention import attention
 from efficient_attn.ops.fake_quant import fake_quant
+from efficient_attn.ops.normalizers import softmax
 from efficient_attn.ops.selection import scoring
 from efficient_attn.ops.selection.expressions import Groups
 from efficient_attn.ops.selection.kmeans import kmeans
@@ -124,7 +125,7 @@ def select_svg2(
   size = (key_ids[..., None] == jnp.arange(key_clusters)).sum(2)
   scores = scoring.logits(centre_q.swapaxes(1, 2), centre_k.swapaxes(1, 2))
   scores = scores + jnp.log(size)[:, :, None]
-  p = scoring.normalise(scores, (size > 0)[:, :, None])
+  p = softmax(scores, (size > 0)[:, :, None])
   return _groups(scoring.cover(p, coverage), query_ids, key_ids)
 
 

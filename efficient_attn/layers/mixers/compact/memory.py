@@ -11,7 +11,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_attn.layers.cache import append, next_positions
+from efficient_attn.layers.cache import (
+  append,
+  check_cacheable,
+  next_positions,
+)
 from efficient_attn.ops import masks
 
 
@@ -32,10 +36,7 @@ class Compact(nnx.Module):
     query, memory = self.project(x, positions)
     offset = 0
     if cache is not None:
-      if not self.causal or segment_ids is not None:
-        raise NotImplementedError(
-          'a cache needs causal attention and unpacked sequences'
-        )
+      check_cacheable(self.causal, segment_ids)
       offset = cache['length']
       memory = {k: append(cache[k], new, offset) for k, new in memory.items()}
       cache = memory | dict(length=offset + x.shape[1])

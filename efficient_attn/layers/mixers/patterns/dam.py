@@ -13,12 +13,10 @@ all. O(T^2).
 import jax
 import jax.numpy as jnp
 
-from efficient_attn import sharding
-from efficient_attn.layers.cache import append
+from efficient_attn.layers.cache import extend
 from efficient_attn.layers.mixers.softmax.attention import Attention
 from efficient_attn.layers.param import param, use
 from efficient_attn.ops import masks, scores
-from efficient_attn.ops.attention import attention
 
 
 class DAM(Attention):
@@ -35,13 +33,10 @@ class DAM(Attention):
   ):
     """Mixes tokens; see `layers.mixers`. `key` draws the noise of the mask."""
     query, keys, value = self.project(x, positions, cache)
-    offset, mask = 0, None
     if cache is not None:
       self.check_cacheable(segment_ids)
-      offset = cache['length']
-      keys = append(cache['key'], keys, offset)
-      value = append(cache['value'], value, offset)
-      cache = dict(key=keys, value=value, length=offset + x.shape[1])
+    keys, value, cache, offset = extend(cache, keys, value)
+    mask = None
     if self.causal:
       mask = masks.Causal(offset)
     if segment_ids is not None:
@@ -50,13 +45,8 @@ class DAM(Attention):
     ends = self.ends(keys.shape[1], segment_ids)
     score, more = scores.Except(score, ends, offset), self.bias(offset)
     score = score if more is None else score + more
-
-    def op(query, key, value, mask, bias):
-      return attention(query, key, value, mask=mask, bias=bias, **self.options)
-
-    letters = masks.letters(mask), masks.letters(score)
-    op = sharding.local_op(op, ('BTNH', 'BTKH', 'BTKV', *letters), 'BTNV')
-    return self.output(op(query, keys, value, mask, score), x), cache
+    o = self.read(query, keys, value, mask, offset, score)
+    return self.output(o, x), cache
 
   def table(self, key):
     """The logarithm of M for every diagonal."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError, choose
-from efficient_attn.layers.cache import append
+from efficient_attn.layers.cache import append, extend
 from efficient_attn.layers.mixers.softmax.attention import Attention
 from efficient_attn.layers.param import param, use
 from efficient_attn.ops import masks
@@ -72,13 +72,11 @@ class DuoAttention(Attention):
 
   def mix(self, query, key, value, segment_ids, cache):
     """Every head both ways, mixed by its gate."""
-    offset, near = 0, masks.streaming(self.num_sinks, self.window)
+    near = masks.streaming(self.num_sinks, self.window)
+    key, value, cache, offset = extend(cache, key, value)
     if cache is not None:
-      T, offset = query.shape[1], cache['length']
-      key = append(cache['key'], key, offset)
-      value = append(cache['value'], value, offset)
-      cache = dict(key=key, value=value, length=offset + T)
-      rows, cols = offset + jnp.arange(T), jnp.arange(key.shape[1])
+      rows = offset + jnp.arange(query.shape[1])
+      cols = jnp.arange(key.shape[1])
       near = masks.At(near, rows[None], cols[None])
     mask = masks.Causal(offset)
     if segment_ids is not None:
@@ -104,12 +102,9 @@ class DuoAttention(Attention):
 
   def read_all(self, query, key, value, segment_ids, cache):
     """Causal attention to everything."""
-    offset = 0
+    key, value, cache, offset = extend(cache, key, value)
     if cache is not None:
-      offset = cache['length']
-      key = append(cache['key'], key, offset)
-      value = append(cache['value'], value, offset)
-      cache = dict(key=key, value=value)
+      del cache['length']  # one for both parts
     mask = masks.Causal(offset)
     if segment_ids is not None:
       mask = masks.packed(mask, segment_ids)

@@ -17,11 +17,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from efficient_attn.layers.cache import append, next_positions
+from efficient_attn.layers.cache import append, extend, next_positions
 from efficient_attn.layers.mixers.routed.heads import (
   GroupedHeads,
   attach,
-  extend,
   shard,
 )
 from efficient_attn.layers.norm import LayerNorm

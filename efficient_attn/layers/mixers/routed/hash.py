@@ -18,11 +18,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_attn.layers.cache import append
+from efficient_attn.layers.cache import append, extend
 from efficient_attn.layers.mixers.routed.heads import (
   GroupedHeads,
   attach,
-  extend,
   shard,
 )
 from efficient_attn.layers.param import fan_in_normal, param, use

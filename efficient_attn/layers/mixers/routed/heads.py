@@ -9,7 +9,7 @@ from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError, choose
-from efficient_attn.layers.cache import append, next_positions
+from efficient_attn.layers.cache import check_cacheable, next_positions
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.ops.positions import rotary
@@ -48,12 +48,8 @@ class Routed(nnx.Module):
 
   def check_cacheable(self, cache, segment_ids=None) -> None:
     """Raises where past keys and values cannot be continued."""
-    if cache is None:
-      return
-    if not self.causal or segment_ids is not None:
-      raise NotImplementedError(
-        'a cache needs causal attention and unpacked sequences'
-      )
+    if cache is not None:
+      check_cacheable(self.causal, segment_ids)
 
   def init_cache(self, batch: int, max_len: int, dtype) -> dict[str, jax.Array]:
     """Returns room for `max_len` keys and values; writing past it is wrong."""
@@ -91,18 +87,6 @@ class GroupedHeads(Routed):
     """Returns room for `max_len` keys and values; writing past it is wrong."""
     empty = jnp.zeros((batch, max_len, *self.kv_heads), dtype)
     return dict(key=empty, value=empty, length=jnp.zeros((), jnp.int32))
-
-
-def extend(cache, key, value):
-  """Returns all keys and values, the cache that holds them, and the offset."""
-  if cache is None:
-    return key, value, None, 0
-  offset = cache['length']
-  length = offset + key.shape[1]
-  key = append(cache['key'], key, offset)
-  value = append(cache['value'], value, offset)
-  cache = cache | dict(key=key, value=value, length=length)
-  return key, value, cache, offset
 
 
 @jax.custom_vjp

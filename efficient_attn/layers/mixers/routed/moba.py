@@ -13,12 +13,8 @@ import functools
 
 import jax.numpy as jnp
 
-from efficient_attn.layers.cache import refuse_segments
-from efficient_attn.layers.mixers.routed.heads import (
-  GroupedHeads,
-  extend,
-  shard,
-)
+from efficient_attn.layers.cache import extend, refuse_segments
+from efficient_attn.layers.mixers.routed.heads import GroupedHeads, shard
 from efficient_attn.ops.moba import moba_attention
 
 

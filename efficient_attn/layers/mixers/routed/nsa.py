@@ -16,12 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_attn.layers.cache import refuse_segments
-from efficient_attn.layers.mixers.routed.heads import (
-  GroupedHeads,
-  extend,
-  shard,
-)
+from efficient_attn.layers.cache import extend, refuse_segments
+from efficient_attn.layers.mixers.routed.heads import GroupedHeads, shard
 from efficient_attn.layers.param import Projection, fan_in_normal, param, use
 from efficient_attn.ops import nsa
 

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from efficient_attn.config import ConfigError
-from efficient_attn.layers.cache import append, refuse_segments
-from efficient_attn.layers.mixers.routed.heads import Routed, extend, shard
+from efficient_attn.layers.cache import append, extend, refuse_segments
+from efficient_attn.layers.mixers.routed.heads import Routed, shard
 from efficient_attn.layers.norm import l2_normalize
 from efficient_attn.layers.param import Projection
 from efficient_attn.ops.lsh_attention import lsh_attention, lsh_buckets

@@ -20,13 +20,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from efficient_attn.layers.cache import append, refuse_segments
-from efficient_attn.layers.mixers.routed.heads import (
-  Routed,
-  attach,
-  extend,
-  shard,
-)
+from efficient_attn.layers.cache import append, extend, refuse_segments
+from efficient_attn.layers.mixers.routed.heads import Routed, attach, shard
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.ops import routing_attention as ops
 from efficient_attn.ops.lsh_attention import bucket_attention

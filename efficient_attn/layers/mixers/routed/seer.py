@@ -17,17 +17,16 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from efficient_attn.layers.cache import refuse_segments
+from efficient_attn.layers.cache import extend, refuse_segments
 from efficient_attn.layers.mixers.routed.heads import (
   GroupedHeads,
   attach,
-  extend,
   shard,
 )
 from efficient_attn.layers.param import fan_in_normal, param, use
+from efficient_attn.ops.pooling import block_means
 from efficient_attn.ops.positions import rotary
 from efficient_attn.ops.seer import pools, seer_attention
-from efficient_attn.ops.selected_blocks import block_means
 
 
 class Seer(GroupedHeads):

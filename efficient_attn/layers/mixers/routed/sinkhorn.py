@@ -21,15 +21,14 @@ import jax
 import jax.numpy as jnp
 
 from efficient_attn import sharding
-from efficient_attn.layers.cache import refuse_segments
+from efficient_attn.layers.cache import extend, refuse_segments
 from efficient_attn.layers.mixers.routed.heads import (
   LEAVES,
   GroupedHeads,
-  extend,
   shard,
 )
 from efficient_attn.layers.param import Projection
-from efficient_attn.ops.selected_blocks import block_means
+from efficient_attn.ops.pooling import block_means
 from efficient_attn.ops.sinkhorn_attention import (
   earlier,
   sinkhorn,

@@ -21,7 +21,11 @@ from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError, choose
-from efficient_attn.layers.cache import append, next_positions
+from efficient_attn.layers.cache import (
+  check_cacheable,
+  extend,
+  next_positions,
+)
 from efficient_attn.layers.cosine import ScaledUnit
 from efficient_attn.layers.norm import RMSNorm, l2_normalize
 from efficient_attn.layers.param import Projection, param, use
@@ -123,17 +127,13 @@ class Attention(nnx.Module):
     In a pattern that shares keys and values `shared` is what the attention
     layer before left, {} for the first, and a third result is for the next.
     """
-    offset = 0
     if self.shared_kv:
       query, key, value, offset = self.join(x, positions, shared)
     else:
       query, key, value = self.project(x, positions, cache)
       if cache is not None:
         self.check_cacheable(segment_ids)
-        offset = cache['length']
-        key = append(cache['key'], key, offset)
-        value = append(cache['value'], value, offset)
-        cache = dict(key=key, value=value, length=offset + x.shape[1])
+      key, value, cache, offset = extend(cache, key, value)
       if shared is not None:
         shared = cache or dict(key=key, value=value)
     mask = self.pattern(key.shape[1])
@@ -154,10 +154,7 @@ class Attention(nnx.Module):
 
   def check_cacheable(self, segment_ids) -> None:
     """Raises where past keys and values cannot be continued."""
-    if not self.causal or segment_ids is not None:
-      raise NotImplementedError(
-        'a cache needs causal attention and unpacked sequences'
-      )
+    check_cacheable(self.causal, segment_ids)
 
   def project(self, x, positions, cache, qkv=None):
     """Returns query, key and value of the new tokens, rotated."""
@@ -215,9 +212,10 @@ class Attention(nnx.Module):
       return scores.T5(table, not self.causal, self.t5_distance, offset)
     return None
 
-  def read(self, query, key, value, mask, offset):
+  def read(self, query, key, value, mask, offset, bias=None):
     """Returns what every head reads, [B, T, N, V], shard by shard."""
-    bias = self.bias(offset)
+    if bias is None:
+      bias = self.bias(offset)
     sinks = self.sinks
     if sinks is not None:
       sinks = use(sinks, jnp.promote_types(query.dtype, jnp.float32))
