@@ -32,6 +32,15 @@ def parse_config(
     help='configs/**/x.py[:arg], or the config.json of a run; '
     '--config.model.d_model=128 changes a key',
   )
+  args, changes = parse_changes(parser, argv)
+  values = configs.override(configs.load(args.config), changes)
+  return configs.resolve(values), args
+
+
+def parse_changes(
+  parser: argparse.ArgumentParser, argv: list[str] | None = None
+) -> tuple[argparse.Namespace, dict[str, str]]:
+  """Reads a parser's flags, and --config.key=value as {key: value}."""
   args, rest = parser.parse_known_args(argv)
   changes = {}
   for flag in rest:
@@ -41,8 +50,7 @@ def parse_config(
         f'{flag}: unknown flag; a key is set by --config.key=value'
       )
     changes[key] = value
-  values = configs.override(configs.load(args.config), changes)
-  return configs.resolve(values), args
+  return args, changes
 
 
 @contextlib.contextmanager

@@ -135,14 +135,25 @@ class ViTConfig(ModelConfig):
     _one_of('model.pooling', self.pooling, ('mean', 'cls'))
 
 
-MODEL_CONFIGS = {'lm': LMConfig, 'vit': ViTConfig}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AutoEncoderConfig(LMConfig):
+  """A decoder whose last vector has to hold the whole sequence."""
+
+  name: str = 'auto_encoder'
+
+
+MODEL_CONFIGS = {
+  'lm': LMConfig,
+  'vit': ViTConfig,
+  'auto_encoder': AutoEncoderConfig,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
   """Where batches come from."""
 
-  name: str = 'text'  # text | digits
+  name: str = 'text'  # text | digits | a name of data.tasks.TASKS
   # text: '' is the Python standard library's sources; else a file or glob of
   # .txt, .jsonl, .parquet or .array_record, or 'hf:<dataset>[/<subset>]'.
   path: str = ''
@@ -154,12 +165,20 @@ class DataConfig:
   # segments: attention and states stop at document boundaries; concat: not.
   packing: str = 'concat'
   augment: bool = False  # digits: turn, zoom and move a little
+  # tasks: {'group': 'S_3'}; those of validation, where they differ; how many
+  # examples there are, 0 for new ones without end.
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  valid_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  train_examples: int = 0
+  valid_examples: int = 1000
   workers: int = 0  # processes that prepare batches; 0: in this process
 
   def __post_init__(self):
     _one_of('data.packing', self.packing, ('segments', 'concat'))
     _check(self.seq_len > 0, 'data.seq_len', self.seq_len, '> 0')
     _check(self.valid_every > 1, 'data.valid_every', self.valid_every, '> 1')
+    for key in ('train_examples', 'valid_examples'):
+      _check(getattr(self, key) >= 0, f'data.{key}', getattr(self, key), '>= 0')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -282,7 +301,7 @@ def resolve(values: Mapping[str, Any]) -> Config:
     )
   name = values['model'].get('name', 'lm')
   model = choose('model.name', name, MODEL_CONFIGS)
-  return _build(Config, values, '', {'model': model})
+  return build(Config, values, '', {'model': model})
 
 
 def save(config: Config, path: pathlib.Path) -> None:
@@ -292,7 +311,8 @@ def save(config: Config, path: pathlib.Path) -> None:
   new.replace(path)  # a kill leaves the old file or the new one
 
 
-def _build(cls, values, prefix, replaced=types.MappingProxyType({})):
+def build(cls, values, prefix, replaced=types.MappingProxyType({})):
+  """Builds a dataclass from values whose names and types are checked."""
   hints = typing.get_type_hints(cls) | dict(replaced)
   built = {}
   for key, value in values.items():
@@ -308,7 +328,7 @@ def _convert(kind, value, key):
   if dataclasses.is_dataclass(kind):
     if not isinstance(value, Mapping):
       raise ConfigError(f'{key}={value!r} must be a group of keys')
-    return _build(kind, value, f'{key}.')
+    return build(kind, value, f'{key}.')
   if isinstance(value, str) and kind is not str:
     value = _literal(value)
   origin = typing.get_origin(kind) or kind

@@ -77,14 +77,19 @@ def _spec(names, used):
   return P(*parts)
 
 
+def off_mesh() -> bool:
+  """Whether nothing is to be laid out: no mesh is set, or not one of ours."""
+  return jax.sharding.get_abstract_mesh().axis_names != MESH_AXES
+
+
 def current(spec: P) -> P | None:
   """Returns `spec` under a mesh and None without one, for `out_sharding=`."""
-  return None if jax.sharding.get_abstract_mesh().empty else spec
+  return None if off_mesh() else spec
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   """Lays `x` out for computation by its logical axes (no mesh: unchanged)."""
-  if jax.sharding.get_abstract_mesh().empty:
+  if off_mesh():
     return x
   return jax.sharding.reshard(x, activation_spec(names))
 
@@ -136,7 +141,7 @@ def local_op(op: Callable, inputs: tuple, outputs) -> Callable:
 
   @functools.wraps(op)
   def wrapped(*args):
-    if jax.sharding.get_abstract_mesh().empty:
+    if off_mesh():
       return op(*args)
     results = outputs
     if callable(outputs):

@@ -8,11 +8,12 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / 'efficient_attn'
 FILES = sorted(PACKAGE.rglob('*.py'))
-MODELS = {'config', 'sharding', 'ops', 'layers', 'models'}
+MODELS = {'config', 'quick', 'sharding', 'ops', 'layers', 'models'}
 
 # Part of the package -> the parts that it may import, besides itself.
 MAY_IMPORT = {
   'config': set(),
+  'quick': set(),
   'sharding': {'config'},
   'cli': {'config'},
   'data': {'config'},

@@ -6,7 +6,7 @@ for batch in data.valid: ...    # every token or image once
 """
 
 from efficient_attn.config import ConfigError, DataConfig, choose
-from efficient_attn.data import digits, text
+from efficient_attn.data import digits, tasks, text
 from efficient_attn.data.batches import Data
 from efficient_attn.data.text import compressed_bits_per_byte
 from efficient_attn.data.tokenizer import Tokenizer, load_tokenizer
@@ -20,7 +20,9 @@ __all__ = [
   'load_tokenizer',
 ]
 
-DATASETS = {'text': text.load, 'digits': digits.load}
+DATASETS = {'text': text.load, 'digits': digits.load} | dict.fromkeys(
+  tasks.TASKS, tasks.load
+)
 
 
 def load(

@@ -23,13 +23,15 @@ class Data:
       and `set_state`, and Orbax saves it as it is.
     valid: Every validation token or image once, in order; can be iterated
       again and again. Zeros fill the last batch, with segment id or weight 0.
-    tokenizer: Of text; None for images.
+    tokenizer: Of text; None for what has no text.
+    vocab_size: Number of tokens; None for images.
     valid_bytes: Returns the raw validation text; None for images.
   """
 
   train: grain.IterDataset
   valid: grain.IterDataset
   tokenizer: Tokenizer | None = None
+  vocab_size: int | None = None
   valid_bytes: Callable[[], bytes] | None = None
 
 
@@ -41,6 +43,16 @@ def held_out(count: int, every: int) -> np.ndarray:
   """
   hashed = np.arange(count, dtype=np.uint32) * np.uint32(2654435761)
   return (hashed >> 16) % every == 0
+
+
+def endless(
+  examples: grain.MapDataset, batch_size: int, rows: range, workers: int
+) -> grain.IterDataset:
+  """Batches the examples of this process out of an endless sequence."""
+  # Batch i of process p is global batch i's rows p * size to (p + 1) * size.
+  size = len(rows)
+  own = examples.batch(size)[rows.start // size :: batch_size // size]
+  return prefetch(own.to_iter_dataset(READ), workers)
 
 
 def finite(

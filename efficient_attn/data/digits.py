@@ -60,11 +60,8 @@ def load(
   train = train.shuffle().repeat()
   if config.augment:
     train = train.random_map(_warp)
-  # Batch i of process p is global batch i's rows p * size to (p + 1) * size.
-  size = len(rows)
-  train = train.batch(size)[rows.start // size :: batch_size // size]
   valid = grain.MapDataset.source(_Digits(valid=True))
   return batches.Data(
-    train=batches.prefetch(train.to_iter_dataset(batches.READ), config.workers),
+    train=batches.endless(train, batch_size, rows, config.workers),
     valid=batches.finite(valid.to_iter_dataset(batches.READ), batch_size, rows),
   )

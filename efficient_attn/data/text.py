@@ -53,6 +53,7 @@ def load(
     train=batches.prefetch(batched, config.workers),
     valid=batches.finite(in_order, batch_size, rows),
     tokenizer=tokenizer,
+    vocab_size=tokenizer.vocab_size,
     valid_bytes=functools.partial(_raw, valid),
   )
 

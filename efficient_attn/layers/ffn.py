@@ -46,4 +46,5 @@ class GLU(nnx.Module):
     return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
-FFNS = {'glu': GLU, 'mlp': MLP}
+# None: a block is a mixer alone, as in Mamba.
+FFNS = {'glu': GLU, 'mlp': MLP, 'none': None}

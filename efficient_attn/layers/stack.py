@@ -51,15 +51,15 @@ class Block(nnx.Module):
       rngs=rngs,
       **config.mixers.get(mixer, {}),
     )
-    self.ffn = choose('model.ffn', config.ffn, FFNS)(
-      config.d_model,
-      config.ffn_dim,
-      choose('model.activation', config.activation, ACTIVATIONS),
-      rngs=rngs,
-    )
+    ffn = choose('model.ffn', config.ffn, FFNS)
+    activation = choose('model.activation', config.activation, ACTIVATIONS)
     norm = choose('model.norm', config.norm, NORMS)
     self.mixer_norm = norm(config.d_model)
-    self.ffn_norm = norm(config.d_model)
+    if ffn is None:
+      self.ffn = self.ffn_norm = None
+    else:
+      self.ffn = ffn(config.d_model, config.ffn_dim, activation, rngs=rngs)
+      self.ffn_norm = norm(config.d_model)
     self.norm_first = config.norm_position == 'pre'
     self.dropout = config.dropout
     self.shares = False  # whether it takes part in `share`
@@ -81,9 +81,14 @@ class Block(nnx.Module):
 
     with jax.named_scope('mixer'):
       x = self.residual(x, self.mixer_norm, mix, keys[0])
+    return self.feed_forward(x, keys[1]), cache, shared
+
+  def feed_forward(self, x, key):
+    """The block's second half, if it has one."""
+    if self.ffn is None:
+      return x
     with jax.named_scope('ffn'):
-      x = self.residual(x, self.ffn_norm, self.ffn, keys[1])
-    return x, cache, shared
+      return self.residual(x, self.ffn_norm, self.ffn, key)
 
   def residual(self, x, norm, f, key):
     """Adds f of x to x, with dropout, and with the norm before or behind."""

@@ -6,10 +6,12 @@ import jax
 from flax import nnx
 
 from efficient_attn.config import ConfigError, ModelConfig, choose
+from efficient_attn.models.auto_encoder import AutoEncoder
 from efficient_attn.models.lm import LM
 from efficient_attn.models.vit import ViT
+from efficient_attn.quick import QUICK
 
-MODELS = {'lm': LM, 'vit': ViT}
+MODELS = {'lm': LM, 'vit': ViT, 'auto_encoder': AutoEncoder}
 
 
 def build(config: ModelConfig, *, rngs: nnx.Rngs) -> nnx.Module:
@@ -33,7 +35,7 @@ def jit_init(f, **options):
   XLA takes about 0.2 s for each of them on CPU unless it is told not to bother.
   """
   if jax.default_backend() == 'cpu':
-    options['compiler_options'] = {'xla_backend_optimization_level': 0}
+    options['compiler_options'] = QUICK
   return jax.jit(f, **options)
 
 

@@ -5,6 +5,7 @@ length. Only matrix products and convolutions are counted as FLOPs, as is usual
 for the utilisation of a machine.
 """
 
+import collections
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -35,6 +36,40 @@ def largest_array(function: Callable, *args: Any) -> int:
     for v in eqn.outvars
     if hasattr(v.aval, 'shape')
   )
+
+
+def peak_bytes(function: Callable, *args: Any) -> int:
+  """Returns the most bytes of computed arrays that a call needs at once.
+
+  Arrays live from where they are computed to their last use, in the order of
+  the program and without fusion: XLA needs less.
+  """
+  return _peak(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _peak(jaxpr) -> int:
+  last = {}
+  for i, eqn in enumerate(jaxpr.eqns):
+    last |= {v: i for v in eqn.invars if not isinstance(v, core.Literal)}
+  for v in jaxpr.outvars:
+    if not isinstance(v, core.Literal):
+      last[v] = len(jaxpr.eqns)
+  alive, most = 0, 0
+  ends = collections.defaultdict(int)
+  for i, eqn in enumerate(jaxpr.eqns):
+    for v in eqn.outvars:
+      size = _bytes(v.aval)
+      alive += size
+      ends[last.get(v, i)] += size
+    most = max(most, alive + max(map(_peak, _jaxprs(eqn)), default=0))
+    alive -= ends.pop(i, 0)
+  return most
+
+
+def _bytes(aval) -> int:
+  if not hasattr(aval, 'shape'):
+    return 0
+  return math.prod(aval.shape) * getattr(aval.dtype, 'itemsize', 4)
 
 
 def _flops(jaxpr) -> float:

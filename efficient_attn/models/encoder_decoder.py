@@ -166,4 +166,4 @@ class DecoderBlock(Block):
 
     x = self.residual(x, self.mixer_norm, mix, keys[0])
     x = self.residual(x, self.cross_norm, read, keys[1])
-    return self.residual(x, self.ffn_norm, self.ffn, keys[2]), cache
+    return self.feed_forward(x, keys[2]), cache

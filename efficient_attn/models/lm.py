@@ -50,6 +50,19 @@ class LM(nnx.Module):
     Returns:
       float32 logits [B, T, vocab] and the next cache (None without one).
     """
+    x, cache = self.hidden(
+      tokens,
+      positions=positions,
+      segment_ids=segment_ids,
+      cache=cache,
+      key=key,
+    )
+    return self.logits(x), cache
+
+  def hidden(
+    self, tokens, *, positions=None, segment_ids=None, cache=None, key=None
+  ):
+    """Returns what the logits are read from, [B, T, D], and the next cache."""
     x = self.embed(tokens, self.dtype)
     if self.position is not None:
       rows = positions
@@ -69,7 +82,11 @@ class LM(nnx.Module):
       x = self.norm(x)
     if cache is not None:
       cache = dict(layers=layers, length=cache['length'] + tokens.shape[1])
-    return (self.unembed or self.embed).logits(x), cache
+    return x, cache
+
+  def logits(self, x):
+    """Maps [B, T, D] to float32 logits [B, T, vocab]."""
+    return (self.unembed or self.embed).logits(x)
 
   def init_cache(self, batch: int, max_len: int):
     """Returns the cache of `batch` empty sequences of at most `max_len`."""

@@ -13,6 +13,8 @@ import numpy as np
 
 from efficient_attn import sharding
 from efficient_attn.config import Config
+from efficient_attn.data import Tokenizer
+from efficient_attn.data.tasks import TASKS
 
 
 def cross_entropy(
@@ -75,6 +77,23 @@ def next_token(config: Config, token_bytes: np.ndarray | None) -> Callable:
   return loss
 
 
+def answers(config: Config, token_bytes) -> Callable:
+  """The loss of a model of tokens on a task: it counts where answers do."""
+  del token_bytes
+
+  def loss(model, batch, key):
+    labels, weights = batch['labels'], batch['weights']
+    logits, _ = model(batch['tokens'], key=key)
+    objective, nll = cross_entropy(logits, labels, **vars(config.loss))
+    sums = _sums(objective, nll, logits, labels, weights)
+    classes = jax.nn.one_hot(labels, logits.shape[-1]) * weights[..., None]
+    hits = jnp.argmax(logits, axis=-1) == labels
+    each = {'of_class': classes, 'hits_of_class': classes * hits[..., None]}
+    return sums | {k: jnp.sum(v, (0, 1)) for k, v in each.items()}
+
+  return loss
+
+
 def classification(config: Config, token_bytes) -> Callable:
   """The loss of an image classifier."""
   del token_bytes
@@ -98,13 +117,24 @@ def _sums(objective, nll, logits, labels, weights):
 
 
 # model.name -> loss(model, batch, key) -> sums.
-LOSSES = {'lm': next_token, 'vit': classification}
+LOSSES = {'lm': next_token, 'vit': classification, 'auto_encoder': answers}
+
+
+def make_loss(config: Config, tokenizer: Tokenizer | None = None) -> Callable:
+  """Returns loss(model, batch, key) -> sums, for the model and its data."""
+  make = answers if config.data.name in TASKS else LOSSES[config.model.name]
+  return make(config, tokenizer and tokenizer.token_bytes)
 
 
 def means(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
   """Turns the sums of a loss into what is reported."""
   weight = jnp.maximum(sums['weight'], 1)
   found = dict(loss=sums['loss'] / weight, accuracy=sums['correct'] / weight)
+  if 'of_class' in sums:
+    # Over the classes that occur, whatever their frequency.
+    share = sums['hits_of_class'] / jnp.maximum(sums['of_class'], 1)
+    occur = jnp.maximum(jnp.sum(sums['of_class'] > 0), 1)
+    found['macro_accuracy'] = jnp.sum(share) / occur
   if 'bytes' in sums:
     nats_per_byte = sums['loss'] / jnp.maximum(sums['bytes'], 1)
     found['bits_per_byte'] = nats_per_byte / math.log(2)

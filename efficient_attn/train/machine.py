@@ -1,6 +1,7 @@
 """What this machine can do: the matmul rate that MFU refers to, and memory."""
 
 import functools
+import os
 import pathlib
 import re
 import resource
@@ -48,6 +49,14 @@ def matmul_ceiling(dtype: str, num_devices: int) -> float:
       run(x).block_until_ready()
       seconds.append(time.perf_counter() - start)
   return num_devices * products * 2 * size**3 / statistics.median(seconds)
+
+
+def memory_available() -> int:
+  """Returns the bytes that arrays may take, over all devices."""
+  stats = [device.memory_stats() for device in jax.local_devices()]
+  if all(stats):
+    return sum(stat['bytes_limit'] - stat['bytes_in_use'] for stat in stats)
+  return os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
 
 
 def memory_in_use() -> int:

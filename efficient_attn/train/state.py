@@ -49,6 +49,11 @@ class Architecture:
     """Returns the model with these parameters."""
     return nnx.merge(self.graphdef, params)
 
+  def draw(self, key: jax.Array) -> Params:
+    """Returns new parameters."""
+    model = build(self.config, rngs=nnx.Rngs(key))
+    return nnx.to_pure_dict(nnx.state(model))
+
   def map(self, f) -> Any:
     """Returns a tree like the parameters of f(name, parameter metadata)."""
     flat = nnx.to_flat_state(self._params)
@@ -111,7 +116,7 @@ class Architecture:
     key = jax.eval_shape(lambda: jax.random.key(config.seed))
     with jax.set_mesh(mesh):
       state = jax.eval_shape(
-        lambda params, key: _first_state(config, optimizer, params, key),
+        lambda params, key: first_state(config, optimizer, params, key),
         params,
         as_abstract(key, replicated),
       )
@@ -121,23 +126,19 @@ class Architecture:
 
   def init(self, config: Config, optimizer, mesh) -> TrainState:
     """Creates the state of step 0, each array in its place on the mesh."""
-
-    def draw(key):
-      model = build(self.config, rngs=nnx.Rngs(key))
-      return nnx.to_pure_dict(nnx.state(model))
-
     key = jax.random.key(config.seed)
     # Outside of the mesh, so that XLA may spread the drawing itself.
     with jax.set_mesh(None):
-      params = jit_init(draw, out_shardings=self.shardings(mesh))(key)
+      params = jit_init(self.draw, out_shardings=self.shardings(mesh))(key)
     with jax.set_mesh(mesh):
       key = jax.device_put(key, NamedSharding(mesh, P()))
       return jax.jit(
-        lambda params, key: _first_state(config, optimizer, params, key)
+        lambda params, key: first_state(config, optimizer, params, key)
       )(params, key)
 
 
-def _first_state(config: Config, optimizer, params, key) -> TrainState:
+def first_state(config: Config, optimizer, params, key) -> TrainState:
+  """Returns the state before step 1."""
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,

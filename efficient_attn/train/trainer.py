@@ -18,7 +18,7 @@ from efficient_attn.config import Config, ConfigError
 from efficient_attn.models import with_dtype
 from efficient_attn.train.checkpoint import Checkpoints
 from efficient_attn.train.evaluate import evaluate
-from efficient_attn.train.loss import LOSSES
+from efficient_attn.train.loss import make_loss
 from efficient_attn.train.meter import Meter
 from efficient_attn.train.metrics import MetricWriter, plot_loss
 from efficient_attn.train.optimizer import make_schedule
@@ -72,9 +72,7 @@ def run(
     # Model, optimizer and where they stand.
     architecture = Architecture(config.model)
     optimizer = architecture.optimizer(config)
-    make_loss = LOSSES[config.model.name]
-    tokenizer = dataset.tokenizer
-    loss = make_loss(config, tokenizer and tokenizer.token_bytes)
+    loss = make_loss(config, dataset.tokenizer)
     checkpoints = Checkpoints(workdir, config.keep_checkpoints)
     stack.callback(checkpoints.close)
     abstract = architecture.abstract_state(config, optimizer, mesh)
@@ -206,15 +204,15 @@ def check_same_data(config: Config, workdir: pathlib.Path) -> None:
 
 
 def check_vocabulary(config: Config, dataset: data.Data) -> None:
-  """Raises when the tokenizer has more tokens than the model."""
-  if dataset.tokenizer is None:
+  """Raises when the data has more tokens than the model."""
+  size = dataset.vocab_size
+  if size is None or config.model.vocab_size >= size:
     return
-  size = dataset.tokenizer.vocab_size
-  if config.model.vocab_size < size:
-    raise ConfigError(
-      f'model.vocab_size={config.model.vocab_size} is below the {size} tokens '
-      f'of data.tokenizer={config.data.tokenizer!r}'
-    )
+  key = 'tokenizer' if dataset.tokenizer else 'name'
+  raise ConfigError(
+    f'model.vocab_size={config.model.vocab_size} is below the {size} tokens '
+    f'of data.{key}={getattr(config.data, key)!r}'
+  )
 
 
 def describe(config, architecture, mesh, first) -> str:

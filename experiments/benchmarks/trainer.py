@@ -13,7 +13,7 @@ import optax
 from efficient_attn import cli, data, sharding
 from efficient_attn import config as configs
 from efficient_attn.models import init, with_dtype
-from efficient_attn.train.loss import LOSSES
+from efficient_attn.train.loss import make_loss
 from efficient_attn.train.metrics import read_metrics
 from efficient_attn.train.state import Architecture
 from efficient_attn.train.trainer import batch_putter, run
@@ -80,7 +80,7 @@ def bare_loop(config: configs.Config, steps: int):
     architecture = Architecture(config.model)
     optimizer = architecture.optimizer(config)
     state = architecture.init(config, optimizer, mesh)
-    loss = LOSSES['lm'](config, None)
+    loss = make_loss(config)
 
     def mean(params, batch):
       sums = loss(architecture.merge(params), batch, None)

@@ -16,12 +16,10 @@ from efficient_attn.config import ConfigError, LMConfig
 from efficient_attn.decode.eviction import POLICIES, Evicting, evict
 from efficient_attn.decode.generate import generate
 from efficient_attn.layers.mixers.softmax.attention import Attention
+from efficient_attn.quick import QUICK
 from tests.launch.scripts import ROOT
 
 NAMES = sorted(POLICIES)
-
-
-QUICK = {'xla_backend_optimization_level': 0}
 
 
 @functools.cache

@@ -14,6 +14,7 @@ import pytest
 from efficient_attn.ops.delta_rule import delta_rule
 from efficient_attn.ops.mlstm import mlstm
 from efficient_attn.ops.wkv4 import wkv4
+from efficient_attn.quick import QUICK
 
 torch = pytest.importorskip('torch')
 pytest.importorskip('transformers')
@@ -37,8 +38,7 @@ def to_torch(*arrays):
 
 def run(op, *args, **options):
   """Jits an op; arrays among its options are constants, which cost nothing."""
-  quick = {'xla_backend_optimization_level': 0}
-  op = jax.jit(functools.partial(op, **options), compiler_options=quick)
+  op = jax.jit(functools.partial(op, **options), compiler_options=QUICK)
   return op(*args)
 
 

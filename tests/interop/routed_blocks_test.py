@@ -15,15 +15,14 @@ from efficient_attn.ops.lsh_attention import (
   lsh_buckets,
   sorted_chunk_attention,
 )
+from efficient_attn.quick import QUICK
 
 torch = pytest.importorskip('torch')
 pytest.importorskip('transformers')
 
 B, T, D, N = 2, 48, 32, 4
 CHUNK, ROUNDS = 6, 3
-jit = functools.partial(
-  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
-)
+jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def inputs(seed=0):

@@ -8,11 +8,10 @@ import numpy as np
 from flax import nnx
 
 from efficient_attn.layers.mixers import build_mixer
+from efficient_attn.quick import QUICK
 
 B, T, D, N = 2, 11, 32, 4
-jit = functools.partial(
-  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
-)
+jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def fill(build, dtype):

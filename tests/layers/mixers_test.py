@@ -14,6 +14,7 @@ from efficient_attn import sharding
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixers import MIXERS, build_mixer, mixer_options
 from efficient_attn.models import jit_init
+from efficient_attn.quick import QUICK
 
 B, T, D, N = 2, 24, 32, 4
 
@@ -97,7 +98,6 @@ every_case = pytest.mark.parametrize(
 )
 # Optimising these programs would take longer than running them; that ops are
 # causal to the bit in optimised programs is tested with the ops.
-QUICK = {'xla_backend_optimization_level': 0}
 
 
 def make(name, options, causal=None):
@@ -169,6 +169,13 @@ def trained(mixer, x, cache=None):
   return y if cache is None else (y, cache)
 
 
+@functools.partial(jax.jit, compiler_options=QUICK)
+@functools.partial(jax.value_and_grad, argnums=(0, 1))
+def gradients(mixer, x, weight):
+  """Of the weighted sum of the outputs, to the parameters and the inputs."""
+  return jnp.sum(mixer(x)[0] * weight)
+
+
 @every_case
 def test_evaluation_equals_training(name, options):
   mixer = make(name, options)
@@ -229,18 +236,15 @@ def test_packed_equals_separate(name, options):
   def packed(mixer, x):
     return jnp.sum(run(mixer, x, jnp.asarray(ids)) * weight)
 
-  @functools.partial(jax.jit, compiler_options=QUICK)
-  @functools.partial(jax.value_and_grad, argnums=(0, 1))
-  def separate(mixer, x):
-    y = run(mixer, x[0, index])
-    return jnp.sum(jnp.where(counts[..., None], y * weight[0, index], 0))
-
   # Gradients of the parameters and the inputs cover outputs and states.
-  value, grads = packed(mixer, x)
-  expected, expected_grads = separate(mixer, x)
+  value, (grads, x_grad) = packed(mixer, x)
+  rows = x[0, index], jnp.where(counts[..., None], weight[0, index], 0)
+  expected, (expected_grads, rows_grad) = gradients(mixer, *rows)
   np.testing.assert_allclose(value, expected, rtol=1e-4)
   for a, b in zip(
-    jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True
+    [x_grad[0], *jax.tree.leaves(grads)],
+    [rows_grad[counts], *jax.tree.leaves(expected_grads)],
+    strict=True,
   ):
     np.testing.assert_allclose(a, b, atol=2e-4 * (1 + np.abs(b).max()))
 
@@ -309,16 +313,11 @@ def test_bidirectional_or_refused(name, options):
 @every_case
 def test_sharded_equals_unsharded(name, options):
   mixer = make(name, options)
-  x = inputs(batch=4)
-  weight = inputs(batch=4, seed=11)
-
-  def loss(params, x, weight):
-    y = nnx.merge(graphdef, params)(x)[0]
-    return jnp.sum(y * weight)
-
   graphdef, params = nnx.split(mixer)
-  grad = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)
-  expected = grad(params, x, weight)
+  # The shape of the rows in `test_packed_equals_separate`: one program less.
+  x = inputs(batch=4, length=11)
+  weight = inputs(batch=4, length=11, seed=11)
+  expected = gradients(mixer, x, weight)
   mesh = sharding.make_mesh('data=2,fsdp=2,tensor=2', jax.devices()[:8])
   placed = jax.tree.map(
     lambda p: p.replace(
@@ -332,7 +331,7 @@ def test_sharded_equals_unsharded(name, options):
   with jax.set_mesh(mesh):
     rows = sharding.activation_spec(('batch', None, None))
     x, weight = jax.device_put((x, weight), jax.NamedSharding(mesh, rows))
-    value, grads = grad(placed, x, weight)
+    value, grads = gradients(nnx.merge(graphdef, placed), x, weight)
   np.testing.assert_allclose(value, expected[0], rtol=1e-5, atol=1e-4)
   for a, b in zip(
     jax.tree.leaves(grads), jax.tree.leaves(expected[1]), strict=True

@@ -12,13 +12,12 @@ from efficient_attn import sharding
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixers import build_mixer
 from efficient_attn.ops import masks
+from efficient_attn.quick import QUICK
 from tests.oracles import attention as oracle
 from tests.oracles import patterns
 
 B, T, D, N = 2, 24, 32, 4
-quick = functools.partial(
-  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
-)
+quick = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def make(name, *, causal=True, **options):

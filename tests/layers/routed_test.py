@@ -12,12 +12,12 @@ from flax import nnx
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixers import build_mixer
 from efficient_attn.layers.mixers.routed.heads import attach
+from efficient_attn.quick import QUICK
 from tests.oracles import routed as oracle
 from tests.oracles import routed_clusters as clusters
 
 B, T, D, N = 2, 20, 16, 2
 H = D // N
-QUICK = {'xla_backend_optimization_level': 0}
 
 
 def build(name, causal=True, **options):

@@ -15,6 +15,7 @@ from flax import nnx
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixers import build_mixer
 from efficient_attn.layers.mixers.ungated.lightning import log_decays
+from efficient_attn.quick import QUICK
 from tests.oracles import feature_maps as oracle
 
 B, D, N = 2, 24, 3
@@ -22,7 +23,6 @@ IDS = np.repeat([[1, 2, 3]], [5, 1, 7], axis=1).repeat(B, 0)
 T = IDS.shape[1]
 # Gates and random projections are used in float32, whatever the input.
 TOLERANCE = 2e-6
-QUICK = {'xla_backend_optimization_level': 0}
 
 
 def make(name, *, causal=True, noise=0.1, **options):

@@ -36,11 +36,9 @@ def call(model, tokens, cache=None, key=None):
 TOKENS = jax.random.randint(jax.random.key(1), (B, T), 0, VOCAB)
 
 VARIANTS = [
-  {},
   dict(num_layers=5),
-  dict(scan_layers=False),
-  dict(norm_position='post', norm='layernorm'),
-  dict(position='learned', max_len=T),
+  dict(scan_layers=False, norm_position='post', norm='layernorm'),
+  dict(position='learned', max_len=T, ffn='none'),
   dict(position='sinusoidal', ffn='mlp', activation='gelu'),
   dict(tie_embeddings=False, pattern=('window',), mixers={}),
   dict(remat='full', pattern=('retention', 'linear'), mixers={}),

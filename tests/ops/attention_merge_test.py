@@ -10,12 +10,12 @@ import pytest
 from efficient_attn.ops import masks
 from efficient_attn.ops.attention import attention
 from efficient_attn.ops.attention_merge import merge, split_attention
+from efficient_attn.quick import QUICK
 from tests.ops.attention_cases import make_arrays
 from tests.oracles import attention as oracle
 
 B, T, S, N, H = 2, 3, 11, 4, 4
 LENGTHS = np.array([0, 8], np.int32)
-QUICK = {'xla_backend_optimization_level': 0}
 how = dict(scale=0.7, logits_soft_cap=1.5)
 
 

@@ -16,13 +16,12 @@ from hypothesis import strategies as st
 from efficient_attn.ops import masks
 from efficient_attn.ops.attention_blockwise import attention_blockwise
 from efficient_attn.ops.attention_reference import attention_reference
+from efficient_attn.quick import QUICK
 
 B, H, V = 2, 4, 3
 # T, S, N, K
 SHAPES = [(13, 7, 4, 2), (1, 16, 4, 1), (12, 12, 2, 2), (5, 11, 3, 3)]
-quick = functools.partial(
-  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
-)
+quick = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 # What is drawn are plans, (constructor, arguments): hypothesis wants no code

@@ -12,6 +12,7 @@ from efficient_attn.ops.attention_blockwise import (
   attention_blockwise,
 )
 from efficient_attn.ops.attention_reference import attention_reference
+from efficient_attn.quick import QUICK
 from tests.ops.attention_cases import (
   EXTRAS,
   MASKS,
@@ -74,8 +75,7 @@ def run(name, *case):
 
   grad = jax.value_and_grad(f, argnums=(0, 1, 2, 3), has_aux=True)
   # Most of the time of this file goes to compiling.
-  quick = {'xla_backend_optimization_level': 0}
-  grad = jax.jit(grad, compiler_options=quick)
+  grad = jax.jit(grad, compiler_options=QUICK)
   (_, out), gradients = grad(q, k, v, leaves)
   return out, gradients
 

@@ -10,12 +10,12 @@ from efficient_attn.ops.diagonal_scan import diagonal_scan
 from efficient_attn.ops.selective_scan import selective_scan
 from efficient_attn.ops.slstm import slstm
 from efficient_attn.ops.wkv4 import wkv4
+from efficient_attn.quick import QUICK
 from tests.oracles import elementwise as oracles
 
 CHUNK = 4
 BATCH, HEADS, CHANNELS, STATES = 2, 2, 3, 2
 # For checks of the algebra in float64: half the time to compile.
-QUICK = {'xla_backend_optimization_level': 0}
 
 # name: (op, options)
 CASES = {

@@ -18,6 +18,7 @@ import pytest
 
 from efficient_attn.ops.linear_attention import linear_attention
 from efficient_attn.ops.slots import slot_attention
+from efficient_attn.quick import QUICK
 
 T, D, C = 32, 6, 8
 CHUNKS = T // C
@@ -72,7 +73,7 @@ def chunkwise(
 @functools.partial(
   jax.jit,
   static_argnames=('form', 'read'),
-  compiler_options={'xla_backend_optimization_level': 0},
+  compiler_options=QUICK,
 )
 def linear(q, k, v, log_decay, form, read):
   return linear_attention(
@@ -211,6 +212,29 @@ def test_e18_the_state_includes_the_current_token():
   tokens = q, k, v, ones, ones, ones, ones
   assert error(op(*tokens), upto) < 1e-12
   assert error(op(*tokens, read='exclusive'), before) < 1e-12
+
+
+def test_e19_normalised_and_not_are_two_methods():
+  """Eqs. 43 and 47 of the survey against eq. 48, shown as one method."""
+  rng = np.random.default_rng(0)
+  q, k = np.exp(rng.standard_normal((2, T, D)))
+  v = rng.standard_normal((T, D))
+  weights = q @ k.T * np.tri(T)
+  plain, mean = weights @ v, weights / weights.sum(-1, keepdims=True) @ v
+  assert error(plain, mean) > 0.05
+  tokens = [jnp.asarray(x[None, :, None], jnp.float32) for x in (q, k, v)]
+  for normalize, expected in ((False, plain), (True, mean)):
+    out, _ = linear_attention(*tokens, scale=1, normalize=normalize)
+    assert error(np.asarray(out)[0, :, 0], expected) < 1e-5
+
+
+def test_e20_the_mask_inside_a_chunk_is_of_its_tokens():
+  """Fig. 3 of the survey gives it the size of a head, D x D, not C x C."""
+  q, k, *_ = gates_and_tokens()
+  scores = q[:C] @ k[:C].T
+  with pytest.raises(ValueError, match='broadcast'):
+    scores * np.tri(D)
+  assert (scores * np.tri(C)).shape == (C, C)
 
 
 @pytest.mark.parametrize('decay, length', [(0.9, 1024), (0.95, 4096)])

@@ -11,6 +11,7 @@ from efficient_attn.ops.factorized_attention import (
   fixed_attention,
   strided_attention,
 )
+from efficient_attn.quick import QUICK
 from tests.ops.attention_blockwise_test import equations
 from tests.ops.attention_cases import make_arrays
 
@@ -50,8 +51,7 @@ def test_parts_are_the_whole(T):
       def everything(tensors):
         return [case_of(*case)(tensors) for case in cases]
 
-      quick = {'xla_backend_optimization_level': 0}
-      return jax.jit(everything, compiler_options=quick)(tensors)
+      return jax.jit(everything, compiler_options=QUICK)(tensors)
 
     found = run(lambda kind, causal, *x, **o: OPS[kind](*x, causal=causal, **o))
     expected = run(definition)

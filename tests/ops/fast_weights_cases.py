@@ -8,12 +8,12 @@ import numpy as np
 
 from efficient_attn.ops.fast_weights import FastState, fast_weights
 from efficient_attn.ops.lact import LactState, lact
+from efficient_attn.quick import QUICK
 from tests.oracles import fast_weights as oracle
 
 CHUNK = 4
 BATCH, HEADS, CHANNELS = 2, 2, 3
 # For checks of the algebra in float64: half the time to compile.
-QUICK = {'xla_backend_optimization_level': 0}
 
 # name: (values, hidden, norm, bias, gates)
 FAST = {

@@ -10,6 +10,7 @@ import pytest
 from efficient_attn.ops import masks, scores
 from efficient_attn.ops.attention_blockwise import attention_blockwise
 from efficient_attn.ops.attention_reference import attention_reference
+from efficient_attn.quick import QUICK
 from tests.ops.attention_cases import make_arrays
 from tests.oracles import attention as oracle
 from tests.oracles import forget
@@ -22,7 +23,6 @@ IMPLEMENTATIONS = {
 }
 each_implementation = pytest.mark.parametrize('name', sorted(IMPLEMENTATIONS))
 IDS = np.repeat([[3, 1, 3], [0, 1, 2]], [4, 1, 6], axis=1)
-QUICK = {'xla_backend_optimization_level': 0}
 
 
 def gates(shape, hard=0.0, value=-1000.0, seed=4):

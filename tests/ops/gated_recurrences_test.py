@@ -11,12 +11,12 @@ import pytest
 from efficient_attn.ops.mlstm import mlstm
 from efficient_attn.ops.slots import slot_attention
 from efficient_attn.ops.trapezoid import trapezoidal_scan
+from efficient_attn.quick import QUICK
 from tests.oracles import gated as oracles
 
 CHUNK, LENGTH = 4, 17
 BATCH, HEADS, CHANNELS, VALUES, SLOTS = 2, 2, 4, 3, 5
 FORMS = ('chunkwise', 'parallel', 'recurrent')
-QUICK = {'xla_backend_optimization_level': 0}
 
 
 def make_mlstm(normal, length):

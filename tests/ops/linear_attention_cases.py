@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficient_attn.ops.linear_attention import linear_attention
+from efficient_attn.quick import QUICK
 from tests.oracles import linear_attention as oracle
 
 CHUNK = 4
@@ -86,7 +87,6 @@ STATIC = (
   'scale',
 )
 # For checks of the algebra in float64: half the time to compile.
-QUICK = {'xla_backend_optimization_level': 0}
 
 
 @functools.partial(jax.jit, static_argnames=STATIC, compiler_options=QUICK)

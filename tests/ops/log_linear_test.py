@@ -11,12 +11,12 @@ import pytest
 from efficient_attn.ops import forms
 from efficient_attn.ops.linear_attention import linear_attention
 from efficient_attn.ops.log_linear import log_linear_attention
+from efficient_attn.quick import QUICK
 from tests.oracles import log_linear as oracle
 
 B, K, N, H, V = 2, 1, 2, 3, 4
 CHUNK = 4
 LEVELS = 6  # enough for 32 tokens
-QUICK = {'xla_backend_optimization_level': 0}
 every_form = pytest.mark.parametrize('form', sorted(forms.FORMS))
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from efficient_attn.ops import masks
+from efficient_attn.quick import QUICK
 from tests.ops.attention_cases import MASKS, expressions, make_data
 from tests.oracles import attention as oracle
 
@@ -53,9 +54,7 @@ EXACT = [
 
 
 # Op by op this file would take several times as long.
-quick = functools.partial(
-  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
-)
+quick = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def test_every_rule_has_an_expression():

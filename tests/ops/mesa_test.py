@@ -10,11 +10,11 @@ import pytest
 
 from efficient_attn.ops import forms
 from efficient_attn.ops.mesa import mesa
+from efficient_attn.quick import QUICK
 from tests.oracles import mesa as oracle
 
 B, K, N, H, V = 2, 1, 2, 3, 4
 CHUNK = 4
-QUICK = {'xla_backend_optimization_level': 0}
 every_form = pytest.mark.parametrize('form', sorted(forms.FORMS))
 
 

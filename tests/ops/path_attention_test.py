@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from efficient_attn.ops.path_attention import FORMS, Past, path_attention
+from efficient_attn.quick import QUICK
 from tests.ops.attention_blockwise_test import equations
 from tests.oracles import path_attention as oracle
 
 B, N, H, V = 2, 2, 3, 4
 CHUNK = 4
 CUT = slice(6), slice(6, None)
-QUICK = {'xla_backend_optimization_level': 0}
 every_form = pytest.mark.parametrize('form', sorted(FORMS))
 
 

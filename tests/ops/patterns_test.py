@@ -9,10 +9,9 @@ import pytest
 
 from efficient_attn.ops import masks
 from efficient_attn.ops.attention_tiles import choose_blocks, tile_schedule
+from efficient_attn.quick import QUICK
 
-quick = functools.partial(
-  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
-)
+quick = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def admitted(mask, T):

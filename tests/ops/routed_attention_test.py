@@ -9,6 +9,7 @@ import pytest
 
 from efficient_attn.ops import lsh_attention as lsh
 from efficient_attn.ops import nsa, vsa
+from efficient_attn.quick import QUICK
 from tests.ops.routed_cases import (
   CASES,
   QKV,
@@ -21,7 +22,6 @@ from tests.ops.routed_cases import (
 )
 from tests.oracles import attention as attention_oracle
 
-QUICK = {'xla_backend_optimization_level': 0}
 CAUSAL = [name for name in CASES if CASES[name].causal]
 every_case = pytest.mark.parametrize('name', list(CASES))
 

@@ -33,6 +33,7 @@ from efficient_attn.ops.sinkhorn_attention import (
   sinkhorn,
   sinkhorn_attention,
 )
+from efficient_attn.quick import QUICK
 from tests.ops.routed_cases import (
   BLOCK,
   CASES,
@@ -47,8 +48,6 @@ from tests.ops.routed_cases import (
 )
 from tests.oracles import routed as oracle
 from tests.oracles import routed_clusters as clusters
-
-QUICK = {'xla_backend_optimization_level': 0}
 
 
 def close(x, y, tolerance=1e-12):

@@ -26,7 +26,8 @@ from efficient_attn.ops.selection.video import (
 )
 from tests.oracles import quantization as oracle
 
-QUICK = {'xla_backend_optimization_level': 0}
+# Not `QUICK`, whose emitter drops some roundings to 8 bits and back.
+ROUNDED = {'xla_backend_optimization_level': 0}
 
 
 def relative(found, wanted):
@@ -55,6 +56,23 @@ def test_rounding_against_the_table_of_numbers(form):
   np.testing.assert_array_equal(
     jax.jit(round_to, static_argnums=1)(x, form), oracle.nearest(x, form)
   )
+
+
+@pytest.mark.parametrize('low, high', [(-1, 2), (0.5, 3)])
+@pytest.mark.parametrize('form', ['uint2', 'uint4', 'uint8'])
+def test_e11_codes_of_affine_quantisation_start_at_zero(form, low, high):
+  """Eq. 10 of Fournier et al. adds the zero point that it must subtract."""
+  w = np.linspace(low, high, 1001)
+  levels = 2 ** int(form[4:]) - 1
+  scale = (high - low) / levels
+  zero = np.round(low / scale)
+  printed, codes = np.round(w / scale + zero), np.round(w / scale - zero)
+  assert 0 <= codes.min() and codes.max() <= levels
+  assert printed.min() < 0 or printed.max() > levels
+  found = np.asarray(fake_quant(jnp.float32(w), form, (None,)))
+  assert len(np.unique(found)) == levels + 1
+  assert found.min() == np.float32(low)
+  assert np.abs(found - w).max() < 0.5001 * scale
 
 
 def test_e2m1_has_eight_magnitudes():
@@ -91,7 +109,7 @@ def small():
       name: sage_attention(*x, recipe=name, mask=masks.Causal(-40))
       for name in RECIPES
     },
-    compiler_options=QUICK,
+    compiler_options=ROUNDED,
   )(q, k, v)
   return (q, k, v), seen, found
 

@@ -10,6 +10,7 @@ import pytest
 from efficient_attn.ops import masks, scores
 from efficient_attn.ops.attention_blockwise import attention_blockwise
 from efficient_attn.ops.attention_reference import attention_reference
+from efficient_attn.quick import QUICK
 from tests.ops.attention_blockwise_test import equations
 from tests.ops.attention_cases import make_arrays
 
@@ -96,9 +97,7 @@ def expressions():
 
 NAMES = sorted(expressions())
 # Op by op the tests below would take several times as long.
-quick = functools.partial(
-  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
-)
+quick = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 @functools.cache
@@ -277,9 +276,7 @@ def test_gradients_of_tables():
           for name, bias in biases.items()
         }
 
-      return jax.jit(
-        all_of_them, compiler_options={'xla_backend_optimization_level': 0}
-      )
+      return jax.jit(all_of_them, compiler_options=QUICK)
 
     reference = gradients(attention_reference)
     found, expected = gradients(tiled)(biases), reference(biases)

@@ -19,9 +19,9 @@ from efficient_attn.ops.selected_blocks import (
 )
 from efficient_attn.ops.selected_tiles import deal
 from efficient_attn.ops.selected_tokens import token_attention
+from efficient_attn.quick import QUICK
 
 B, T, S, N, H, V, C = 2, 11, 18, 4, 3, 5, 4
-QUICK = {'xla_backend_optimization_level': 0}
 # Kv heads, choices, and whether blocks are lists of tokens.
 CASES = [(2, 2, False), (2, 4, True), (1, 1, True), (2, 4, False)]
 

@@ -10,9 +10,9 @@ import pytest
 from efficient_attn.ops import masks
 from efficient_attn.ops.attention import attention
 from efficient_attn.ops.selection import SELECTORS, retained_mass
+from efficient_attn.quick import QUICK
 from tests.ops import selection_cases as cases
 
-QUICK = {'xla_backend_optimization_level': 0}
 SHARES = (0.1, 0.25, 0.5, 1.0)
 MASKS = sorted(n for n, row in SELECTORS.items() if row.returns != 'heads')
 CAUSAL = [n for n in MASKS if SELECTORS[n].sees != 'grid']

@@ -14,8 +14,6 @@ from efficient_attn.ops.selection.expressions import Groups, Slashes
 from efficient_attn.ops.selection.kmeans import kmeans
 from tests.ops import selection_cases as cases
 
-QUICK = {'xla_backend_optimization_level': 0}
-
 
 def arrays(make=cases.text, **options):
   return [jnp.asarray(x, jnp.float32) for x in make(**options)]

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from efficient_attn.ops.selection import SELECTORS, blocks, tokens
+from efficient_attn.quick import QUICK
 from tests.oracles import selection as oracle
 from tests.oracles import selection_video as video_oracle
 
-QUICK = {'xla_backend_optimization_level': 0}
 S, N, K, H = 24, 4, 2, 6
 GRID = (2, 4, 3)
 PATTERN = dict(sinks=2, window=5)

@@ -7,6 +7,7 @@ from jax.sharding import PartitionSpec as P
 from optax import contrib
 
 from efficient_attn.config import ConfigError, OptimizerConfig
+from efficient_attn.quick import QUICK
 from efficient_attn.train.optimizer import (
   OPTIMIZERS,
   SCHEDULES,
@@ -15,10 +16,6 @@ from efficient_attn.train.optimizer import (
   make_schedule,
 )
 
-COMPILE_FAST = {
-  'xla_backend_optimization_level': 0,
-  'xla_llvm_disable_expensive_passes': True,
-}
 Axes = contrib.MuonDimensionNumbers
 STEPS = 200
 # Stacked layers of a projection to heads, one from heads, an embedding, and
@@ -82,7 +79,7 @@ def train(optimizer, loss, params, steps):
     updates, state = optimizer.update(grads, state, params, obj_fn=loss)
     return optax.apply_updates(params, updates), state
 
-  step = jax.jit(step, donate_argnums=(0, 1), compiler_options=COMPILE_FAST)
+  step = jax.jit(step, donate_argnums=(0, 1), compiler_options=QUICK)
   params = jax.tree.map(jnp.copy, params)
   state = optimizer.init(params)
   types = jax.tree.map(jax.typeof, (params, state))
@@ -93,7 +90,7 @@ def train(optimizer, loss, params, steps):
 
 
 def first_update(optimizer, grads, params):
-  update = jax.jit(optimizer.update, compiler_options=COMPILE_FAST)
+  update = jax.jit(optimizer.update, compiler_options=QUICK)
   return update(grads, optimizer.init(params), params)[0]
 
 

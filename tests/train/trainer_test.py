@@ -87,11 +87,11 @@ def test_learns(tmp_path):
 @pytest.mark.parametrize(
   'mesh',
   [
-    'data=8',
-    'data=4,fsdp=2',
-    'data=2,fsdp=4',
     'fsdp=2,tensor=4',
     'data=2,fsdp=2,tensor=2',
+    pytest.param('data=8', marks=pytest.mark.exhaustive),
+    pytest.param('data=4,fsdp=2', marks=pytest.mark.exhaustive),
+    pytest.param('data=2,fsdp=4', marks=pytest.mark.exhaustive),
   ],
 )
 def test_every_mesh_has_the_losses_of_one_device(one_device, mesh, tmp_path):
@@ -103,7 +103,11 @@ def test_every_mesh_has_the_losses_of_one_device(one_device, mesh, tmp_path):
 
 @pytest.mark.parametrize(
   'changes',
-  [{'accumulate': 4}, {'model.remat': 'full'}, {'model.remat': 'dots'}],
+  [
+    {'accumulate': 4},
+    {'model.remat': 'dots'},
+    pytest.param({'model.remat': 'full'}, marks=pytest.mark.exhaustive),
+  ],
   ids=str,
 )
 def test_how_a_step_is_computed_does_not_matter(one_device, changes, tmp_path):
@@ -111,7 +115,13 @@ def test_how_a_step_is_computed_does_not_matter(one_device, changes, tmp_path):
   np.testing.assert_allclose(losses(tmp_path), losses(one_device), rtol=2e-5)
 
 
-@pytest.mark.parametrize('mesh', ['', 'fsdp=2,tensor=2,data=2'])
+@pytest.mark.parametrize(
+  'mesh',
+  [
+    'fsdp=2,tensor=2,data=2',
+    pytest.param('', marks=pytest.mark.exhaustive),
+  ],
+)
 def test_resume_is_bitwise(mesh, tmp_path):
   config = tiny(mesh=mesh, ema=0.9)
   run(config, tmp_path / 'whole')
@@ -125,7 +135,14 @@ def test_resume_is_bitwise(mesh, tmp_path):
   assert steps == sorted(steps)
 
 
-@pytest.mark.parametrize('changes', [{}, {'model.pooling': 'cls'}], ids=str)
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {'model.pooling': 'cls'},
+    pytest.param({}, marks=pytest.mark.exhaustive),
+  ],
+  ids=str,
+)
 def test_vit_on_every_mesh(changes, tmp_path):
   values = dict(
     steps=3,

@@ -1,0 +1,96 @@
+"""Synthetic tasks, drawn example by example: `data.name` is one of TASKS.
+
+Example i of a split is a function of the seed and i, so that a run resumes
+where it stopped. Batches are `dict(tokens, labels [B, T] int32, weights [B, T]
+float32)`, with labels for the token at hand, not shifted.
+
+A task is one dataclass: its fields are `data.options`, `num_tokens` is the
+vocabulary it needs, and `draw(rng, train)` returns an `Example`.
+"""
+
+import grain
+import numpy as np
+
+from efficient_attn import config as configs
+from efficient_attn.config import DataConfig
+from efficient_attn.data import batches
+from efficient_attn.data.tasks.copying import (
+  Palindrome,
+  SelectiveCopying,
+  Stack,
+)
+from efficient_attn.data.tasks.groups import StateTracking
+from efficient_attn.data.tasks.list_ops import ListOps
+from efficient_attn.data.tasks.memory import Compression, Memorization
+from efficient_attn.data.tasks.pathfinder import Pathfinder
+from efficient_attn.data.tasks.recall import (
+  MQAR,
+  FuzzyRecall,
+  InContextRecall,
+  Induction,
+  Needle,
+  NoisyRecall,
+)
+
+TASKS = {
+  'mqar': MQAR,
+  'in_context_recall': InContextRecall,
+  'noisy_recall': NoisyRecall,
+  'fuzzy_recall': FuzzyRecall,
+  'induction': Induction,
+  'needle': Needle,
+  'selective_copying': SelectiveCopying,
+  'palindrome': Palindrome,
+  'stack': Stack,
+  'memorization': Memorization,
+  'compression': Compression,
+  'state_tracking': StateTracking,
+  'list_ops': ListOps,
+  'pathfinder': Pathfinder,
+}
+
+ENDLESS = 2**31 - 1
+
+
+def make(config: DataConfig, *, train: bool = True):
+  """Returns the task of a config, with the options of a split."""
+  options = dict(config.options)
+  if not train:
+    options |= config.valid_options
+  return configs.build(TASKS[config.name], options, 'data.options.')
+
+
+class _Examples:
+  """Random access to the examples of one split."""
+
+  def __init__(self, task, seed: int, count: int, train: bool):
+    self.task, self.seed, self.count, self.train = task, seed, count, train
+
+  def __len__(self):
+    return self.count
+
+  def __getitem__(self, index):
+    rng = np.random.default_rng([self.seed, self.train, index])
+    return self.task.draw(rng, self.train)._asdict()
+
+
+def load(
+  config: DataConfig, *, batch_size: int, seed: int, rows: range
+) -> batches.Data:
+  """Returns both splits; see `efficient_attn.data.load`.
+
+  The validation examples are the same for every seed.
+  """
+  task, valid_task = make(config), make(config, train=False)
+  count = config.train_examples or ENDLESS
+  train = grain.MapDataset.source(_Examples(task, seed, count, train=True))
+  if config.train_examples:
+    train = train.seed(seed).shuffle()
+  valid = grain.MapDataset.source(
+    _Examples(valid_task, 0, config.valid_examples, train=False)
+  ).to_iter_dataset(batches.READ)
+  return batches.Data(
+    train=batches.endless(train.repeat(), batch_size, rows, config.workers),
+    valid=batches.finite(valid, batch_size, rows),
+    vocab_size=max(task.num_tokens, valid_task.num_tokens),
+  )

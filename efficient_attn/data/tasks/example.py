@@ -1,0 +1,36 @@
+"""What a task draws: tokens, and what to answer where."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from efficient_attn.config import ConfigError
+
+
+class Example(NamedTuple):
+  """One sequence.
+
+  Attributes:
+    tokens: int32 [T].
+    labels: int32 [T], the answer wanted after tokens[: t + 1].
+    weights: float32 [T], 1 where an answer counts, else 0.
+  """
+
+  tokens: np.ndarray
+  labels: np.ndarray
+  weights: np.ndarray
+
+
+def answers(tokens, labels, where) -> Example:
+  """An example whose answers count `where`, a mask or an index."""
+  tokens = np.asarray(tokens, np.int32)
+  weights = np.zeros(len(tokens), np.float32)
+  weights[where] = 1
+  labels = np.broadcast_to(np.asarray(labels, np.int32), tokens.shape)
+  return Example(tokens, np.where(weights > 0, labels, 0), weights)
+
+
+def check(task, ok: bool, remedy: str) -> None:
+  """Raises a `ConfigError` with all options of the task unless `ok`."""
+  if not ok:
+    raise ConfigError(f'data.options: {task} is impossible; {remedy}')

@@ -1,0 +1,1 @@
+"""Which mixer is better at a task: grids of small runs, compared fairly."""

@@ -1,0 +1,177 @@
+"""The tables and plots of a study, from its stored records."""
+
+import math
+import pathlib
+import statistics
+from collections.abc import Mapping, Sequence
+
+from scipy import stats
+
+from experiments import page
+from experiments.ablations.study import Study
+
+LEVEL = 0.95  # of the intervals
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+  """Returns the mean and the half width of its Student interval."""
+  mean = statistics.fmean(values)
+  if len(values) < 2:
+    return mean, math.nan
+  spread = statistics.stdev(values) / math.sqrt(len(values))
+  return mean, spread * stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)
+
+
+def best_runs(record: Mapping, metric: str, test: str | None = None) -> list:
+  """Returns the runs, one a seed, of the best learning rate and decay.
+
+  The best have the best mean of `metric` over seeds and tests.
+  """
+  grid = {}
+  for run in record['runs']:
+    pair = run['learning_rate'], run['weight_decay']
+    grid.setdefault(pair, []).append(run)
+  sign = -1 if 'loss' in metric or 'bits' in metric else 1
+  return max(
+    grid.values(),
+    key=lambda runs: (
+      sign * statistics.fmean(score(run, metric, test) for run in runs)
+    ),
+  )
+
+
+def score(run: Mapping, metric: str, test: str | None = None) -> float:
+  """Returns a run's metric on one test, or its mean over all of them."""
+  tests = run['tests']
+  chosen = [tests[test]] if test is not None else tests.values()
+  return statistics.fmean(found[metric] for found in chosen)
+
+
+def parts(study: Study, records: Sequence[Mapping], command: str) -> list:
+  """Returns the report's parts.
+
+  Args:
+    study: as configured.
+    records: of its programs that are done.
+    command: that made them.
+  """
+  by_name = {(r['task'], r['architecture']): r for r in records}
+  missing = len(study.tasks) * len(study.architectures) - len(by_name)
+  found = [
+    page.Text(
+      f'{len(study.seeds)} seeds; learning rates {_list(study.learning_rates)}'
+      f', weight decays {_list(study.weight_decays)}: a row shows the pair '
+      f'with the best mean {study.metric} over seeds, with the '
+      f'{LEVEL:.0%} interval of that mean (Student). The choice of the pair '
+      'makes all rows a little too good.'
+    ),
+    page.Code(command),
+  ]
+  if missing:
+    found.append(page.Text(f'{missing} programs have not run yet.'))
+  for task in study.tasks:
+    rows = [
+      by_name[task, a] for a in study.architectures if (task, a) in by_name
+    ]
+    if not rows:
+      continue
+    if task:
+      found.append(page.Heading(task))
+    found.append(_table(study, task, rows))
+    found.append(_frontier(study, rows))
+    found.append(_curves(study, rows))
+  return found
+
+
+def write(study: Study, records, command: str, out: pathlib.Path) -> None:
+  """Writes report.html and report.md."""
+  made = parts(study, records, command)
+  (out / 'report.html').write_text(page.page(study.title, made))
+  (out / 'report.md').write_text(page.markdown(study.title, made))
+
+
+def _list(numbers) -> str:
+  return ', '.join(f'{x:g}' for x in numbers)
+
+
+def _table(study, task, records) -> page.Table:
+  tests = [name for name in study.tests if name]
+  published = study.published.get(task, {})
+  macro = 'macro_accuracy' in next(
+    iter(records[0]['runs'][0]['tests'].values())
+  )
+  head = ['mixer', study.metric, '±', *tests]
+  head += ['macro'] * macro + ['published', 'within band'] * bool(published)
+  head += ['parameters', 'state bytes', 'training FLOPs', 'learning rate']
+  head += ['weight decay', 'skipped steps', 'seconds']
+  rows = []
+  for record in records:
+    name, runs = record['architecture'], best_runs(record, study.metric)
+    mean, half = interval([score(run, study.metric) for run in runs])
+    row = [name, f'{mean:.3f}', f'{half:.3f}']
+    for test in tests:
+      row.append(
+        f'{statistics.fmean(score(r, study.metric, test) for r in runs):.3f}'
+      )
+    if macro:
+      values = [score(run, 'macro_accuracy') for run in runs]
+      row.append(f'{statistics.fmean(values):.3f}')
+    if published:
+      value = published.get(name)
+      row += (
+        ['', '']
+        if value is None
+        else [
+          f'{value:.3f}',
+          'yes' if abs(value - mean) <= study.band else 'no',
+        ]
+      )
+    sizes = record['sizes']
+    row += [f'{sizes["params"]:,}', f'{sizes["state"]:,}']
+    row += [f'{sizes["flops"]:.3g}', f'{runs[0]["learning_rate"]:g}']
+    row += [f'{runs[0]["weight_decay"]:g}']
+    row += [sum(run['skipped_steps'] for run in runs), record['seconds']]
+    rows.append(row)
+  kinds = {'yes': 'good', 'no': 'bad'}
+  return page.Table(head, rows, kind=lambda cell: kinds.get(cell, ''))
+
+
+def _frontier(study, records) -> page.Plot:
+  made, axes = page.figure()
+  for i, record in enumerate(records):
+    runs = best_runs(record, study.metric)
+    mean, half = interval([score(run, study.metric) for run in runs])
+    axes.errorbar(
+      max(record['sizes']['state'], 1),
+      mean,
+      yerr=None if math.isnan(half) else half,
+      fmt=page.MARKERS[i % len(page.MARKERS)],
+      color=page.COLORS[i % len(page.COLORS)],
+      label=record['architecture'],
+      capsize=3,
+    )
+  axes.set_xscale('log', base=2)
+  axes.set_xlabel('bytes of decode state')
+  axes.set_ylabel(study.metric)
+  page.legend(axes)
+  return page.Plot(made, f'{study.metric} against the size of the decode state')
+
+
+def _curves(study, records) -> page.Plot:
+  made, axes = page.figure()
+  for i, record in enumerate(records):
+    color = page.COLORS[i % len(page.COLORS)]
+    steps = record['config']['steps']
+    for j, run in enumerate(best_runs(record, study.metric)):
+      losses = run['losses']
+      axes.plot(
+        [steps * (k + 0.5) / len(losses) for k in range(len(losses))],
+        losses,
+        color=color,
+        linewidth=1,
+        label=record['architecture'] if j == 0 else None,
+      )
+  axes.set_xlabel('step')
+  axes.set_ylabel('training loss, nats')
+  page.legend(axes)
+  return page.Plot(made, 'training loss of every seed')
