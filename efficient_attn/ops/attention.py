@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from efficient_attn.ops import masks, scores
 from efficient_attn.ops.attention_blockwise import attention_blockwise
 from efficient_attn.ops.attention_reference import attention_reference
-from efficient_attn.ops.attention_tiles import choose_blocks, tile_schedule
+from efficient_attn.ops.attention_tiles import choose_tiles
 
 # Each takes checked arguments and returns (out, lse); what it cannot do it
 # answers with a NotImplementedError that names what can.
@@ -143,10 +143,9 @@ def explain(
 
 def _tiles(query, key, mask):
   T, S = query.shape[1], key.shape[1]
-  block_q, block_k = choose_blocks(mask, T, S)
-  visited = len(tile_schedule(mask, T, S, block_q, block_k))
+  block_q, block_k, tiles = choose_tiles(mask, T, S)
   total = -(-T // block_q) * -(-S // block_k)
-  return f'; visits {visited} of {total} tiles of {block_q} x {block_k}'
+  return f'; visits {len(tiles)} of {total} tiles of {block_q} x {block_k}'
 
 
 def _candidates(query, key, implementation):

@@ -9,12 +9,28 @@ from jaxtyping import Array, Bool, Int, Int32
 
 from efficient_attn.ops import masks
 
-# The sizes of tiles to choose from. Eight heads of float32 logits are 4 MiB in
-# the largest, and its matmuls are large enough for XLA to use every core of a
-# CPU; smaller ones waste less on what a mask does not admit.
-BLOCKS = ((512, 256), (256, 256), (256, 128), (128, 128))
+# The sizes of tiles to choose from: rows, columns, and what a tile's first
+# column is a multiple of. Eight heads of float32 logits are 4 MiB in the
+# largest; smaller ones waste less on what a mask does not admit.
+BLOCKS = ((256, 512, 256), (256, 256, 256), (128, 128, 128))
+# XLA uses every core of a CPU for a matmul of so many logits per head, and one
+# core for a smaller one.
+SHARED = 2**17
 # What a tile costs beside its elements, in elements.
 TILE_COST = 12_288
+
+
+class Tiling(NamedTuple):
+  """Which tiles of which size are visited: see `tile_schedule`."""
+
+  block_q: int
+  block_k: int
+  tiles: Int32[np.ndarray, 'tiles 4']
+
+  @property
+  def elements(self) -> int:
+    """How many logits per head are computed."""
+    return len(self.tiles) * self.block_q * self.block_k
 
 
 def fit_block(length: int, block: int) -> int:
@@ -22,52 +38,87 @@ def fit_block(length: int, block: int) -> int:
   return -(-length // -(-length // block))
 
 
-def choose_blocks(
+def choose_tiles(
   mask: masks.Mask | None,
   T: int,
   S: int,
   block_q: int | None = None,
   block_k: int | None = None,
-) -> tuple[int, int]:
-  """The tile size of `BLOCKS` that visits the mask at the least cost.
+) -> Tiling:
+  """Covers what a mask admits with the tiles of `BLOCKS` that cost least.
 
   A mask that admits a third of the smallest tiles or more gets the largest.
+  `block_q` and `block_k` set the size instead.
   """
 
-  def visited(blocks):
-    return len(tile_schedule(mask, T, S, *blocks))
+  def tiling(rows, cols, step):
+    rows, cols = fit_block(T, block_q or rows), fit_block(S, block_k or cols)
+    step = step if step < cols and not block_k else cols
+    return Tiling(rows, cols, tile_schedule(mask, T, S, rows, cols, step))
 
-  def cost(blocks):
-    return visited(blocks) * (blocks[0] * blocks[1] + TILE_COST)
+  def cost(tiling):
+    elements = tiling.block_q * tiling.block_k
+    each = elements * (1 if elements >= SHARED else 1.7) + TILE_COST
+    return len(tiling.tiles) * each
 
-  sizes = [
-    (fit_block(T, block_q or rows), fit_block(S, block_k or cols))
-    for rows, cols in BLOCKS
-  ]
-  largest, smallest = sizes[0], sizes[-1]
-  total = -(-T // smallest[0]) * -(-S // smallest[1])
-  if mask is None or largest == smallest or 3 * visited(smallest) >= total:
-    return largest
-  return min(sizes, key=cost)
+  if mask is None or (block_q and block_k):
+    return tiling(*BLOCKS[0])
+  smallest = tiling(*BLOCKS[-1])
+  if 3 * smallest.elements >= T * S:
+    return tiling(*BLOCKS[0])
+  return min([*(tiling(*sizes) for sizes in BLOCKS[:-1]), smallest], key=cost)
 
 
 def tile_schedule(
-  mask: masks.Mask | None, T: int, S: int, block_q: int, block_k: int
+  mask: masks.Mask | None,
+  T: int,
+  S: int,
+  block_q: int,
+  block_k: int,
+  step: int | None = None,
 ) -> Int32[np.ndarray, 'tiles 4']:
   """The tiles that are visited, row by row.
 
+  Args:
+    mask: what is to be covered; None admits all.
+    T: number of rows.
+    S: number of columns.
+    block_q: rows of a tile.
+    block_k: columns of a tile.
+    step: what the first column of a tile is a multiple of, a divisor of
+      `block_k`, which is the default.
+
   Returns:
-    One row per tile: the block row i, the block column j, the kind (PARTIAL
-    or FULL), and whether it is the first tile of block row i.
+    One row per tile: the block row i, the first column, the kind (PARTIAL or
+    FULL), and whether it is the first tile of block row i.
   """
+  step = step or block_k
   if mask is None:
-    shape = (-(-T // block_q), -(-S // block_k))
+    shape = (-(-T // block_q), -(-S // step))
     kinds = np.full(shape, masks.FULL, np.int8)
   else:
-    kinds = mask.block_map(T, S, block_q, block_k)
+    kinds = mask.block_map(T, S, block_q, step)
   i, j = np.nonzero(kinds != masks.EMPTY)
+  kinds = kinds[i, j]
+  if step < block_k:
+    i, j, kinds = _widen(i, j, kinds, block_k // step)
   first = np.diff(i, prepend=-1) != 0
-  return np.stack([i, j, kinds[i, j], first], axis=1).astype(np.int32)
+  return np.stack([i, j * step, kinds, first], axis=1).astype(np.int32)
+
+
+def _widen(i, j, kinds, width):
+  """Joins `width` neighbours of a row into one, from the left."""
+  found = []
+  for row, col, kind in zip(i, j, kinds, strict=True):
+    if found and found[-1][0] == row and col < found[-1][1] + width:
+      found[-1][2].append(kind)
+    else:
+      found.append((row, col, [kind]))
+  full = [
+    len(inside) == width and set(inside) == {masks.FULL} for *_, inside in found
+  ]
+  i, j = (np.array([tile[n] for tile in found], int) for n in range(2))
+  return i, j, np.where(full, masks.FULL, masks.PARTIAL)
 
 
 class Tile(NamedTuple):
@@ -86,13 +137,17 @@ class Tile(NamedTuple):
   own: Bool[Array, '1 1 R C'] | None
 
 
-def locate(R: int, C: int, i: Array, j: Array, T: int, S: int) -> Tile:
-  """Tile (i, j) of those of R x C that cover T x S."""
-  row_start, col_start = jnp.minimum(i * R, T - R), jnp.minimum(j * C, S - C)
+def locate(
+  R: int, C: int, i: Array, first: Array, T: int, S: int, shared: bool
+) -> Tile:
+  """The tile of R x C in block row i whose columns begin at `first`.
+
+  `shared` says whether any tile of the schedule sticks out of T x S.
+  """
+  row_start, col_start = jnp.minimum(i * R, T - R), jnp.minimum(first, S - C)
   rows, cols = row_start + jnp.arange(R), col_start + jnp.arange(C)
-  own_rows, own_cols = rows >= i * R, cols >= j * C
+  own_rows, own_cols = rows >= i * R, cols >= first
   own = (own_rows[:, None] & own_cols)[None, None]
-  shared = T % R != 0 or S % C != 0
   return Tile(
     row_start, col_start, rows, cols, own_rows, own if shared else None
   )

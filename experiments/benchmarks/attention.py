@@ -16,7 +16,7 @@ import numpy as np
 from efficient_attn import ops
 from efficient_attn.models.cost import largest_array
 from efficient_attn.ops import masks
-from efficient_attn.ops.attention_tiles import choose_blocks, tile_schedule
+from efficient_attn.ops.attention_tiles import choose_tiles
 from experiments.benchmarks.timing import interleaved
 
 LENGTHS = {
@@ -150,13 +150,11 @@ def close(name, found, wanted, tolerance) -> None:
 
 def time_by_tiles(found, name: str, length: int) -> dict[str, float]:
   """Time over elements visited, relative to the same of the full mask."""
-
-  def elements(mask):
-    blocks = choose_blocks(mask, length, length)
-    visited = len(tile_schedule(mask, length, length, *blocks))
-    return visited * blocks[0] * blocks[1]
-
-  part = elements(SPARSE[name](length)) / elements(masks.Causal())
+  visited = [
+    choose_tiles(mask, length, length).elements
+    for mask in (SPARSE[name](length), masks.Causal())
+  ]
+  part = visited[0] / visited[1]
   figures = {f'{name}_{length}_visited': part}
   for direction in ('fwd', 'fwd_bwd'):
     times = (found[f'{i}_{direction}_{length}_ms'] for i in (name, 'blockwise'))

@@ -25,10 +25,10 @@ def test_visited_tiles():
   np.testing.assert_array_equal(
     schedule,
     [
-      # i, j, kind, first
+      # block row, first column, kind, first of its row
       [1, 0, masks.PARTIAL, 1],
       [2, 0, masks.FULL, 1],
-      [2, 1, masks.PARTIAL, 0],
+      [2, 8, masks.PARTIAL, 0],
     ],
   )
 
@@ -73,7 +73,7 @@ def test_trip_counts_are_static_and_empty_tiles_cost_nothing(gradient):
   cases = [
     (None, 32, False),
     (masks.Causal(), 20, False),
-    (masks.Window(256, 0), 15, False),
+    (masks.Window(256, 0), 8, False),
     (masks.Causal() & masks.Segments(ids, ids), 20, True),
     (masks.Causal(jnp.int32(0)), 32, True),
   ]

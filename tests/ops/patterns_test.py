@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from efficient_attn.ops import masks
-from efficient_attn.ops.attention_tiles import choose_blocks, tile_schedule
+from efficient_attn.ops.attention_tiles import choose_tiles
 from efficient_attn.quick import QUICK
 
 quick = functools.partial(jax.jit, compiler_options=QUICK)
@@ -175,9 +175,7 @@ def sparse(T):
 @pytest.mark.parametrize('name', sorted(sparse(4096)))
 def test_visited_area_grows_with_the_length(name):
   def area(T):
-    mask = sparse(T)[name]
-    blocks = choose_blocks(mask, T, T)
-    return len(tile_schedule(mask, T, T, *blocks)) * np.prod(blocks)
+    return choose_tiles(sparse(T)[name], T, T).elements
 
   T = 2**15
   growth = area(2 * T) / area(T)
