@@ -336,6 +336,8 @@ def _convert(kind, value, key):
     return _literals(value)
   if origin is tuple and isinstance(value, str):
     value = value.split(',')
+  if origin is tuple and isinstance(value, (int, float)):
+    value = (value,)  # --config.sweep.seeds=0
   if origin is tuple and isinstance(value, (tuple, list)):
     (item, _) = typing.get_args(kind)
     return tuple(_convert(item, v, f'{key}[{i}]') for i, v in enumerate(value))

@@ -8,7 +8,7 @@ for the utilisation of a machine.
 import collections
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core
@@ -29,22 +29,71 @@ def flops(function: Callable, *args: Any) -> float:
 
 def largest_array(function: Callable, *args: Any) -> int:
   """Returns the elements of the largest array that a call computes."""
+  return _largest(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+class Counts(NamedTuple):
+  """What one call costs.
+
+  Attributes:
+    flops: of the products, 2 per multiply-add.
+    operations: these, and one for each element that anything else reads or
+      writes, whichever are more; n log2 n for sorts, nothing for moving data.
+    largest_array: elements of the largest array that is computed.
+    peak_bytes: the most bytes of computed arrays needed at once, when each
+      lives from where it is computed to its last use, in the order of the
+      program and without fusion: XLA needs less.
+  """
+
+  flops: float
+  operations: float
+  largest_array: int
+  peak_bytes: int
+
+
+def count(function: Callable, *args: Any) -> Counts:
+  """Counts a call, traced and not run; see `flops` for what it raises."""
   jaxpr = jax.make_jaxpr(function)(*args).jaxpr
-  return max(
-    math.prod(v.aval.shape)
-    for eqn in _walk(jaxpr)
-    for v in eqn.outvars
-    if hasattr(v.aval, 'shape')
+  return Counts(
+    _flops(jaxpr), _operations(jaxpr), _largest(jaxpr), _peak(jaxpr)
   )
 
 
-def peak_bytes(function: Callable, *args: Any) -> int:
-  """Returns the most bytes of computed arrays that a call needs at once.
+# What only names, moves or makes up elements.
+MOVES = {
+  'broadcast_in_dim', 'concatenate', 'convert_element_type', 'copy',
+  'dynamic_slice', 'dynamic_update_slice', 'gather', 'iota', 'pad', 'reshape',
+  'rev', 'select_n', 'slice', 'split', 'squeeze', 'stop_gradient',
+  'transpose', 'optimization_barrier',
+}  # fmt: skip
 
-  Arrays live from where they are computed to their last use, in the order of
-  the program and without fusion: XLA needs less.
-  """
-  return _peak(jax.make_jaxpr(function)(*args).jaxpr)
+
+def _operations(jaxpr) -> float:
+  total = 0.0
+  for eqn in jaxpr.eqns:
+    name, inner = eqn.primitive.name, list(_jaxprs(eqn))
+    if name in ('dot_general', 'conv_general_dilated'):
+      total += _flops_of(eqn)
+    elif name == 'cond':
+      total += max(_operations(b.jaxpr) for b in eqn.params['branches'])
+    elif name == 'while':
+      raise NotImplementedError('a loop of unknown length; use lax.scan')
+    elif inner and not name.startswith(('reduce', 'arg', 'cum', 'scatter')):
+      times = eqn.params.get('length', 1) if _is_scan(eqn) else _shards(eqn)
+      total += times * sum(map(_operations, inner))
+    elif name.startswith('scatter'):
+      total += math.prod(eqn.invars[-1].aval.shape)  # the updates
+    elif name not in MOVES:
+      shapes = [
+        v.aval.shape
+        for v in (*eqn.invars, *eqn.outvars)
+        if hasattr(v.aval, 'shape')
+      ]
+      each = 1.0
+      if name in ('sort', 'top_k'):
+        each = math.log2(max(2, *shapes[0]))
+      total += each * max(map(math.prod, shapes))
+  return total
 
 
 def _peak(jaxpr) -> int:
@@ -72,19 +121,20 @@ def _bytes(aval) -> int:
   return math.prod(aval.shape) * getattr(aval.dtype, 'itemsize', 4)
 
 
+def _largest(jaxpr) -> int:
+  return max(
+    math.prod(v.aval.shape)
+    for eqn in _walk(jaxpr)
+    for v in eqn.outvars
+    if hasattr(v.aval, 'shape')
+  )
+
+
 def _flops(jaxpr) -> float:
   total = 0.0
   for eqn in jaxpr.eqns:
-    if eqn.primitive.name == 'dot_general':
-      (contract, _), _ = eqn.params['dimension_numbers']
-      lhs = eqn.invars[0].aval.shape
-      summed = math.prod(lhs[axis] for axis in contract)
-      total += 2 * summed * math.prod(eqn.outvars[0].aval.shape)
-    elif eqn.primitive.name == 'conv_general_dilated':
-      kernel = eqn.invars[1].aval.shape
-      outputs = eqn.params['dimension_numbers'].rhs_spec[0]
-      per_output = math.prod(kernel) / kernel[outputs]
-      total += 2 * per_output * math.prod(eqn.outvars[0].aval.shape)
+    if eqn.primitive.name in ('dot_general', 'conv_general_dilated'):
+      total += _flops_of(eqn)
     elif eqn.primitive.name == 'cond':
       total += max(_flops(b.jaxpr) for b in eqn.params['branches'])
     elif eqn.primitive.name == 'while':
@@ -97,6 +147,18 @@ def _flops(jaxpr) -> float:
       times = eqn.params.get('length', 1) if _is_scan(eqn) else _shards(eqn)
       total += times * sum(_flops(j) for j in _jaxprs(eqn))
   return total
+
+
+def _flops_of(eqn) -> float:
+  """Returns the FLOPs of one matrix product or convolution."""
+  size = math.prod(eqn.outvars[0].aval.shape)
+  if eqn.primitive.name == 'dot_general':
+    (contract, _), _ = eqn.params['dimension_numbers']
+    lhs = eqn.invars[0].aval.shape
+    return 2 * size * math.prod(lhs[axis] for axis in contract)
+  kernel = eqn.invars[1].aval.shape
+  outputs = eqn.params['dimension_numbers'].rhs_spec[0]
+  return 2 * size * math.prod(kernel) / kernel[outputs]
 
 
 def _is_scan(eqn) -> bool:

@@ -100,7 +100,7 @@ class Grid:
     totals = collections.Counter()
     for batch in valid:
       totals.update(jax.device_get(self._evaluate(params, batch)))
-    found = jax.vmap(means)(totals)
+    found = jax.vmap(means)(dict(totals))
     return [
       {name: float(x[i]) for name, x in found.items()}
       for i in range(len(self.runs))

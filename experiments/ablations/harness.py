@@ -136,7 +136,7 @@ def runs_at_once(config: Config) -> int:
     return jax.grad(objective)(params)
 
   batch = first_batch(config)
-  needed = cost.peak_bytes(gradient, params, batch)
+  needed = cost.count(gradient, params, batch).peak_bytes
   needed += 3 * sum(4 * leaf.size for leaf in jax.tree.leaves(params))
   return max(1, math.floor(MEMORY * memory_available() / needed))
 

@@ -61,13 +61,13 @@ def _state_bytes(architecture, params, batch) -> int:
 def matched(config: Config, batch: dict, quantity: str, target: float):
   """Returns the config with the width that brings `quantity` to `target`.
 
-  Widths are multiples of the heads (and of 8); the nearest, in ratio, wins.
+  Widths are multiples of twice the heads; the nearest, in ratio, wins.
 
   Raises:
-    ConfigError: no width comes within 10 percent.
+    ConfigError: no width comes within a quarter.
   """
   model = config.model
-  step = math.lcm(model.num_heads, 8)
+  step = 2 * model.num_heads
 
   def at(index):
     changed = dataclasses.replace(model, d_model=index * step)
@@ -83,7 +83,7 @@ def matched(config: Config, batch: dict, quantity: str, target: float):
     middle = (low + high) // 2
     low, high = (middle, high) if distance(middle) < 0 else (low, middle)
   best = min(low, high, key=lambda index: abs(distance(index)))
-  if abs(distance(best)) > math.log(1.1):
+  if abs(distance(best)) > math.log(1.25):
     raise ConfigError(
       f'sweep.match={quantity!r}: {"-".join(model.pattern)} has '
       f'{sizes(at(best), batch)[quantity]:.4g} {quantity} at model.d_model='

@@ -7,6 +7,7 @@ under sparse masks, whose time should follow the tiles they visit.
 
 import functools
 import importlib.util
+import os
 import subprocess
 import sys
 
@@ -106,6 +107,7 @@ def gradients(name: str, implementation: str | None = None):
 
 def torch_call(ours, qkv, backward: bool):
   """Torch's fused attention on the same numbers, checked against ours."""
+  os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # do not spin
   import torch
 
   arrays = [torch.from_numpy(np.array(x).swapaxes(1, 2)) for x in qkv]

@@ -6,6 +6,10 @@ from collections.abc import Callable
 
 import jax
 
+# Seconds between two turns: threads of some libraries keep a core busy for a
+# while after their work.
+PAUSE = 0.3
+
 
 def interleaved(
   contenders: dict[str, Callable], rounds: int
@@ -20,6 +24,7 @@ def interleaved(
   seconds = {name: [] for name in contenders}
   for _ in range(rounds):
     for name, run in contenders.items():
+      time.sleep(PAUSE)
       start = time.perf_counter()
       jax.block_until_ready(run())
       seconds[name].append(time.perf_counter() - start)

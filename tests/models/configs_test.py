@@ -6,18 +6,41 @@ import re
 import pytest
 
 from efficient_attn import config as configs
-from efficient_attn import models
+from efficient_attn import data, models
+from experiments.ablations import study
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob('configs/*/*.py'))
-HYBRIDS = re.findall(r"^  '(\w+)': dict", (ROOT / FILES[0]).read_text(), re.M)
+HYBRID = 'configs/lm/hybrid.py'
+HYBRIDS = re.findall(r"^  '(\w+)': dict", (ROOT / HYBRID).read_text(), re.M)
 ARGUMENTS = [
-  f'{FILES[0]}:{name}{size}' for name in HYBRIDS for size in ('', ',tiny')
+  f'{HYBRID}:{name}{size}' for name in HYBRIDS for size in ('', ',tiny')
 ]
+STUDIES = [file for file in FILES if file.startswith('configs/ablations/')]
 
 
 def test_the_hybrids_were_found():
-  assert FILES[0] == 'configs/lm/hybrid.py' and len(HYBRIDS) == 4
+  assert len(HYBRIDS) == 4
+
+
+@pytest.mark.parametrize(
+  'file',
+  [
+    file + argument
+    for file in STUDIES
+    for argument in ('', ':tiny', *([':based'] if 'mqar' in file else []))
+  ],
+)
+def test_every_program_of_a_study_builds(file):
+  values, studied = study.load(str(ROOT / file), {})
+  programs = list(study.programs(values, studied))
+  names = {program.architecture for program in programs}
+  for task, rows in studied.published.items():
+    assert task in studied.tasks and set(rows) <= names
+  for program in programs:
+    assert models.parameter_count(program.config.model) > 1000
+    for config in (program.config.data, *program.tests.values()):
+      data.load(config, batch_size=program.config.batch_size)
 
 
 @pytest.mark.parametrize('file', FILES + ARGUMENTS)
@@ -29,4 +52,4 @@ def test_config_builds(file):
 def test_unknown_arguments_are_refused():
   for argument in ('gemma', 'samba,small'):
     with pytest.raises(ValueError, match='unknown argument'):
-      configs.load(str(ROOT / f'{FILES[0]}:{argument}'))
+      configs.load(str(ROOT / f'{HYBRID}:{argument}'))

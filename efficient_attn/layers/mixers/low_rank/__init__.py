@@ -1,5 +1,6 @@
 """Mixers of low rank, over few latents, and without attention."""
 
+from efficient_attn.layers.mixers.low_rank.base_conv import BaseConv
 from efficient_attn.layers.mixers.low_rank.compressive import Compressive
 from efficient_attn.layers.mixers.low_rank.fnet import FNet
 from efficient_attn.layers.mixers.low_rank.funnel import Funnel
@@ -13,7 +14,7 @@ from efficient_attn.layers.mixers.low_rank.nystrom import Nystrom
 from efficient_attn.layers.mixers.low_rank.scored import Additive, Luong
 from efficient_attn.layers.mixers.low_rank.synthesizer import Synthesizer
 from efficient_attn.layers.mixers.low_rank.transformer_xl import TransformerXL
-from efficient_attn.layers.mixers.spec import MixerSpec
+from efficient_attn.layers.mixers.spec import TWO_PASSES, MixerSpec
 
 # Dense matrices of logits, or tiles of them.
 FORMS = ('reference', 'blockwise')
@@ -118,6 +119,15 @@ LOW_RANK = {
     forms=('reference',),
     causal=False,
     packing=False,
+  ),
+  'base_conv': MixerSpec(
+    BaseConv,
+    'BaseConv (Zoology)',
+    2023,
+    '2312.04927',
+    family='dense',
+    forms=('convolution',),
+    bidirectional=TWO_PASSES,
   ),
   'additive': MixerSpec(
     Additive,

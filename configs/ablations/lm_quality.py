@@ -1,0 +1,45 @@
+"""Language modelling at equal parameters: attention, recurrences, 3:1 hybrids.
+
+python launch/ablate.py --config=configs/ablations/lm_quality.py:tiny \\
+    --out=runs/lm_quality
+"""
+
+import ml_collections
+
+
+def get_config(arg: str = '') -> ml_collections.ConfigDict:
+  """The run that the study varies: bytes of the standard library by default."""
+  config = ml_collections.ConfigDict()
+  config.model = dict(name='lm', d_model=1024, num_layers=24, num_heads=8)
+  config.data = dict(name='text', seq_len=2048)
+  config.optimizer = dict(warmup_steps=1000, weight_decay=0.1)
+  config.update(steps=20_000, batch_size=128, eval_batches=200)
+  if arg == 'tiny':
+    config.model.update(d_model=64, num_layers=4, num_heads=4)
+    config.data.seq_len = 128
+    config.optimizer.warmup_steps = 20
+    config.update(steps=200, batch_size=8, eval_batches=20)
+  return config
+
+
+def sweep(arg: str = '') -> dict:
+  """What is compared."""
+  patterns = {
+    'attention': ('attention',),
+    'gated_deltanet': ('gated_deltanet',),
+    'kda': ('kda',),
+    'linear': ('linear',),
+    '3 gated_deltanet : 1 attention': ('gated_deltanet',) * 3 + ('attention',),
+    '3 kda : 1 attention': ('kda',) * 3 + ('attention',),
+  }
+  if arg == 'tiny':
+    del patterns['kda'], patterns['3 kda : 1 attention']
+  return dict(
+    title='Language modelling at equal parameters',
+    architectures={
+      name: {'model.pattern': pattern} for name, pattern in patterns.items()
+    },
+    learning_rates=(6e-3,) if arg == 'tiny' else (3e-4, 6e-4, 1e-3),
+    metric='bits_per_byte',
+    match='params',
+  )

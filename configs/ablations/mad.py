@@ -1,0 +1,73 @@
+"""The six tasks of MAD (2403.17844).
+
+  python launch/ablate.py --config=configs/ablations/mad.py:tiny --out=runs/mad
+
+The full study has their settings: two mixers and two SwiGLU layers of width
+128, 200 epochs, the best of six pairs of learning rate and weight decay, and
+wants an accelerator.
+"""
+
+import ml_collections
+
+# Task: its vocabulary with special tokens, and examples to train on.
+TASKS = {
+  'in_context_recall': (16, 12_800),
+  'fuzzy_recall': (17, 12_800),
+  'noisy_recall': (32, 12_800),
+  'selective_copying': (16, 12_800),
+  'compression': (16, 12_800),
+  'memorization': (256, 256),
+}
+# Means over the settings of a task (2406.06484), as shares.
+PUBLISHED = {
+  'attention': (0.941, 0.298, 0.868, 0.996, 0.516, 0.852),
+  'mamba': (0.904, 0.067, 0.901, 0.863, 0.527, 0.895),
+  'gla': (0.808, 0.069, 0.816, 0.886, 0.388, 0.633),
+  'deltanet': (1.0, 0.357, 1.0, 1.0, 0.422, 0.528),
+}
+BATCH, EPOCHS = 128, 200
+
+
+def get_config(arg: str = '') -> ml_collections.ConfigDict:
+  """The run that the study varies."""
+  config = ml_collections.ConfigDict()
+  config.model = dict(name='lm', d_model=128, num_layers=2, num_heads=8)
+  config.data = dict(valid_examples=1280)
+  config.optimizer = dict(final_fraction=1e-3)
+  config.update(batch_size=BATCH)
+  if arg == 'tiny':
+    config.model.update(d_model=64, num_heads=4)
+    config.data.valid_examples = 256
+    config.update(batch_size=32, steps=300)
+  return config
+
+
+def sweep(arg: str = '') -> dict:
+  """What is compared."""
+  tiny = arg == 'tiny'
+
+  def task(name, vocabulary, examples):
+    changes = {'data.name': name, 'model.vocab_size': vocabulary}
+    if name == 'compression':
+      changes['model.name'] = 'auto_encoder'
+    if not tiny:
+      changes['data.train_examples'] = examples
+      changes['steps'] = EPOCHS * max(examples // BATCH, 1)
+    return changes
+
+  return dict(
+    title='Mechanistic architecture design: six tasks',
+    tasks={name: task(name, *TASKS[name]) for name in TASKS},
+    architectures={name: {'model.pattern': (name,)} for name in PUBLISHED},
+    learning_rates=(3e-3,) if tiny else (1e-4, 5e-4, 1e-3),
+    weight_decays=(0.0,) if tiny else (0.0, 0.1),
+    metric='macro_accuracy',
+    published={}
+    if tiny
+    else {
+      task: {name: row[i] for name, row in PUBLISHED.items()}
+      for i, task in enumerate(TASKS)
+    },
+    band=0.03,
+    source='2406.06484, table of MAD',
+  )

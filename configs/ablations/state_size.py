@@ -1,0 +1,60 @@
+"""Recall against memory: accuracy over the bytes of the decode state.
+
+  python launch/ablate.py --config=configs/ablations/state_size.py:tiny \\
+    --out=runs/state_size
+
+The frontier of Based (2402.18668): a mixer with a larger state recalls more,
+and at equal size some recall more than others.
+"""
+
+import ml_collections
+
+ROWS = ('deltanet', 'gla', 'linear')
+
+
+def get_config(arg: str = '') -> ml_collections.ConfigDict:
+  """The run that the study varies."""
+  config = ml_collections.ConfigDict()
+  config.model = dict(
+    name='lm', d_model=64, num_layers=2, num_heads=2, vocab_size=8192
+  )
+  config.model.ffn = 'none'
+  config.data = dict(
+    name='mqar', options=dict(vocab_size=8192, segments=((256, 64, 1),))
+  )
+  config.optimizer = dict(warmup_steps=500)
+  config.update(steps=20_000, batch_size=256)
+  if arg == 'tiny':
+    config.model.vocab_size = 128
+    config.data.options.update(vocab_size=128, segments=((128, 16, 1),))
+    config.data.valid_examples = 256
+    config.optimizer.warmup_steps = 50
+    config.update(steps=600, batch_size=32)
+  return config
+
+
+def sweep(arg: str = '') -> dict:
+  """What is compared."""
+  widths = (16, 32, 64) if arg == 'tiny' else (32, 64, 128, 256)
+  windows = (8, 32) if arg == 'tiny' else (8, 32, 128, 256)
+
+  def options(name, width):
+    return {'model.pattern': (name,), 'model.d_model': width}
+
+  return dict(
+    title='Recall against memory',
+    architectures={
+      f'{name} {width}': options(name, width)
+      for name in ROWS
+      for width in widths
+    }
+    | {
+      f'window {window}': {
+        'model.pattern': ('window',),
+        'model.mixers.window': dict(window=window),
+      }
+      for window in windows
+    }
+    | {'attention': {'model.pattern': ('attention',)}},
+    learning_rates=(3e-3, 1e-2),
+  )

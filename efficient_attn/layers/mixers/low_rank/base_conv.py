@@ -1,0 +1,45 @@
+"""Gated convolution, BaseConv of Zoology (Arora et al. 2312.04927).
+
+  y = (W x + b) * conv(x)
+
+with a short causal depthwise convolution. It moves tokens by fixed distances,
+which is what recall needs beside a memory: pairs (key, value) become one token.
+"""
+
+from flax import nnx
+
+from efficient_attn.layers.conv import ShortConv
+from efficient_attn.layers.param import Projection
+
+
+class BaseConv(nnx.Module):
+  """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  def __init__(
+    self,
+    *,
+    d_model: int,
+    num_heads: int,
+    causal: bool,
+    rngs: nnx.Rngs,
+    conv_width: int = 3,
+  ):
+    del num_heads, causal  # no heads; causal is always True, as the row says
+    channels = {'embed': d_model}
+    self.project = Projection(channels, {'gate': d_model}, bias=True, rngs=rngs)
+    self.conv = ShortConv(
+      {'gate': d_model}, conv_width, bias=True, activation=None, rngs=rngs
+    )
+
+  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
+    """Mixes tokens; see `layers.mixers` for the contract."""
+    mixed, tail = self.conv(
+      x, segment_ids=segment_ids, state=cache and cache['conv']
+    )
+    cache = None if cache is None else dict(conv=tail)
+    return self.project(x) * mixed, cache
+
+  def init_cache(self, batch: int, max_len: int, dtype):
+    """Returns the inputs before the first token, zeros."""
+    del max_len
+    return dict(conv=self.conv.init_state(batch, dtype))
