@@ -235,9 +235,20 @@ def scored(score):
   return mix
 
 
+def base_conv(mixer, x):
+  taps, bias = value(mixer.conv.weight), value(mixer.conv.bias)
+  mixed = np.zeros_like(x)
+  for t in range(x.shape[1]):
+    for i, tap in enumerate(taps[::-1]):  # the last is for the token itself
+      if t >= i:
+        mixed[:, t] += tap * x[:, t - i]
+  return project(mixer.project, x) * (mixed + bias)
+
+
 COMPRESSIVE = dict(mem_len=4, compressed_len=3, compression_rate=2)
 CASES = {
   'additive': (scored(oracle.additive), [{}]),
+  'base_conv': (base_conv, [{}, dict(conv_width=1)]),
   'compressive': (
     compressive,
     [COMPRESSIVE | dict(compression=c) for c in ('conv', 'max', 'mean')],

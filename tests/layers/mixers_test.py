@@ -221,7 +221,7 @@ def test_causal_to_the_bit(name, options):
 def test_packed_equals_separate(name, options):
   mixer = make(name, options)
   x = inputs(batch=1)
-  lengths = (5, 1, 11, 7)
+  lengths = (5, 1, 12, 6)
   ids = np.repeat(np.arange(1, 5), lengths)[None]
   if not MIXERS[name].packing:
     with pytest.raises(NotImplementedError, match='packed sequences'):
@@ -318,8 +318,8 @@ def test_sharded_equals_unsharded(name, options):
   mixer = make(name, options)
   graphdef, params = nnx.split(mixer)
   # The shape of the rows in `test_packed_equals_separate`: one program less.
-  x = inputs(batch=4, length=11)
-  weight = inputs(batch=4, length=11, seed=11)
+  x = inputs(batch=4, length=12)
+  weight = inputs(batch=4, length=12, seed=11)
   expected = gradients(mixer, x, weight)
   mesh = sharding.make_mesh('data=2,fsdp=2,tensor=2', jax.devices()[:8])
   placed = jax.tree.map(
