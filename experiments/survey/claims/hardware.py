@@ -1,0 +1,333 @@
+"""Exact attention in tiles, pieces and pages, and attention in few bits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from efficient_attn import ops
+from efficient_attn.models import cost
+from efficient_attn.ops import masks
+from efficient_attn.ops.attention_merge import split_attention
+from efficient_attn.ops.fake_quant import fake_quant
+from efficient_attn.ops.paged_attention import paged_attention
+from efficient_attn.ops.sage_attention import Recipe, sage_attention
+from experiments.survey.claim import (
+  FAILS,
+  HOLDS,
+  RESTATED,
+  Claim,
+  Statement,
+  equals,
+  slope,
+  within,
+)
+
+LENGTHS = (512, 1024, 2048, 4096, 8192)
+
+
+def arrays(length, heads=2, width=64, seed=0, dtype=jnp.float32):
+  """Normal queries, keys and values [1, length, heads, width]."""
+  rng = np.random.default_rng(seed)
+  return tuple(
+    jnp.asarray(rng.standard_normal((1, length, heads, width)), dtype)
+    for _ in range(3)
+  )
+
+
+def error(found, wanted) -> float:
+  """The largest difference over the largest number."""
+  found, wanted = (np.asarray(x, np.float64) for x in (found, wanted))
+  return float(np.abs(found - wanted).max() / np.abs(wanted).max())
+
+
+def attend(implementation):
+  """Causal attention of one implementation."""
+  return lambda q, k, v: ops.attention(
+    q, k, v, mask=masks.Causal(), implementation=implementation
+  )
+
+
+def flash() -> dict:
+  """R07: tiles against the dense definition, and the largest arrays."""
+  found = dict(lengths=list(LENGTHS))
+  for name, dtype in (('float32', jnp.float32), ('bfloat16', jnp.bfloat16)):
+    wanted = attend('reference')(*arrays(2048))
+    ours = attend('blockwise')(*arrays(2048, dtype=dtype))
+    found[f'error {name}'] = error(ours, wanted)
+  for name in ('blockwise', 'reference'):
+    sizes = [cost.largest_array(attend(name), *arrays(n)) for n in LENGTHS]
+    found[f'{name} slope'] = slope(LENGTHS, sizes)
+  return found
+
+
+R07 = Claim(
+  title='Attention in tiles is exact and needs memory O(N)',
+  tier='b',
+  measure=flash,
+  statements=(
+    within('Tiles give what dense attention gives', 'AS p. 6', 'exact',
+           'error float32', 0, 1e-5),
+    within('The forward pass needs memory O(N)', 'BLOG, S003', 'O(N)',
+           'blockwise slope', 0.9, 1.1),
+    within('Dense attention needs memory O(N^2)', 'AS p. 6', 'O(N^2)',
+           'reference slope', 1.9, 2.1),
+  ),
+)  # fmt: skip
+
+
+def _online(q, k, v, block=128):
+  """Online softmax as a scan over blocks of keys, without a backward rule."""
+
+  def step(carry, tile):
+    top, total, out = carry
+    keys, values = tile
+    logits = jnp.einsum('bqnh,bknh->bnqk', q, keys) * q.shape[-1] ** -0.5
+    new = jnp.maximum(top, logits.max(-1))
+    weights, fade = jnp.exp(logits - new[..., None]), jnp.exp(top - new)
+    out = out * fade[..., None] + jnp.einsum('bnqk,bknh->bnqh', weights, values)
+    return (new, total * fade + weights.sum(-1), out), None
+
+  tiles = jax.tree.map(
+    lambda x: jnp.moveaxis(x.reshape(1, -1, block, *x.shape[2:]), 1, 0), (k, v)
+  )
+  b, t, n, h = q.shape
+  start = (
+    jnp.full((b, n, t), -jnp.inf),
+    jnp.zeros((b, n, t)),
+    jnp.zeros((b, n, t, h)),
+  )
+  _, total, out = jax.lax.scan(step, start, tiles)[0]
+  return (out / total[..., None]).swapaxes(1, 2)
+
+
+def flash_backward() -> dict:
+  """R08: the largest array of the gradient, with and without its own rule."""
+  found = dict(lengths=list(LENGTHS))
+  for name, function in (
+    ('recomputed', attend('blockwise')),
+    ('autodiff', _online),
+  ):
+    grad = jax.grad(lambda *x, f=function: f(*x).sum(), (0, 1, 2))
+    sizes = [cost.largest_array(grad, *arrays(n)) for n in LENGTHS]
+    found[f'{name} slope'] = slope(LENGTHS, sizes)
+  return found
+
+
+R08 = Claim(
+  title='The backward pass in tiles computes again instead of storing',
+  tier='b',
+  measure=flash_backward,
+  statements=(
+    within('With recomputation the gradient needs memory O(N)', 'AS p. 14',
+           'O(N)', 'recomputed slope', 0.9, 1.1),
+    within('Differentiating the tiled loop as it is needs memory O(N)',
+           'BLOG, S003', 'O(N)', 'autodiff slope', 0.9, 1.1),
+  ),
+)  # fmt: skip
+
+
+def few_bits() -> dict:
+  """R11: outputs of low-precision attention, with and without smoothing."""
+  found = {}
+  q, k, v = arrays(256)
+  rng = np.random.default_rng(1)
+  bias = jnp.asarray(rng.standard_normal((1, 1, 2, 64)), jnp.float32)
+  plain = ops.attention(q, k + 8 * bias, v)
+  found['invariance'] = error(ops.attention(q, k, v), plain)
+  for strength in (0, 2, 8):
+    keys = k + strength * bias
+    wanted = ops.attention(q, keys, v)
+    for form in ('int8', 'int4'):
+      for smooth in (False, True):
+        recipe = Recipe(
+          logits=form, smooth_key=smooth, weights='float16', accumulator=(8, 23)
+        )
+        ours = sage_attention(q, keys, v, recipe=recipe)
+        name = f'{form} {"smooth" if smooth else "raw"} {strength}'
+        found[name] = float(np.abs(ours - wanted).sum() / np.abs(wanted).sum())
+  for two_level in (False, True):
+    recipe = Recipe(
+      logits='e2m1',
+      query_group=(1, 16),
+      key_group=(1, 16),
+      smooth_query=True,
+      weights='e2m1',
+      micro=16,
+      two_level=two_level,
+    )
+    ours = sage_attention(q, k, v, recipe=recipe)
+    wanted = ops.attention(q, k, v)
+    found[f'fp4 {"two levels" if two_level else "direct"}'] = float(
+      np.abs(ours - wanted).sum() / np.abs(wanted).sum()
+    )
+  return found
+
+
+R11 = Claim(
+  title='Attention in 8 and 4 bits: smoothing and two-level scales',
+  tier='b',
+  measure=few_bits,
+  statements=(
+    within('A constant added to all keys does not change attention',
+           'AS p. 14', 'exact', 'invariance', 0, 1e-5),
+    Statement(
+      says='Leaving out the mean of the keys makes INT8 more exact',
+      source='AS p. 14',
+      printed='',
+      measured=lambda v: ', '.join(
+        f'{v[f"int8 raw {s}"]:.3f} -> {v[f"int8 smooth {s}"]:.3f} at bias {s}'
+        for s in (0, 2, 8)
+      ),
+      judge=lambda v: (
+        HOLDS if v['int8 smooth 8'] < 0.5 * v['int8 raw 8'] else FAILS
+      ),
+      rule='half the error or less where keys share a bias of 8 deviations',
+    ),
+    Statement(
+      says='Two levels of scales for P beat direct FP4',
+      source='AS p. 15, table 2',
+      printed='',
+      measured=lambda v: (
+        f'{v["fp4 direct"]:.3f} -> {v["fp4 two levels"]:.3f}'
+      ),
+      judge=lambda v: (
+        HOLDS if v['fp4 two levels'] < v['fp4 direct'] else FAILS
+      ),
+      rule='a smaller relative error of the output',
+    ),
+  ),
+)  # fmt: skip
+
+
+def cache_bits() -> dict:
+  """R12: 2-bit keys and values by channel and by token."""
+  _, k, v = arrays(1024)
+  rng = np.random.default_rng(2)
+  scales = np.where(rng.random((1, 1, 2, 64)) < 0.1, 10, 1)
+  tokens = np.where(rng.random((1, 1024, 2, 1)) < 0.1, 10, 1)
+  groups = {'channel': (1, 32, 1, 1), 'token': (1, 1, 1, 32)}
+  data = {
+    'keys with outlier channels': k * scales,
+    'values': v,
+    'values with outlier tokens': v * tokens,
+  }
+  found = {}
+  for what, x in data.items():
+    x = jnp.asarray(x, jnp.float32)
+    for by, group in groups.items():
+      rounded = fake_quant(x, 'uint2', group)
+      found[f'{what} by {by}'] = float(
+        jnp.abs(rounded - x).sum() / jnp.abs(x).sum()
+      )
+  found['bits'] = 2 + 2 * 16 / 32  # and a scale and a zero point in 16 bits
+  return found
+
+
+def _by(what, better, worse, says) -> Statement:
+  return Statement(
+    says=says,
+    source='AS p. 15-16',
+    printed='',
+    measured=lambda v: (
+      f'{v[f"{what} by {better}"]:.3f} by {better}, '
+      f'{v[f"{what} by {worse}"]:.3f} by {worse}'
+    ),
+    judge=lambda v: (
+      HOLDS
+      if v[f'{what} by {better}'] < 0.95 * v[f'{what} by {worse}']
+      else FAILS
+    ),
+    rule='at least 5 percent less error',
+  )
+
+
+R12 = Claim(
+  title='Two-bit caches: keys by channel, values by token',
+  tier='b',
+  measure=cache_bits,
+  statements=(
+    _by('keys with outlier channels', 'channel', 'token',
+        'Keys with outlier channels want a scale for each channel'),
+    _by('values', 'token', 'channel', 'Values want a scale for each token'),
+    _by('values with outlier tokens', 'token', 'channel',
+        'Values with outlier tokens want a scale for each token'),
+    equals('Two-bit caches are 8 times smaller than 16 bits', 'AS p. 16',
+           '2 bits', 'bits', 2, unit='bits with scales and zero points'),
+  ),
+)  # fmt: skip
+
+
+def pieces() -> dict:
+  """R13: attention to pieces of the keys, merged, against the whole."""
+  q, k, v = arrays(4096)
+  q = q[:, -1:]
+  wanted = ops.attention(q, k, v, implementation='reference')
+  worst = max(
+    error(split_attention(q, k, v, num_splits=n)[0], wanted)
+    for n in (1, 2, 3, 7, 16, 33, 64)
+  )
+  return dict(error=worst)
+
+
+R13 = Claim(
+  title='Decoding in pieces merges exactly',
+  tier='b',
+  measure=pieces,
+  statements=(
+    within('Pieces of the keys attended apart merge exactly', 'AS p. 15',
+           'exact', 'error', 0, 2e-6),
+  ),
+)  # fmt: skip
+
+PAGE, REQUESTS, LONGEST = 16, 200, 2048
+
+
+def pages() -> dict:
+  """R14: paged against contiguous, and slots wasted on a trace of requests."""
+  rng = np.random.default_rng(3)
+  q, k, v = arrays(64)
+  order = rng.permutation(4)
+  pools = [
+    jnp.zeros((4, PAGE, *x.shape[2:]))
+    .at[order]
+    .set(x.reshape(4, PAGE, *x.shape[2:]))
+    for x in (k, v)
+  ]
+  ours = paged_attention(q[:, -1:], *pools, jnp.asarray(order)[None],
+                         jnp.array([64]))  # fmt: skip
+  wanted = ops.attention(q[:, -1:], k, v)
+  lengths = np.minimum(
+    rng.lognormal(5.5, 1.0, REQUESTS).astype(int) + 1, LONGEST
+  )
+  reserved = -(-lengths // PAGE) * PAGE
+  return dict(
+    error=error(ours, wanted),
+    waste_per_request=float((reserved - lengths).mean()),
+    waste=float(1 - lengths.sum() / reserved.sum()),
+    waste_reserved=float(1 - lengths.sum() / (LONGEST * REQUESTS)),
+  )
+
+
+R14 = Claim(
+  title='Pages waste almost no memory',
+  tier='b',
+  measure=pages,
+  statements=(
+    within('Paged attention gives what contiguous attention gives', 'AS p. 15',
+           'exact', 'error', 0, 2e-6),
+    within('Waste is near zero', 'AS p. 15', 'near zero', 'waste', 0, 0.05,
+           unit='of the slots', otherwise=RESTATED),
+    within('Less than half a page of each sequence is wasted on average',
+           'AS p. 15', 'half a page', 'waste_per_request', 0, PAGE / 2 + 0.5,
+           unit='slots'),
+  ),
+)  # fmt: skip
+
+HARDWARE = {
+  'R07': R07,
+  'R08': R08,
+  'R11': R11,
+  'R12': R12,
+  'R13': R13,
+  'R14': R14,
+}

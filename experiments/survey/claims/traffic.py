@@ -1,0 +1,175 @@
+"""What attention moves: bytes by kernel and by tile, and what that takes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from efficient_attn.models import cost
+from efficient_attn.ops.attention_tiles import tile_schedule
+from experiments import page
+from experiments.survey.claim import (
+  FAILS,
+  HOLDS,
+  Claim,
+  Statement,
+  equals,
+  slope,
+  within,
+)
+
+# FLOP/s and bytes/s of data sheets, dense products in 16 bits.
+A100 = dict(flops=312e12, bandwidth=2e12)
+H200 = dict(flops=989e12, bandwidth=4.8e12)
+
+
+@jax.jit
+def _scores(q, k):
+  return q @ k.T
+
+
+@jax.jit
+def _weights(s):
+  return jax.nn.softmax(s, axis=-1)
+
+
+@jax.jit
+def _output(p, v):
+  return p @ v
+
+
+def dense_attention(q, k, v):
+  """Attention as three kernels, each of which reads and writes memory."""
+  return _output(_weights(_scores(q, k)), v)
+
+
+def traffic(function, *args) -> int:
+  """Bytes that the kernels of a function read and write."""
+  jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+  return sum(
+    v.aval.size * v.aval.dtype.itemsize
+    for eqn in jaxpr.eqns
+    for v in (*eqn.invars, *eqn.outvars)
+  )
+
+
+def roofline() -> dict:
+  """R02: the example of 100K tokens of one head, on data sheets."""
+  x = jax.ShapeDtypeStruct((100_000, 64), jnp.float16)
+  flops = cost.flops(dense_attention, x, x, x)
+  moved = traffic(dense_attention, x, x, x)
+  found = dict(scores_gib=2 * x.shape[0] ** 2 / 2**30)
+  for name, chip in (('a100', A100), ('h200', H200)):
+    found[f'{name}_compute_ms'] = 1e3 * flops / chip['flops']
+    found[f'{name}_io_ms'] = 1e3 * moved / chip['bandwidth']
+    found[f'{name}_ratio'] = (
+      found[f'{name}_io_ms'] / found[f'{name}_compute_ms']
+    )
+  return found
+
+
+R02 = Claim(
+  title='Dense attention of 100K tokens waits for memory',
+  tier='a',
+  measure=roofline,
+  statements=(
+    equals('The scores take 19 GB', 'AS p. 8', '19 GB', 'scores_gib', 18.63,
+           unit='GiB'),
+    equals('Computing takes 8.2 ms on an A100', 'AS p. 8', '8.2 ms',
+           'a100_compute_ms', 8.2, unit='ms'),
+    equals('Moving data takes 40 ms', 'AS p. 9', '40 ms', 'a100_io_ms', 40,
+           unit='ms'),
+    within('Moving data takes nearly five times as long', 'AS p. 9', '5x',
+           'a100_ratio', 4.5, 5.5),
+  ),
+)  # fmt: skip
+
+
+def tile_traffic(length: int, order: str, block=(128, 128), width=64) -> dict:
+  """Elements of fast-memory loads and stores of tiled attention.
+
+  Walks the tiles of the framework's own schedule. What stays from one tile to
+  the next is not loaded again; there is no other cache.
+  """
+  tiles = tile_schedule(None, length, length, *block)
+  if order == 'key':
+    tiles = tiles[np.lexsort((tiles[:, 0], tiles[:, 1]))]
+  rows, cols = tiles[:, 0], tiles[:, 1]
+  new_row = np.diff(rows, prepend=-1) != 0
+  new_col = np.diff(cols, prepend=-1) != 0
+  query, key = (size * width for size in block)
+  loads = new_row.sum() * query + 2 * new_col.sum() * key
+  if order == 'key':  # output and statistics, at every tile
+    running = query + 2 * block[0]
+    loads += len(tiles) * running
+    stores = len(tiles) * running
+  else:  # once for each block of rows
+    stores = new_row.sum() * (query + block[0])
+  return dict(loads=int(loads), stores=int(stores))
+
+
+LENGTHS = [2**n for n in range(10, 16)]
+
+
+def flash_traffic() -> dict:
+  """R09: traffic against the length, and against the other block."""
+  found = dict(lengths=LENGTHS)
+  for order in ('key', 'query'):
+    counts = [tile_traffic(n, order) for n in LENGTHS]
+    for what in ('loads', 'stores'):
+      found[f'{order}_{what}'] = [count[what] for count in counts]
+    total = [count['loads'] + count['stores'] for count in counts]
+    found[f'{order}_total'] = total
+    found[f'{order}_slope'] = slope(LENGTHS[2:], total[2:])
+    found[f'{order}_store_slope'] = slope(
+      LENGTHS[2:], found[f'{order}_stores'][2:]
+    )
+    doubled = (256, 128) if order == 'query' else (128, 256)
+    count = tile_traffic(LENGTHS[-1], order, doubled)
+    found[f'{order}_wider'] = total[-1] / (count['loads'] + count['stores'])
+  return found
+
+
+def _flash_plot(values) -> list:
+  made, axes = page.figure()
+  for i, (order, name) in enumerate(
+    (('key', 'keys outside (FlashAttention)'),
+     ('query', 'queries outside (FlashAttention-2)'))
+  ):  # fmt: skip
+    axes.loglog(
+      values['lengths'],
+      values[f'{order}_total'],
+      marker=page.MARKERS[i],
+      color=page.COLORS[i],
+      label=f'{name}: N^{values[f"{order}_slope"]:.2f}',
+    )
+  axes.set_xlabel('tokens N')
+  axes.set_ylabel('elements moved')
+  page.legend(axes)
+  return [page.Plot(made, 'Traffic of tiled attention, tiles of 128 x 128')]
+
+
+R09 = Claim(
+  title='What tiled attention reads and writes',
+  tier='a',
+  measure=flash_traffic,
+  parts=_flash_plot,
+  statements=(
+    within('FlashAttention moves O(N^2 d / b_kv) elements', 'AS p. 14',
+           'O(N^2)', 'key_slope', 1.9, 2.05),
+    within('FlashAttention moves half as much with keys in blocks twice as '
+           'large', 'AS p. 14', '2x', 'key_wider', 1.9, 2.05),
+    Statement(
+      says='FlashAttention-2 moves O(N d) elements in total',
+      source='AS p. 7 and 14',
+      printed='O(N)',
+      measured=lambda v: (
+        f'N^{v["query_slope"]:.2f}; only what is written is '
+        f'N^{v["query_store_slope"]:.2f}'
+      ),
+      judge=lambda v: HOLDS if v['query_slope'] < 1.1 else FAILS,
+      rule='exponent below 1.1',
+    ),
+  ),
+)  # fmt: skip
+
+TRAFFIC = {'R02': R02, 'R09': R09}

@@ -1,0 +1,64 @@
+"""Sizes of models and caches, counted on modules that hold no arrays."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_attn.layers.mixers import build_mixer
+from efficient_attn.models import cost
+
+
+@functools.cache
+def _mixer(name: str, d_model: int, num_heads: int, options: tuple):
+  return nnx.eval_shape(
+    lambda: build_mixer(
+      name,
+      d_model=d_model,
+      num_heads=num_heads,
+      rngs=nnx.Rngs(0),
+      **dict(options),
+    )
+  )
+
+
+def mixer(name: str, d_model: int, num_heads: int, **options) -> nnx.Module:
+  """Returns one layer's mixer with shapes in place of arrays."""
+  return _mixer(name, d_model, num_heads, tuple(options.items()))
+
+
+def parameters(module: nnx.Module) -> int:
+  """Counts the parameters of a module."""
+  return sum(math.prod(p.shape) for p in jax.tree.leaves(nnx.state(module)))
+
+
+def _cache(module, tokens, dtype):
+  graphdef, params = nnx.split(module)
+  return jax.eval_shape(
+    lambda params: nnx.merge(graphdef, params).init_cache(1, tokens, dtype),
+    params,
+  )
+
+
+def cache_bytes(module, tokens: int, dtype=jnp.bfloat16) -> int:
+  """Bytes of one sequence's decode state that has room for `tokens`."""
+  cache = _cache(module, tokens, dtype)
+  return sum(
+    leaf.size * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(cache)
+    if jnp.issubdtype(leaf.dtype, jnp.floating)
+  )
+
+
+def decode_flops(module, d_model: int, tokens: int) -> float:
+  """FLOPs of the products of one token that sees `tokens` before it."""
+  x = jax.ShapeDtypeStruct((1, 1, d_model), jnp.float32)
+  cache = _cache(module, tokens, jnp.float32)
+  graphdef, params = nnx.split(module)
+
+  def step(params, x, cache):
+    return nnx.merge(graphdef, params)(x, cache=cache)[0]
+
+  return cost.flops(step, params, x, cache)

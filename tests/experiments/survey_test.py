@@ -1,0 +1,127 @@
+"""The survey: every claim gets a verdict, errors stop nothing, it resumes."""
+
+import argparse
+import dataclasses
+import json
+import re
+
+import pytest
+
+from efficient_attn.config import ConfigError
+from experiments.survey import report, run
+from experiments.survey.claim import (
+  FAILS,
+  HOLDS,
+  NOT_HERE,
+  RESTATED,
+  UNDEFINED,
+  VERDICTS,
+  equals,
+  slope,
+  within,
+)
+from experiments.survey.claims import CLAIMS
+from launch import survey
+
+# Statements that counting shows to be wrong, or to say nothing.
+WRONG = {
+  'R01': {'Scores of 128K tokens take 64 GB'},
+  'R03': {
+    'A 7B model needs about 1 GB at 4K tokens',
+    'With 128K tokens the cache of multi-head attention in a 70B model is 40 '
+    'GB',
+    'Grouped queries give a 70B model 128K tokens on a consumer GPU',
+  },
+  'R05': {'Latent attention compresses the cache 8 times'},
+  'R06': {'MLA leaves the cost per cached token as it is'},
+  'R09': {'FlashAttention-2 moves O(N d) elements in total'},
+  'R24': {
+    'A window needs O(sqrt n) layers to reach every token',
+    'Sinkhorn attention is quadratic in the number of blocks',
+  },
+}
+
+
+@pytest.mark.parametrize('name', sorted(WRONG))
+def test_counting_finds_what_is_wrong_and_nothing_else(name):
+  claim = CLAIMS[name]
+  found = dict(values=json.loads(json.dumps(claim.measure())))
+  verdicts = dict(
+    zip(
+      [statement.says for statement in claim.statements],
+      run.verdicts(claim, found),
+      strict=True,
+    )
+  )
+  assert set(verdicts.values()) <= set(VERDICTS)
+  assert {s for s, verdict in verdicts.items() if verdict != HOLDS} == (
+    WRONG[name]
+  )
+  for statement in claim.statements:
+    assert statement.measured(found['values'])
+  for part in claim.parts(found['values']):
+    assert part.html() and part.markdown()
+
+
+def test_every_claim_is_well_formed():
+  for name, claim in CLAIMS.items():
+    assert re.fullmatch(r'R\d\d', name) and claim.tier in ('a', 'b', 'c')
+    assert claim.statements
+    for statement in claim.statements:
+      assert statement.source and statement.rule
+
+
+def failing():
+  raise RuntimeError('broken on purpose')
+
+
+ONE = dataclasses.replace(
+  CLAIMS['R05'],
+  title='One',
+  tier='b',
+  measure=lambda: dict(x=2.0),
+  statements=(
+    equals('x is 2', 'here', '2', 'x', 2),
+    within('x is large', 'here', '', 'x', 10, 20, otherwise=RESTATED),
+  ),
+)
+FAKE = {
+  'R97': ONE,
+  'R98': dataclasses.replace(ONE, title='Two', measure=failing),
+  'R99': dataclasses.replace(ONE, title='Three', tier='c', measure=failing),
+}
+
+
+def test_a_failing_claim_stops_nothing_and_is_tried_again(tmp_path):
+  record = run.measure(FAKE, tmp_path)
+  assert run.verdicts(ONE, record['claims']['R97']) == [HOLDS, RESTATED]
+  assert run.verdicts(ONE, record['claims']['R98']) == ['ERROR'] * 2
+  assert run.verdicts(ONE, record['claims']['R99']) == [NOT_HERE] * 2
+  assert 'broken on purpose' in record['claims']['R98']['error']
+  report.write(FAKE, record, 'the command', tmp_path)
+  html = (tmp_path / 'report.html').read_text()
+  assert 'broken on purpose' in html and 'src=' not in html
+  assert not re.search(r'https?://(?!www\.w3\.org)', html)
+  assert 'NOT MEASURED ON THIS DEVICE' in (tmp_path / 'report.md').read_text()
+
+  mended = FAKE | {
+    'R97': dataclasses.replace(ONE, measure=failing),  # is not measured again
+    'R98': dataclasses.replace(ONE, measure=lambda: dict(x=15.0)),
+  }
+  record = run.measure(mended, tmp_path)
+  assert record['claims']['R97']['values'] == dict(x=2.0)
+  assert run.verdicts(ONE, record['claims']['R98']) == [FAILS, HOLDS]
+
+
+def test_the_command(tmp_path, capsys):
+  args = argparse.Namespace(tier='a', only='R05', out=tmp_path)
+  survey.run(args, 'the command')
+  said = capsys.readouterr().out
+  assert UNDEFINED in said and 'report in' in said
+  for wrong in (dict(only='R5'), dict(tier='d')):
+    with pytest.raises(ConfigError):
+      survey.run(argparse.Namespace(**vars(args) | wrong), '')
+
+
+def test_slope():
+  assert slope([1, 10, 100], [3, 300, 30_000]) == pytest.approx(2)
