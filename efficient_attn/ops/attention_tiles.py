@@ -9,10 +9,10 @@ from jaxtyping import Array, Bool, Int, Int32
 
 from efficient_attn.ops import masks
 
-# The sizes of tiles to choose from: rows, columns, and what a tile's first
-# column is a multiple of. Eight heads of float32 logits are 4 MiB in the
-# largest; smaller ones waste less on what a mask does not admit.
-BLOCKS = ((256, 512, 256), (256, 256, 256), (128, 128, 128))
+# The sizes of tiles to choose from. Eight heads of float32 logits are 4 MiB in
+# the largest, whose columns may begin at any half; smaller ones waste less on
+# what a mask does not admit.
+BLOCKS = ((256, 512), (256, 256), (128, 128))
 # XLA uses every core of a CPU for a matmul of so many logits per head, and one
 # core for a smaller one.
 SHARED = 2**17
@@ -51,10 +51,12 @@ def choose_tiles(
   `block_q` and `block_k` set the size instead.
   """
 
-  def tiling(rows, cols, step):
+  def tiling(rows, cols, halves=False):
     rows, cols = fit_block(T, block_q or rows), fit_block(S, block_k or cols)
-    step = step if step < cols and not block_k else cols
-    return Tiling(rows, cols, tile_schedule(mask, T, S, rows, cols, step))
+    halves = halves and not block_k and cols < S
+    cols += cols % 2 * halves
+    tiles = tile_schedule(mask, T, S, rows, cols, halves=halves)
+    return Tiling(rows, cols, tiles)
 
   def cost(tiling):
     elements = tiling.block_q * tiling.block_k
@@ -64,9 +66,10 @@ def choose_tiles(
   if mask is None or (block_q and block_k):
     return tiling(*BLOCKS[0])
   smallest = tiling(*BLOCKS[-1])
+  largest = tiling(*BLOCKS[0], halves=True)
   if 3 * smallest.elements >= T * S:
-    return tiling(*BLOCKS[0])
-  return min([*(tiling(*sizes) for sizes in BLOCKS[:-1]), smallest], key=cost)
+    return largest
+  return min([largest, tiling(*BLOCKS[1]), smallest], key=cost)
 
 
 def tile_schedule(
@@ -75,7 +78,8 @@ def tile_schedule(
   S: int,
   block_q: int,
   block_k: int,
-  step: int | None = None,
+  *,
+  halves: bool = False,
 ) -> Int32[np.ndarray, 'tiles 4']:
   """The tiles that are visited, row by row.
 
@@ -84,41 +88,38 @@ def tile_schedule(
     T: number of rows.
     S: number of columns.
     block_q: rows of a tile.
-    block_k: columns of a tile.
-    step: what the first column of a tile is a multiple of, a divisor of
-      `block_k`, which is the default.
+    block_k: columns of a tile, even with `halves`.
+    halves: whether a tile may begin at any half of `block_k`.
 
   Returns:
     One row per tile: the block row i, the first column, the kind (PARTIAL or
     FULL), and whether it is the first tile of block row i.
   """
-  step = step or block_k
+  width = block_k // 2 if halves else block_k
   if mask is None:
-    shape = (-(-T // block_q), -(-S // step))
-    kinds = np.full(shape, masks.FULL, np.int8)
+    kinds = np.full((-(-T // block_q), -(-S // width)), masks.FULL, np.int8)
   else:
-    kinds = mask.block_map(T, S, block_q, step)
+    kinds = mask.block_map(T, S, block_q, width)
   i, j = np.nonzero(kinds != masks.EMPTY)
   kinds = kinds[i, j]
-  if step < block_k:
-    i, j, kinds = _widen(i, j, kinds, block_k // step)
+  if halves:
+    i, j, kinds = _paired(i, j, kinds)
   first = np.diff(i, prepend=-1) != 0
-  return np.stack([i, j * step, kinds, first], axis=1).astype(np.int32)
+  return np.stack([i, j * width, kinds, first], axis=1).astype(np.int32)
 
 
-def _widen(i, j, kinds, width):
-  """Joins `width` neighbours of a row into one, from the left."""
-  found = []
-  for row, col, kind in zip(i, j, kinds, strict=True):
-    if found and found[-1][0] == row and col < found[-1][1] + width:
-      found[-1][2].append(kind)
-    else:
-      found.append((row, col, [kind]))
-  full = [
-    len(inside) == width and set(inside) == {masks.FULL} for *_, inside in found
-  ]
-  i, j = (np.array([tile[n] for tile in found], int) for n in range(2))
-  return i, j, np.where(full, masks.FULL, masks.PARTIAL)
+def _paired(i, j, kinds):
+  """Joins every two neighbours in a row; the last of an odd run stays alone."""
+  follows = (np.diff(i, prepend=-1) == 0) & (np.diff(j, prepend=-2) == 1)
+  index = np.arange(len(i))
+  start = np.maximum.accumulate(np.where(follows, 0, index))
+  begins = (index - start) % 2 == 0
+  paired = np.append(follows & ~begins, False)[1:]  # by the one behind it
+  full = (
+    (kinds == masks.FULL) & paired & (np.append(kinds, 0)[1:] == masks.FULL)
+  )
+  kinds = np.where(full, masks.FULL, masks.PARTIAL)
+  return i[begins], j[begins], kinds[begins]
 
 
 class Tile(NamedTuple):

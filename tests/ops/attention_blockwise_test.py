@@ -7,7 +7,13 @@ import pytest
 
 from efficient_attn.ops import masks
 from efficient_attn.ops.attention_blockwise import attention_blockwise
-from efficient_attn.ops.attention_tiles import fit_block, tile_schedule
+from efficient_attn.ops.attention_reference import attention_reference
+from efficient_attn.ops.attention_tiles import (
+  choose_tiles,
+  fit_block,
+  tile_schedule,
+)
+from efficient_attn.quick import QUICK
 from tests.ops.attention_cases import make_arrays
 
 
@@ -31,6 +37,36 @@ def test_visited_tiles():
       [2, 8, masks.PARTIAL, 0],
     ],
   )
+
+
+@pytest.mark.parametrize('T, S', [(600, 600), (234, 1301), (1025, 1025)])
+@pytest.mark.parametrize('mask', [None, masks.Causal(), masks.Window(300, 9)])
+def test_tiles_of_its_own_choice_where_none_divides_the_length(T, S, mask):
+  tiling = choose_tiles(mask, T, S)
+  visits = np.zeros((T, S), int)
+  for i, start, *_ in tiling.tiles:
+    rows = slice(i * tiling.block_q, (i + 1) * tiling.block_q)
+    visits[rows, start : start + tiling.block_k] += 1
+  admitted = np.ones((T, S), bool)
+  if mask is not None:
+    admitted = np.asarray(mask.dense(T, S))[0, 0]
+  assert visits.max() == 1 and (visits[admitted] == 1).all()
+
+  arrays = make_arrays(T, S, N=2, K=1, B=1)
+
+  def run(op):
+    def loss(*arrays):
+      out, lse = op(*arrays, mask=mask)
+      return jnp.sum(out**2) + jnp.sum(jnp.where(lse > -jnp.inf, lse, 0)), out
+
+    grad = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)
+    (_, out), grads = jax.jit(grad, compiler_options=QUICK)(*arrays)
+    return out, *grads
+
+  for found, wanted in zip(
+    run(attention_blockwise), run(attention_reference), strict=True
+  ):
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_blocks_are_equal_and_few():
