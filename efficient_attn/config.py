@@ -257,10 +257,15 @@ def load(path: str) -> dict[str, Any]:
       return json.loads(file.read_text())
     except ValueError as e:
       raise ConfigError(f'--config={name!r} is not JSON: {e}') from None
+  return as_dict(load_module(file).get_config(arg))
+
+
+def load_module(file: pathlib.Path) -> types.ModuleType:
+  """Runs a python file and returns what it defines."""
   spec = importlib.util.spec_from_file_location(file.stem, file)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  return as_dict(module.get_config(arg))
+  return module
 
 
 def as_dict(values: Any) -> dict[str, Any]:

@@ -47,6 +47,12 @@ def run(args, changes, command):
     show(plans, studied)
     return
   done = harness.done(args.out)
+
+  def publish():
+    records = [done[p.key] for p in plans if p.key in done]
+    report.write(studied, records, command, args.out)
+
+  publish()
   for i, planned in enumerate(plans, 1):
     label = f'{i}/{len(plans)} {planned.program.name}'
     if planned.key in done:
@@ -65,10 +71,7 @@ def run(args, changes, command):
 
     done[planned.key] = harness.run(planned, studied, args.out, progress)
     print()
-    records = [done[p.key] for p in plans if p.key in done]
-    report.write(studied, records, command, args.out)
-  records = [done[p.key] for p in plans if p.key in done]
-  report.write(studied, records, command, args.out)
+    publish()
   print(f'report in {args.out / "report.html"}')
 
 

@@ -15,17 +15,22 @@ VALID_EVERY = 6
 MEAN, STD = 0.3053, 0.3760  # of all pixels in [0, 1]
 
 
+def split(*, valid: bool) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the images [N, 8, 8], from 0 to 16, and labels [N] of one split."""
+  from sklearn import datasets  # takes a second that text need not wait for
+
+  data = datasets.load_digits()
+  chosen = batches.held_out(len(data.target), VALID_EVERY) == valid
+  return data.images[chosen], data.target[chosen].astype(np.int32)
+
+
 class _Digits:
   """Random access to the digits of one split."""
 
   def __init__(self, valid: bool):
-    from sklearn import datasets  # takes a second that text need not wait for
-
-    data = datasets.load_digits()
-    chosen = batches.held_out(len(data.target), VALID_EVERY) == valid
-    images = data.images[chosen, :, :, None] / 16
-    self.images = ((images - MEAN) / STD).astype(np.float32)
-    self.labels = data.target[chosen].astype(np.int32)
+    images, self.labels = split(valid=valid)
+    images = (images[..., None] / 16 - MEAN) / STD
+    self.images = images.astype(np.float32)
 
   def __len__(self):
     return len(self.labels)

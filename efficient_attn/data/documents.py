@@ -54,7 +54,7 @@ def _open(key, config):
     split = 'train' if key == 'path' else 'validation'
     documents = _hugging_face(f'data.{key}', path, split, config.text_key)
   elif not path:
-    documents = _spans(_standard_library())
+    documents = _spans(standard_library())
   else:
     documents = _files(f'data.{key}', path, config.text_key)
   if not len(documents):
@@ -63,7 +63,8 @@ def _open(key, config):
   return documents
 
 
-def _standard_library():
+def standard_library() -> list[str]:
+  """Returns the `.py` files of this Python, without `SKIPPED_FOLDERS`."""
   root = sysconfig.get_paths()['stdlib']
   paths = []
   for folder, folders, names in os.walk(root):

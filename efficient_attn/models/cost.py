@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 
@@ -24,7 +25,7 @@ def flops(function: Callable, *args: Any) -> float:
   Raises:
     NotImplementedError: a loop whose number of turns is not known.
   """
-  return _flops(jax.make_jaxpr(function)(*args).jaxpr)
+  return _total(jax.make_jaxpr(function)(*args).jaxpr, _flops)
 
 
 def largest_array(function: Callable, *args: Any) -> int:
@@ -55,7 +56,19 @@ def count(function: Callable, *args: Any) -> Counts:
   """Counts a call, traced and not run; see `flops` for what it raises."""
   jaxpr = jax.make_jaxpr(function)(*args).jaxpr
   return Counts(
-    _flops(jaxpr), _operations(jaxpr), _largest(jaxpr), _peak(jaxpr)
+    flops=_total(jaxpr, _flops),
+    operations=_total(jaxpr, _operations),
+    largest_array=_largest(jaxpr),
+    peak_bytes=_peak(jaxpr),
+  )
+
+
+def array_bytes(tree: Any) -> int:
+  """Returns the bytes of a tree's floating arrays, or of their shapes."""
+  return sum(
+    leaf.size * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
+    if jnp.issubdtype(leaf.dtype, jnp.floating)
   )
 
 
@@ -68,32 +81,59 @@ MOVES = {
 }  # fmt: skip
 
 
-def _operations(jaxpr) -> float:
+# Whose inner function says how two elements combine.
+COMBINES = ('reduce', 'arg', 'cum', 'scatter')
+
+
+def _total(jaxpr, cost: Callable) -> float:
+  """Returns the sum of `cost` over the equations, as often as they run."""
   total = 0.0
   for eqn in jaxpr.eqns:
-    name, inner = eqn.primitive.name, list(_jaxprs(eqn))
-    if name in ('dot_general', 'conv_general_dilated'):
-      total += _flops_of(eqn)
+    name = eqn.primitive.name
+    inner = [_total(j, cost) for j in _jaxprs(eqn)]
+    if name.startswith(COMBINES) or not inner:
+      total += cost(eqn)
     elif name == 'cond':
-      total += max(_operations(b.jaxpr) for b in eqn.params['branches'])
-    elif name == 'while':
+      total += max(inner)
+    elif name == 'while' and any(inner):
       raise NotImplementedError('a loop of unknown length; use lax.scan')
-    elif inner and not name.startswith(('reduce', 'arg', 'cum', 'scatter')):
-      times = eqn.params.get('length', 1) if _is_scan(eqn) else _shards(eqn)
-      total += times * sum(map(_operations, inner))
-    elif name.startswith('scatter'):
-      total += math.prod(eqn.invars[-1].aval.shape)  # the updates
-    elif name not in MOVES:
-      shapes = [
-        v.aval.shape
-        for v in (*eqn.invars, *eqn.outvars)
-        if hasattr(v.aval, 'shape')
-      ]
-      each = 1.0
-      if name in ('sort', 'top_k'):
-        each = math.log2(max(2, *shapes[0]))
-      total += each * max(map(math.prod, shapes))
+    elif name == 'shard_map':
+      total += eqn.params['mesh'].size * sum(inner)
+    else:
+      total += (eqn.params['length'] if name == 'scan' else 1) * sum(inner)
   return total
+
+
+def _flops(eqn) -> float:
+  size = math.prod(eqn.outvars[0].aval.shape) if eqn.outvars else 0
+  if eqn.primitive.name == 'dot_general':
+    (contract, _), _ = eqn.params['dimension_numbers']
+    lhs = eqn.invars[0].aval.shape
+    return 2 * size * math.prod(lhs[axis] for axis in contract)
+  if eqn.primitive.name == 'conv_general_dilated':
+    kernel = eqn.invars[1].aval.shape
+    outputs = eqn.params['dimension_numbers'].rhs_spec[0]
+    return 2 * size * math.prod(kernel) / kernel[outputs]
+  return 0
+
+
+def _operations(eqn) -> float:
+  name = eqn.primitive.name
+  if name in ('dot_general', 'conv_general_dilated'):
+    return _flops(eqn)
+  if name in MOVES:
+    return 0
+  if name.startswith('scatter'):
+    return math.prod(eqn.invars[-1].aval.shape)  # the updates
+  shapes = [
+    v.aval.shape
+    for v in (*eqn.invars, *eqn.outvars)
+    if hasattr(v.aval, 'shape')
+  ]
+  most = max(map(math.prod, shapes), default=0)
+  if name in ('sort', 'top_k'):
+    return most * math.log2(max(2, *shapes[0]))
+  return most
 
 
 def _peak(jaxpr) -> int:
@@ -128,46 +168,6 @@ def _largest(jaxpr) -> int:
     for v in eqn.outvars
     if hasattr(v.aval, 'shape')
   )
-
-
-def _flops(jaxpr) -> float:
-  total = 0.0
-  for eqn in jaxpr.eqns:
-    if eqn.primitive.name in ('dot_general', 'conv_general_dilated'):
-      total += _flops_of(eqn)
-    elif eqn.primitive.name == 'cond':
-      total += max(_flops(b.jaxpr) for b in eqn.params['branches'])
-    elif eqn.primitive.name == 'while':
-      inner = sum(_flops(j) for j in _jaxprs(eqn))
-      if inner:
-        raise NotImplementedError(
-          'matrix products in a loop of unknown length; use lax.scan'
-        )
-    else:
-      times = eqn.params.get('length', 1) if _is_scan(eqn) else _shards(eqn)
-      total += times * sum(_flops(j) for j in _jaxprs(eqn))
-  return total
-
-
-def _flops_of(eqn) -> float:
-  """Returns the FLOPs of one matrix product or convolution."""
-  size = math.prod(eqn.outvars[0].aval.shape)
-  if eqn.primitive.name == 'dot_general':
-    (contract, _), _ = eqn.params['dimension_numbers']
-    lhs = eqn.invars[0].aval.shape
-    return 2 * size * math.prod(lhs[axis] for axis in contract)
-  kernel = eqn.invars[1].aval.shape
-  outputs = eqn.params['dimension_numbers'].rhs_spec[0]
-  return 2 * size * math.prod(kernel) / kernel[outputs]
-
-
-def _is_scan(eqn) -> bool:
-  return eqn.primitive.name == 'scan'
-
-
-def _shards(eqn) -> int:
-  """Returns on how many shards the body of a shard_map runs, else 1."""
-  return eqn.params['mesh'].size if eqn.primitive.name == 'shard_map' else 1
 
 
 def _jaxprs(eqn) -> Iterator[core.Jaxpr]:

@@ -35,6 +35,7 @@ from jaxtyping import Array, Float
 from efficient_attn.ops import masks, scores
 from efficient_attn.ops.attention_tiles import (
   add_at,
+  by_keys,
   choose_tiles,
   locate,
   put_rows,
@@ -85,7 +86,7 @@ def attention_blockwise(
     raise ValueError(f'order = {order!r}: pass one of {ORDERS}.')
   block_q, block_k, tiles = choose_tiles(mask, T, S, block_q, block_k)
   if order == 'key':
-    tiles = tiles[np.lexsort((tiles[:, 0], tiles[:, 1]))]
+    tiles = by_keys(tiles)
   # Where only some tiles are full the mask is applied to those too: on a CPU
   # that is free, and a `lax.cond` around it would stop a GPU at every tile.
   if not (tiles[:, 2] == masks.PARTIAL).any():

@@ -108,6 +108,11 @@ def tile_schedule(
   return np.stack([i, j * width, kinds, first], axis=1).astype(np.int32)
 
 
+def by_keys(tiles: Int32[np.ndarray, 'tiles 4']) -> np.ndarray:
+  """The tiles of a schedule column by column (FlashAttention's order)."""
+  return tiles[np.lexsort((tiles[:, 0], tiles[:, 1]))]
+
+
 def _paired(i, j, kinds):
   """Joins every two neighbours in a row; the last of an odd run stays alone."""
   follows = (np.diff(i, prepend=-1) == 0) & (np.diff(j, prepend=-2) == 1)

@@ -7,7 +7,6 @@ import dataclasses
 import math
 
 import jax
-import jax.numpy as jnp
 
 from efficient_attn import models
 from efficient_attn.config import Config, ConfigError
@@ -48,13 +47,10 @@ def _state_bytes(architecture, params, batch) -> int:
   if 'tokens' not in batch or architecture.config.name != 'lm':
     return 0
   length = batch['tokens'].shape[1]
-  cache = jax.eval_shape(
-    lambda params: architecture.merge(params).init_cache(1, length), params
-  )
-  return sum(
-    leaf.size * leaf.dtype.itemsize
-    for leaf in jax.tree.leaves(cache)
-    if jnp.issubdtype(leaf.dtype, jnp.floating)
+  return cost.array_bytes(
+    jax.eval_shape(
+      lambda params: architecture.merge(params).init_cache(1, length), params
+    )
   )
 
 

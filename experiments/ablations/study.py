@@ -11,7 +11,6 @@ An architecture and a task make one program, of all runs of the grid.
 """
 
 import dataclasses
-import importlib.util
 import itertools
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -93,9 +92,7 @@ def load(path: str, changes: Mapping[str, Any]) -> tuple[dict, Study]:
   """
   values = configs.load(path)
   name, _, arg = path.partition(':')
-  spec = importlib.util.spec_from_file_location(pathlib.Path(name).stem, name)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  module = configs.load_module(pathlib.Path(name))
   if not hasattr(module, 'sweep'):
     raise ConfigError(f'--config={name!r} has no sweep(): it is not a study')
   of_study = {

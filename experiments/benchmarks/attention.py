@@ -19,6 +19,7 @@ from efficient_attn.models.cost import largest_array
 from efficient_attn.ops import masks
 from efficient_attn.ops.attention_tiles import choose_tiles
 from experiments.benchmarks.timing import interleaved
+from experiments.exponent import slope
 
 LENGTHS = {
   'cpu': (1024, 2048, 4096, 8192, 16384),
@@ -167,11 +168,11 @@ def time_by_tiles(found, name: str, length: int) -> dict[str, float]:
 
 def memory_slope(function) -> float:
   """Returns d log(largest array) / d log(T) from T = 4096 to 16384."""
-  sizes = []
-  for length in (4096, 16384):
-    shape = jax.ShapeDtypeStruct((1, length, HEADS, HEAD_DIM), 'float32')
-    sizes.append(largest_array(function, *[shape] * 3))
-  return float(np.log(sizes[1] / sizes[0]) / np.log(4))
+  lengths = 4096, 16384
+  shapes = [
+    jax.ShapeDtypeStruct((1, n, HEADS, HEAD_DIM), 'float32') for n in lengths
+  ]
+  return slope(lengths, [largest_array(function, *[x] * 3) for x in shapes])
 
 
 def peak(name: str, length: int) -> float:

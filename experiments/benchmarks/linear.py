@@ -16,6 +16,7 @@ from efficient_attn.models.cost import flops, largest_array
 from experiments.benchmarks.accuracy import relative
 from experiments.benchmarks.linear_calls import CALLS, forward, gradients
 from experiments.benchmarks.timing import interleaved
+from experiments.exponent import slope
 
 LENGTHS = (512, 2048, 4096, 8192, 16384)
 # Peers whose memory or time is out of hand past these lengths.
@@ -119,8 +120,3 @@ def matmul_speed(rounds: int) -> float:
 def abstract(call, length):
   """Returns the shapes of a call."""
   return jax.eval_shape(lambda: call.arrays(length))
-
-
-def slope(x, y) -> float:
-  """Returns the exponent of y = c x^p by least squares."""
-  return float(np.polyfit(np.log(x), np.log(y), 1)[0])

@@ -8,12 +8,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from efficient_attn.layers.mixers import MIXERS, build_mixer
 from efficient_attn.models import jit_init
 from experiments.benchmarks.timing import interleaved
+from experiments.exponent import slope
 
 LENGTHS = {
   'cpu': (1024, 2048, 4096, 8192, 16384),
@@ -50,8 +50,7 @@ def measure(rounds: int) -> dict[str, float]:
       print(f'{name:12}{length:6}{1e3 * seconds:10.1f} ms', flush=True)
   for name in ROWS:
     times = [found[f'{name}_fwd_bwd_{length}_ms'] for length in lengths]
-    slope = np.polyfit(np.log(lengths), np.log(times), 1)[0]
-    found[f'{name}_fwd_bwd_exponent'] = slope
+    found[f'{name}_fwd_bwd_exponent'] = slope(lengths, times)
     ratio = found[f'attention_fwd_bwd_{lengths[-1]}_ms'] / times[-1]
     found[f'{name}_over_attention_{lengths[-1]}'] = ratio
   return found

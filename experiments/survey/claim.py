@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from experiments.exponent import slope  # noqa: F401
+
 HOLDS = 'HOLDS'
 RESTATED = 'HOLDS (restated)'
 FAILS = 'DOES NOT HOLD'
@@ -124,11 +126,3 @@ def within(
     judge=judge,
     rule=f'between {low:g} and {high:g}',
   )
-
-
-def slope(xs, ys) -> float:
-  """Returns the exponent p of y ~ x^p: the least squares fit of the logs."""
-  xs, ys = ([math.log(v) for v in values] for values in (xs, ys))
-  x, y = sum(xs) / len(xs), sum(ys) / len(ys)
-  above = sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True))
-  return above / sum((a - x) ** 2 for a in xs)

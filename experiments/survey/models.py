@@ -44,12 +44,7 @@ def _cache(module, tokens, dtype):
 
 def cache_bytes(module, tokens: int, dtype=jnp.bfloat16) -> int:
   """Bytes of one sequence's decode state that has room for `tokens`."""
-  cache = _cache(module, tokens, dtype)
-  return sum(
-    leaf.size * leaf.dtype.itemsize
-    for leaf in jax.tree.leaves(cache)
-    if jnp.issubdtype(leaf.dtype, jnp.floating)
-  )
+  return cost.array_bytes(_cache(module, tokens, dtype))
 
 
 def decode_flops(module, d_model: int, tokens: int) -> float:

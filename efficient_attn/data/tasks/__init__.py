@@ -1,11 +1,15 @@
-"""Synthetic tasks, drawn example by example: `data.name` is one of TASKS.
+"""Tasks on tokens, with an answer at some of them: `data.name` is one of TASKS.
 
 Example i of a split is a function of the seed and i, so that a run resumes
 where it stopped. Batches are `dict(tokens, labels [B, T] int32, weights [B, T]
 float32)`, with labels for the token at hand, not shifted.
 
 A task is one dataclass: its fields are `data.options`, `num_tokens` is the
-vocabulary it needs, and `draw(rng, train)` returns an `Example`.
+vocabulary it needs, and `draw(rng, train)` returns an `Example`. Images and
+documents are not drawn: `stored(train)` returns those of a split, and
+`read(item)` the example of one. Training then takes all of them, or
+`data.train_examples`, and validation at most `data.valid_examples`, always the
+same ones.
 """
 
 import grain
@@ -14,12 +18,14 @@ import numpy as np
 from efficient_attn import config as configs
 from efficient_attn.config import DataConfig
 from efficient_attn.data import batches
+from efficient_attn.data.tasks.byte_classification import ByteClassification
 from efficient_attn.data.tasks.copying import (
   Palindrome,
   SelectiveCopying,
   Stack,
 )
 from efficient_attn.data.tasks.groups import StateTracking
+from efficient_attn.data.tasks.image_sequence import ImageSequence
 from efficient_attn.data.tasks.list_ops import ListOps
 from efficient_attn.data.tasks.memory import Compression, Memorization
 from efficient_attn.data.tasks.pathfinder import Pathfinder
@@ -47,6 +53,8 @@ TASKS = {
   'state_tracking': StateTracking,
   'list_ops': ListOps,
   'pathfinder': Pathfinder,
+  'image_sequence': ImageSequence,
+  'byte_classification': ByteClassification,
 }
 
 ENDLESS = 2**31 - 1
@@ -61,17 +69,25 @@ def make(config: DataConfig, *, train: bool = True):
 
 
 class _Examples:
-  """Random access to the examples of one split."""
+  """Random access to the examples of one split, at most `count`."""
 
   def __init__(self, task, seed: int, count: int, train: bool):
     self.task, self.seed, self.count, self.train = task, seed, count, train
+    self.stored = task.stored(train)
+    if self.stored is not None:  # the first ones are a fair sample
+      self.order = np.random.default_rng(0).permutation(len(self.stored))
+      self.count = min(count, len(self.stored))
 
   def __len__(self):
     return self.count
 
   def __getitem__(self, index):
-    rng = np.random.default_rng([self.seed, self.train, index])
-    return self.task.draw(rng, self.train)._asdict()
+    if self.stored is not None:
+      example = self.task.read(self.stored[self.order[index]])
+    else:
+      rng = np.random.default_rng([self.seed, self.train, index])
+      example = self.task.draw(rng, self.train)
+    return example._asdict()
 
 
 def load(
@@ -84,7 +100,7 @@ def load(
   task, valid_task = make(config), make(config, train=False)
   count = config.train_examples or ENDLESS
   train = grain.MapDataset.source(_Examples(task, seed, count, train=True))
-  if config.train_examples:
+  if len(train) < ENDLESS:
     train = train.seed(seed).shuffle()
   valid = grain.MapDataset.source(
     _Examples(valid_task, 0, config.valid_examples, train=False)

@@ -8,11 +8,11 @@ import dataclasses
 
 import numpy as np
 
-from efficient_attn.data.tasks.example import Example, answers, check
+from efficient_attn.data.tasks.example import Example, Task, answers, check
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SelectiveCopying:
+class SelectiveCopying(Task):
   """Tokens between blanks, to be repeated in order without them.
 
   Attributes:
@@ -31,11 +31,6 @@ class SelectiveCopying:
       self, self.seq_len > 2 * self.copied, 'seq_len: more than twice copied'
     )
 
-  @property
-  def num_tokens(self) -> int:
-    """Of the vocabulary."""
-    return self.vocab_size
-
   def draw(self, rng: np.random.Generator, train: bool) -> Example:
     """Returns one example."""
     del train
@@ -51,7 +46,7 @@ class SelectiveCopying:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Palindrome:
+class Palindrome(Task):
   """x_1 ... x_n, a mark, and then x_n ... x_1.
 
   Attributes:
@@ -65,11 +60,6 @@ class Palindrome:
   def __post_init__(self):
     check(self, self.seq_len % 2 == 0, 'seq_len must be even')
 
-  @property
-  def num_tokens(self) -> int:
-    """Of the vocabulary."""
-    return self.vocab_size
-
   def draw(self, rng: np.random.Generator, train: bool) -> Example:
     """Returns one example, whose second half are answers."""
     del train
@@ -80,7 +70,7 @@ class Palindrome:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Stack:
+class Stack(Task):
   """Several stacks at once: `stack value` pushes, `stack pop` asks for the top.
 
   Attributes:

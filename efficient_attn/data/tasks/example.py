@@ -1,6 +1,7 @@
 """What a task draws: tokens, and what to answer where."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,20 @@ class Example(NamedTuple):
   tokens: np.ndarray
   labels: np.ndarray
   weights: np.ndarray
+
+
+class Task:
+  """What the tasks inherit. They draw their examples, unless they have some."""
+
+  @property
+  def num_tokens(self) -> int:
+    """Of the vocabulary."""
+    return self.vocab_size
+
+  def stored(self, train: bool) -> Sequence[Any] | None:
+    """Returns the items of a split, of which `read` makes examples."""
+    del train
+    return None
 
 
 def answers(tokens, labels, where) -> Example:

@@ -11,11 +11,11 @@ import itertools
 import numpy as np
 
 from efficient_attn.config import ConfigError
-from efficient_attn.data.tasks.example import Example, answers
+from efficient_attn.data.tasks.example import Example, Task, answers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StateTracking:
+class StateTracking(Task):
   """x_1 x_2 ...: at every token the product x_1 x_2 ... x_t.
 
   Attributes:

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from efficient_attn.data.tasks.example import Example, answers, check
+from efficient_attn.data.tasks.example import Example, Task, answers, check
 
 # Tokens 0 to 9 are digits.
 OPERATIONS = {
@@ -18,7 +18,7 @@ NESTED = 0.25  # chance that an argument is a list
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ListOps:
+class ListOps(Task):
   """[MAX 4 3 [MIN 2 3 ] 1 0 ] -> 4, with MIN, MAX, MED and SM (sum modulo 10).
 
   Attributes:
@@ -33,6 +33,7 @@ class ListOps:
   max_len: int = 2000
   max_depth: int = 10
   max_args: int = 10
+  num_tokens = FILL + 1
 
   def __post_init__(self):
     check(self, self.max_args >= 2, 'a list has 2 arguments or more')
@@ -41,11 +42,6 @@ class ListOps:
     for _ in range(self.max_depth):
       longest = 2 + self.max_args * longest
     check(self, longest >= self.min_len, 'lists cannot be so long')
-
-  @property
-  def num_tokens(self) -> int:
-    """Of the vocabulary."""
-    return FILL + 1
 
   def draw(self, rng: np.random.Generator, train: bool) -> Example:
     """Returns one expression, the first that has a possible length."""

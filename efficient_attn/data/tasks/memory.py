@@ -5,13 +5,13 @@ import functools
 
 import numpy as np
 
-from efficient_attn.data.tasks.example import Example, answers, check
+from efficient_attn.data.tasks.example import Example, Task, answers, check
 
 MAP_SEED = 12345
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Memorization:
+class Memorization(Task):
   """key ? key ? ...: the value of each key, the same in every example.
 
   Attributes:
@@ -26,11 +26,6 @@ class Memorization:
   def __post_init__(self):
     check(self, self.seq_len % 2 == 0, 'seq_len must be even')
     check(self, self.vocab_size > 4, 'vocab_size must be > 4')
-
-  @property
-  def num_tokens(self) -> int:
-    """Of the vocabulary."""
-    return self.vocab_size
 
   def draw(self, rng: np.random.Generator, train: bool) -> Example:
     """Returns one example, with an answer at every question."""
@@ -49,7 +44,7 @@ def _values(count: int) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Compression:
+class Compression(Task):
   """Random tokens and a mark; all are to be read off the mark's vector.
 
   For `model.name='auto_encoder'`, which passes on nothing else.
@@ -61,11 +56,6 @@ class Compression:
 
   vocab_size: int = 16
   seq_len: int = 32
-
-  @property
-  def num_tokens(self) -> int:
-    """Of the vocabulary."""
-    return self.vocab_size
 
   def draw(self, rng: np.random.Generator, train: bool) -> Example:
     """Returns one example; every token is an answer."""

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from efficient_attn.data.tasks.example import Example, answers, check
+from efficient_attn.data.tasks.example import Example, Task, answers, check
 
 DASH, GAP = 3, 2  # steps of a line that are drawn, and that are not
 TURN = 0.35  # standard deviation of the change of direction in a step
@@ -12,7 +12,7 @@ DOT = 3  # brightness of the two dots; lines have 2, the ground 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pathfinder:
+class Pathfinder(Task):
   """An image as a sequence of pixels: two dots, and whether a path joins them.
 
   Two long dashed lines that do not touch each have a dot at one end; the other
@@ -26,14 +26,10 @@ class Pathfinder:
 
   size: int = 32
   distractors: int = 6
+  num_tokens = DOT + 1
 
   def __post_init__(self):
     check(self, self.size >= 12, 'size must be at least 12')
-
-  @property
-  def num_tokens(self) -> int:
-    """Of the vocabulary."""
-    return DOT + 1
 
   def draw(self, rng: np.random.Generator, train: bool) -> Example:
     """Returns one example, whose only answer (0 or 1) is at its end."""

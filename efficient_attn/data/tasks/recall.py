@@ -10,11 +10,11 @@ import functools
 
 import numpy as np
 
-from efficient_attn.data.tasks.example import Example, answers, check
+from efficient_attn.data.tasks.example import Example, Task, answers, check
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MQAR:
+class MQAR(Task):
   """Multi-query associative recall.
 
   k_1 v_1 ... k_P v_P, then filler in which every key comes once more, at
@@ -41,11 +41,6 @@ class MQAR:
       check(
         self, pairs < self.vocab_size // 2, 'vocab_size / 2 must exceed pairs'
       )
-
-  @property
-  def num_tokens(self) -> int:
-    """Of the vocabulary."""
-    return self.vocab_size
 
   def draw(self, rng: np.random.Generator, train: bool) -> Example:
     """Returns one example of the longest segment's length."""
@@ -78,7 +73,7 @@ def _distances(count: int, power: float) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InContextRecall:
+class InContextRecall(Task):
   """Pairs k v k v ...; a key that comes again has the value it had.
 
   The last key is one that was there before. In training every next token is an
@@ -104,11 +99,6 @@ class InContextRecall:
     check(
       self, self.vocab_size - self.noise_vocab >= 4, 'keys and values: 2 each'
     )
-
-  @property
-  def num_tokens(self) -> int:
-    """Of the vocabulary."""
-    return self.vocab_size
 
   def draw(self, rng: np.random.Generator, train: bool) -> Example:
     """Returns seq_len - 1 tokens."""
@@ -145,7 +135,7 @@ class NoisyRecall(InContextRecall):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FuzzyRecall:
+class FuzzyRecall(Task):
   """`InContextRecall` whose keys and values are motifs of several tokens.
 
   A motif is 1 to `motif` different tokens; in validation keys have exactly
@@ -209,7 +199,7 @@ class FuzzyRecall:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Induction:
+class Induction(Task):
   """Random tokens and one mark twice: what followed it the first time?
 
   Attributes:
@@ -223,11 +213,6 @@ class Induction:
   def __post_init__(self):
     check(self, self.seq_len > 2, 'seq_len must be > 2')
 
-  @property
-  def num_tokens(self) -> int:
-    """Of the vocabulary."""
-    return self.vocab_size
-
   def draw(self, rng: np.random.Generator, train: bool) -> Example:
     """Returns one example, whose only answer is at its end."""
     del train
@@ -238,7 +223,7 @@ class Induction:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Needle:
+class Needle(Task):
   """Needles `mark key value` in a haystack; at the end `query key` -> value.
 
   Attributes:
@@ -260,11 +245,6 @@ class Needle:
     check(self, self.needles <= third, 'vocab_size: 3 for each needle, and 2')
     room = self.seq_len - 3 * self.needles - 2 * self.queries
     check(self, room >= 0, 'seq_len: 3 for each needle and 2 for each query')
-
-  @property
-  def num_tokens(self) -> int:
-    """Of the vocabulary."""
-    return self.vocab_size
 
   def draw(self, rng: np.random.Generator, train: bool) -> Example:
     """Returns one example."""

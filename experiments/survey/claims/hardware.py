@@ -40,6 +40,11 @@ def error(found, wanted) -> float:
   return float(np.abs(found - wanted).max() / np.abs(wanted).max())
 
 
+def relative(found, wanted) -> float:
+  """The mean absolute difference over the mean absolute number."""
+  return float(np.abs(found - wanted).sum() / np.abs(wanted).sum())
+
+
 def attend(implementation):
   """Causal attention of one implementation."""
   return lambda q, k, v: ops.attention(
@@ -144,7 +149,7 @@ def few_bits() -> dict:
         )
         ours = sage_attention(q, keys, v, recipe=recipe)
         name = f'{form} {"smooth" if smooth else "raw"} {strength}'
-        found[name] = float(np.abs(ours - wanted).sum() / np.abs(wanted).sum())
+        found[name] = relative(ours, wanted)
   for two_level in (False, True):
     recipe = Recipe(
       logits='e2m1',
@@ -157,8 +162,8 @@ def few_bits() -> dict:
     )
     ours = sage_attention(q, k, v, recipe=recipe)
     wanted = ops.attention(q, k, v)
-    found[f'fp4 {"two levels" if two_level else "direct"}'] = float(
-      np.abs(ours - wanted).sum() / np.abs(wanted).sum()
+    found[f'fp4 {"two levels" if two_level else "direct"}'] = relative(
+      ours, wanted
     )
   return found
 
@@ -216,9 +221,7 @@ def cache_bits() -> dict:
     x = jnp.asarray(x, jnp.float32)
     for by, group in groups.items():
       rounded = fake_quant(x, 'uint2', group)
-      found[f'{what} by {by}'] = float(
-        jnp.abs(rounded - x).sum() / jnp.abs(x).sum()
-      )
+      found[f'{what} by {by}'] = relative(rounded, x)
   found['bits'] = 2 + 2 * 16 / 32  # and a scale and a zero point in 16 bits
   return found
 

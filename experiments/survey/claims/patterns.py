@@ -2,7 +2,6 @@
 
 import math
 
-import jax.numpy as jnp
 import numpy as np
 
 from efficient_attn.ops import masks
@@ -19,12 +18,6 @@ from experiments.survey.claim import (
 
 LENGTHS = (64, 256, 1024, 2048)
 WINDOW = 32
-
-
-def dense(mask: masks.Mask, length: int) -> np.ndarray:
-  """The pairs of a mask, [T, T]."""
-  index = jnp.arange(length)
-  return np.asarray(mask.tile(index, index))[0, 0]
 
 
 def hops(pairs: np.ndarray) -> float:
@@ -61,7 +54,7 @@ def path_lengths() -> dict:
   found = dict(lengths=list(LENGTHS))
   for length in LENGTHS:
     for name, mask in patterns(length).items():
-      pairs = dense(mask, length)
+      pairs = np.asarray(mask.dense(length, length))[0, 0]
       pairs = pairs | pairs.T
       found.setdefault(f'{name} pairs', []).append(int(pairs.sum()))
       if length <= 1024:

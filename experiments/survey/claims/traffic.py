@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficient_attn.models import cost
-from efficient_attn.ops.attention_tiles import tile_schedule
+from efficient_attn.ops.attention_tiles import by_keys, tile_schedule
 from experiments import page
 from experiments.survey.claim import (
   FAILS,
@@ -92,7 +92,7 @@ def tile_traffic(length: int, order: str, block=(128, 128), width=64) -> dict:
   """
   tiles = tile_schedule(None, length, length, *block)
   if order == 'key':
-    tiles = tiles[np.lexsort((tiles[:, 0], tiles[:, 1]))]
+    tiles = by_keys(tiles)
   rows, cols = tiles[:, 0], tiles[:, 1]
   new_row = np.diff(rows, prepend=-1) != 0
   new_col = np.diff(cols, prepend=-1) != 0
