@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from efficient_attn import data
@@ -105,6 +106,11 @@ class Grid:
       {name: float(x[i]) for name, x in found.items()}
       for i in range(len(self.runs))
     ]
+
+  def model(self, run: int) -> nnx.Module:
+    """Returns the model of one run, with the parameters it is judged by."""
+    params = jax.tree.map(lambda x: x[run], evaluated_params(self._state))
+    return self._architecture.merge(jax.device_get(params))
 
   def _load(self, config, seed):
     dataset = data.load(config, batch_size=self.config.batch_size, seed=seed)

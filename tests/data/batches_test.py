@@ -17,6 +17,8 @@ CONFIGS = {
   'segments': DataConfig(seq_len=64, packing='segments'),
   'jsonl': DataConfig(seq_len=64, path='{}/documents.jsonl'),
   'digits': DataConfig(name='digits', augment=True),
+  'stored_task': DataConfig(name='image_sequence'),
+  'drawn_task': DataConfig(name='byte_classification'),
 }
 
 

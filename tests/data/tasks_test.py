@@ -41,7 +41,7 @@ GOLDEN = {
 }
 
 
-# Those of images_and_bytes_test.py.
+# Those of image_sequence_test.py and byte_classification_test.py.
 OTHERS = {'byte_classification', 'image_sequence'}
 
 

@@ -23,7 +23,7 @@ class Example(NamedTuple):
 
 
 class Task:
-  """What the tasks inherit. They draw their examples, unless they have some."""
+  """What every task inherits: it draws its examples, unless it stores them."""
 
   @property
   def num_tokens(self) -> int:
