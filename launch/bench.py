@@ -4,16 +4,11 @@ python launch/bench.py --suite=trainer
 """
 
 import argparse
-import datetime
 import importlib
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import sys
-
-import jax
 
 from efficient_attn import cli
 
@@ -21,6 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from experiments.benchmarks import SUITES  # noqa: E402
+from experiments.machine import machine  # noqa: E402
 
 
 def main():
@@ -37,21 +33,13 @@ def main():
   devices = cli.count_cores() if args.suite == 'trainer' else 1
   cli.use_cpu_devices(devices)
   figures = importlib.import_module(SUITES[args.suite]).measure(args.rounds)
-  device = jax.devices()[0].device_kind.lower().replace(' ', '_')
   record = dict(
     suite=args.suite,
-    date=datetime.date.today().isoformat(),
-    device=device,
-    cores=cli.count_cores(),
     rounds=args.rounds,
-    python=platform.python_version(),
-    versions={
-      name: importlib.metadata.version(name)
-      for name in ('jax', 'flax', 'optax')
-    },
+    **machine(),
     figures={name: float(f'{value:.4g}') for name, value in figures.items()},
   )
-  path = pathlib.Path(args.out) / device / f'{args.suite}.json'
+  path = pathlib.Path(args.out) / record['device'] / f'{args.suite}.json'
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(json.dumps(record, indent=2) + '\n')
   for name, value in record['figures'].items():

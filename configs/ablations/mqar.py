@@ -3,7 +3,7 @@
   python launch/ablate.py --config=configs/ablations/mqar.py:tiny \\
     --out=runs/mqar
 
-`tiny` asks for 8 pairs in 64 tokens of a vocabulary of 64. `zoology` is figure
+`tiny` asks for 8 pairs in 64 tokens of a vocabulary of 256. `zoology` is figure
 2 of Zoology (2312.04927), `based` that of Based (2402.18668) in the settings of
 their code: both want an accelerator.
 """
@@ -39,11 +39,11 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.data = dict(name='mqar', options=dict(vocab_size=8192))
   config.optimizer = dict(weight_decay=0.1)
   if arg == 'tiny':
-    config.model.update(d_model=64, vocab_size=64)
-    config.data.options.update(vocab_size=64, segments=((64, 8, 1),))
+    config.model.update(d_model=64, vocab_size=256)
+    config.data.options.update(vocab_size=256, segments=((64, 8, 1),))
     config.data.valid_examples = 512
     config.optimizer.warmup_steps = 50
-    config.update(steps=800, batch_size=32)
+    config.update(steps=500, batch_size=32)
   elif arg == 'based':
     config.data.options.segments = BASED
     config.data.update(train_examples=180_000)
@@ -58,15 +58,15 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
 
 def sweep(arg: str = '') -> dict:
   """What is compared."""
-  study = dict(
-    title='Multi-query associative recall',
-    architectures={
-      name: {'model.pattern': (name,)}
-      for name in ('attention', 'deltanet', 'gated_deltanet', 'gla', 'linear')
-    },
-  )
+  study = dict(title='Multi-query associative recall')
   if arg == 'tiny':
-    return study | dict(learning_rates=(1e-3, 3e-3, 1e-2, 3e-2))
+    return study | dict(
+      learning_rates=(3e-3, 1e-2),
+      architectures={
+        name: {'model.pattern': ('base_conv', name)}
+        for name in ('attention', 'deltanet', 'mamba', 'gla', 'linear')
+      },
+    )
   if arg == 'based':
     # Accuracy over all tests, at d_model 64, 128 and 256.
     return study | dict(
@@ -99,6 +99,10 @@ def sweep(arg: str = '') -> dict:
     tasks={
       f'{length}/{pairs}': {'data.options.segments': ((length, pairs, 1),)}
       for length, pairs in ZOOLOGY
+    },
+    architectures={
+      name: {'model.pattern': (name,)}
+      for name in ('attention', 'deltanet', 'gated_deltanet', 'gla', 'linear')
     },
     published={f'{n}/{pairs}': {'attention': 1.0} for n, pairs in ZOOLOGY},
     band=0.03,

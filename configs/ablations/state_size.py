@@ -26,10 +26,10 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.update(steps=20_000, batch_size=256)
   if arg == 'tiny':
     config.model.vocab_size = 128
-    config.data.options.update(vocab_size=128, segments=((128, 16, 1),))
-    config.data.valid_examples = 256
+    config.data.options.update(vocab_size=128, segments=((64, 8, 1),))
+    config.data.valid_examples = 512
     config.optimizer.warmup_steps = 50
-    config.update(steps=600, batch_size=32)
+    config.update(steps=500, batch_size=32)
   return config
 
 
@@ -39,7 +39,7 @@ def sweep(arg: str = '') -> dict:
   windows = (8, 32) if arg == 'tiny' else (8, 32, 128, 256)
 
   def options(name, width):
-    return {'model.pattern': (name,), 'model.d_model': width}
+    return {'model.pattern': ('base_conv', name), 'model.d_model': width}
 
   return dict(
     title='Recall against memory',
@@ -50,11 +50,11 @@ def sweep(arg: str = '') -> dict:
     }
     | {
       f'window {window}': {
-        'model.pattern': ('window',),
+        'model.pattern': ('base_conv', 'window'),
         'model.mixers.window': dict(window=window),
       }
       for window in windows
     }
-    | {'attention': {'model.pattern': ('attention',)}},
-    learning_rates=(3e-3, 1e-2),
+    | {'attention': {'model.pattern': ('base_conv', 'attention')}},
+    learning_rates=(1e-2,) if arg == 'tiny' else (1e-3, 3e-3, 1e-2),
   )

@@ -74,7 +74,7 @@ def dsa_attention(
 def visible(place, segment, length, causal, segment_ids):
   """Which of `length` keys queries at `place` [B, C] of `segment` may see."""
   index = jnp.arange(length)
-  seen = index <= place[..., None] if causal else index >= 0
+  seen = (index <= place[..., None]) | (not causal)
   if segment_ids is not None:
     seen &= segment[..., None] == segment_ids[:, None]
   return seen

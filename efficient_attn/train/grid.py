@@ -110,7 +110,8 @@ class Grid:
   def model(self, run: int) -> nnx.Module:
     """Returns the model of one run, with the parameters it is judged by."""
     params = jax.tree.map(lambda x: x[run], evaluated_params(self._state))
-    return self._architecture.merge(jax.device_get(params))
+    params = jax.tree.map(jnp.asarray, jax.device_get(params))
+    return self._architecture.merge(params)
 
   def _load(self, config, seed):
     dataset = data.load(config, batch_size=self.config.batch_size, seed=seed)

@@ -25,6 +25,7 @@ from efficient_attn.train.machine import memory_available
 from efficient_attn.train.state import Architecture
 from experiments.ablations.match import matched, sizes
 from experiments.ablations.study import Program, Study, programs
+from experiments.machine import machine
 
 CALL = 20  # training steps a call, at most
 MEMORY = 0.5  # share of it that the arrays of a program may take
@@ -114,10 +115,10 @@ def run(planned: Planned, study: Study, out: pathlib.Path, progress) -> dict:
     architecture=program.architecture,
     sizes=dict(planned.sizes),
     seconds=round(time.perf_counter() - start, 1),
+    machine=machine(),
     config=configs.as_dict(config),
     runs=records,
   )
-  out.mkdir(parents=True, exist_ok=True)
   with (out / 'results.jsonl').open('a') as file:
     file.write(json.dumps(record) + '\n')
   return record

@@ -66,6 +66,7 @@ def parts(study: Study, records: Sequence[Mapping], command: str) -> list:
       'makes all rows a little too good.'
     ),
     page.Code(command),
+    *[page.Text(line) for line in _machines(records)],
   ]
   if missing:
     found.append(page.Text(f'{missing} programs have not run yet.'))
@@ -85,9 +86,22 @@ def parts(study: Study, records: Sequence[Mapping], command: str) -> list:
 
 def write(study: Study, records, command: str, out: pathlib.Path) -> None:
   """Writes report.html and report.md."""
+  out.mkdir(parents=True, exist_ok=True)
   made = parts(study, records, command)
   (out / 'report.html').write_text(page.page(study.title, made))
   (out / 'report.md').write_text(page.markdown(study.title, made))
+
+
+def _machines(records) -> list[str]:
+  """One line for every machine and day that records come from."""
+  return sorted(
+    {
+      f'Measured on {m["date"]} on {m["cores"]} cores of {m["device"]}, python '
+      f'{m["python"]}, '
+      + ', '.join(f'{k} {v}' for k, v in m['versions'].items())
+      for m in (record['machine'] for record in records)
+    }
+  )
 
 
 def _list(numbers) -> str:

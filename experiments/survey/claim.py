@@ -9,8 +9,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from experiments.exponent import slope  # noqa: F401
-
 HOLDS = 'HOLDS'
 RESTATED = 'HOLDS (restated)'
 FAILS = 'DOES NOT HOLD'

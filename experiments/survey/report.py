@@ -51,8 +51,8 @@ def parts(claims: Mapping[str, Claim], record: Mapping, command: str) -> list:
   versions = ', '.join(f'{k} {v}' for k, v in record['versions'].items())
   found = [
     page.Text(
-      f'Measured on {record["date"]} on {record["device"]}, python '
-      f'{record["python"]}, {versions}.'
+      f'Measured on {record["date"]} on {record["cores"]} cores of '
+      f'{record["device"]}, python {record["python"]}, {versions}.'
     ),
     page.Code(command),
     page.Heading('Summary'),

@@ -1,10 +1,7 @@
 """Measures claims one by one, and keeps every measurement at once."""
 
-import datetime
-import importlib.metadata
 import json
 import pathlib
-import platform
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -12,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import jax
 from tqdm import tqdm
 
+from experiments.machine import machine
 from experiments.survey.claim import NOT_HERE, Claim
 
 
@@ -35,7 +33,7 @@ def measure(claims: Mapping[str, Claim], out: pathlib.Path) -> dict:
   """
   out.mkdir(parents=True, exist_ok=True)
   file = out / 'results.json'
-  record = _machine()
+  record = machine() | dict(claims={})
   if file.exists():
     before = json.loads(file.read_text())
     same = all(before.get(key) == record[key] for key in ('device', 'versions'))
@@ -67,17 +65,3 @@ def verdicts(claim: Claim, found: Mapping) -> list[str]:
   if found['values'] is None:
     return [NOT_HERE] * len(claim.statements)
   return [statement.judge(found['values']) for statement in claim.statements]
-
-
-def _machine() -> dict:
-  return dict(
-    date=datetime.date.today().isoformat(),
-    device=jax.devices()[0].device_kind,
-    system=platform.system(),
-    python=platform.python_version(),
-    versions={
-      name: importlib.metadata.version(name)
-      for name in ('efficient-attn', 'jax', 'flax', 'optax')
-    },
-    claims={},
-  )

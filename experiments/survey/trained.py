@@ -10,11 +10,17 @@ from flax import nnx
 from efficient_attn import config as configs
 from efficient_attn import data
 from efficient_attn.train.grid import Grid, Run
+from efficient_attn.train.state import Architecture
 
-LENGTH = 256
 CONFIG = dict(
-  model=dict(name='lm', d_model=128, num_layers=4, num_heads=4),
-  data=dict(name='text', seq_len=LENGTH),
+  model=dict(
+    name='lm',
+    d_model=64,
+    num_layers=4,
+    num_heads=2,
+    pattern=('attention',) * 4,  # one period: no scan hides the layers
+  ),
+  data=dict(name='text', seq_len=256),
   optimizer=dict(warmup_steps=30),
   steps=400,
   batch_size=16,
@@ -23,13 +29,30 @@ CONFIG = dict(
 
 @functools.cache
 def language_model() -> nnx.Module:
-  """Softmax attention, trained for 400 steps of 16 x 256 bytes (a minute)."""
+  """Softmax attention after 400 steps of 16 x 256 bytes: about a minute."""
   config = configs.resolve(CONFIG)
-  run = Run(learning_rate=3e-3, weight_decay=0.1, seed=0)
+  run = Run(learning_rate=1e-2, weight_decay=0.1, seed=0)
   grid = Grid(config, [run])
   while grid.steps < config.steps:
     grid.train(20)
   return grid.model(0)
+
+
+@functools.cache
+def untrained() -> nnx.Module:
+  """The same model as it began."""
+  architecture = Architecture(configs.resolve(CONFIG).model)
+  return architecture.merge(architecture.draw(jax.random.key(0)))
+
+
+def with_mixer(model: nnx.Module, name: str, **options) -> nnx.Module:
+  """The model with another mixer of the same parameters."""
+  changes = {
+    'model.pattern': (name,) * CONFIG['model']['num_layers'],
+    'model.mixers': {name: options},
+  }
+  config = configs.resolve(configs.override(CONFIG, changes))
+  return Architecture(config.model).merge(nnx.state(model))
 
 
 @functools.cache
@@ -40,6 +63,11 @@ def texts(length: int, count: int) -> np.ndarray:
   return next(batches)['tokens'][:, :length]
 
 
+def _nll(logits, wanted):
+  logits = jax.nn.log_softmax(logits.astype(jnp.float32))
+  return -jnp.take_along_axis(logits, wanted[..., None], -1)[..., 0]
+
+
 def losses(model: nnx.Module, tokens: np.ndarray) -> np.ndarray:
   """Nats of every token but the first, [count, length - 1]."""
   graphdef, params = nnx.split(model)
@@ -47,7 +75,39 @@ def losses(model: nnx.Module, tokens: np.ndarray) -> np.ndarray:
   @jax.jit
   def run(params, tokens):
     logits, _ = nnx.merge(graphdef, params)(tokens[:, :-1])
-    logits = jax.nn.log_softmax(logits.astype(jnp.float32))
-    return -jnp.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
+    return _nll(logits, tokens[:, 1:])
 
   return np.asarray(run(params, tokens))
+
+
+def cached_losses(model: nnx.Module, tokens: np.ndarray) -> np.ndarray:
+  """The same, token by token through the cache."""
+  graphdef, params = nnx.split(model)
+
+  @jax.jit
+  def run(params, tokens):
+    model = nnx.merge(graphdef, params)
+
+    def step(cache, pair):
+      now, wanted = pair
+      logits, cache = model(now[:, None], cache=cache)
+      return cache, _nll(logits[:, 0], wanted)
+
+    pairs = tokens[:, :-1].T, tokens[:, 1:].T
+    return jax.lax.scan(step, model.init_cache(*tokens.shape), pairs)[1].T
+
+  return np.asarray(run(params, tokens))
+
+
+def activations(model: nnx.Module, tokens: np.ndarray) -> list[dict]:
+  """Every layer's query, key and value [B, T, N, H], and the unrotated key."""
+  x, found = model.embed(jnp.asarray(tokens), jnp.float32), []
+  for block in model.stack.periods[0].blocks:
+    y = block.mixer_norm(x)
+    (_, raw, _), _ = block.mixer.qkv(y)
+    query, key, value = block.mixer.project(y, None, None)
+    found.append(dict(query=query, key=key, value=value, raw_key=raw))
+    x, _, _ = block(
+      x, positions=None, segment_ids=None, cache=None, key=None, shared={}
+    )
+  return found

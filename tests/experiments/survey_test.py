@@ -8,6 +8,7 @@ import re
 import pytest
 
 from efficient_attn.config import ConfigError
+from experiments.exponent import slope
 from experiments.survey import report, run
 from experiments.survey.claim import (
   FAILS,
@@ -17,7 +18,6 @@ from experiments.survey.claim import (
   UNDEFINED,
   VERDICTS,
   equals,
-  slope,
   within,
 )
 from experiments.survey.claims import CLAIMS

@@ -11,6 +11,7 @@ import pytest
 from efficient_attn.models.cost import flops, largest_array
 from efficient_attn.ops import lsh_attention as lsh
 from efficient_attn.ops import nsa, seer, vsa
+from efficient_attn.ops.attention import attention
 from efficient_attn.ops.clustered_attention import (
   clustered_attention,
   hamming_clusters,
@@ -339,3 +340,17 @@ def test_wrong_calls(unchecked):
     vsa.cut((3, 3), (2, 2, 2))
   with pytest.raises(ValueError, match='top_k is 0'):
     dsa_attention(*qkv, query, query[:, :, 0], query[..., 0], top_k=0)
+
+
+def test_hash_attention_of_an_encoder_in_chunks():
+  """With every key chosen it is attention, for many queries and few keys."""
+  rng = np.random.default_rng(2)
+  T, S, L = 300, 200, 16
+
+  def draw(*shape):
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+  q, k, v = draw(2, T, 8, 16), draw(2, S, 4, 16), draw(2, S, 4, 16)
+  bits = signs(draw(2, T, 8, L)), signs(draw(2, S, 4, L))
+  out, _ = hash_attention(q, k, v, *bits, top_k=S, causal=False)
+  np.testing.assert_allclose(out, attention(q, k, v), atol=1e-5)

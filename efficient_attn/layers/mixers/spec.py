@@ -28,7 +28,8 @@ class MixerSpec:
     bidirectional: whether it can also be an encoder's mixer: by itself
       (True), by one pass in each direction (TWO_PASSES), or not (False).
     packing: whether it keeps the segments of a packed row apart.
-    time: exponent of T in the cost of a training pass.
+    time: exponent of T in the cost of a training pass, counted from 16K to 64K
+      tokens: of a sum of terms it is one in between.
     state: exponent of T in the size of the decode state, or 'log'.
   """
 

@@ -1,14 +1,52 @@
 """Every claim, by its number."""
 
+from experiments.survey.claims.arithmetic import ARITHMETIC
+from experiments.survey.claims.budgets import BUDGETS
+from experiments.survey.claims.caches import CACHES
 from experiments.survey.claims.complexity import COMPLEXITY
+from experiments.survey.claims.compression import COMPRESSION
+from experiments.survey.claims.decoding import DECODING
+from experiments.survey.claims.errata import ERRATA
+from experiments.survey.claims.fast_weights import FAST_WEIGHTS
+from experiments.survey.claims.feature_maps import FEATURE_MAPS
 from experiments.survey.claims.hardware import HARDWARE
+from experiments.survey.claims.hashing import HASHING
+from experiments.survey.claims.low_rank import LOW_RANK
+from experiments.survey.claims.lra import LRA
 from experiments.survey.claims.memory import MEMORY
+from experiments.survey.claims.memory_tricks import MEMORY_TRICKS
 from experiments.survey.claims.patterns import PATTERNS
+from experiments.survey.claims.quality import QUALITY
+from experiments.survey.claims.quantization import QUANTIZATION
 from experiments.survey.claims.recurrences import RECURRENCES
+from experiments.survey.claims.scaling import SCALING
+from experiments.survey.claims.selectors import SELECTORS
+from experiments.survey.claims.speed import SPEED
 from experiments.survey.claims.traffic import TRAFFIC
 
-CLAIMS = dict(
-  sorted(
-    (MEMORY | TRAFFIC | HARDWARE | PATTERNS | RECURRENCES | COMPLEXITY).items()
-  )
+GROUPS = (
+  MEMORY,
+  TRAFFIC,
+  HARDWARE,
+  CACHES,
+  RECURRENCES,
+  ERRATA,
+  COMPLEXITY,
+  QUALITY,
+  FEATURE_MAPS,
+  PATTERNS,
+  HASHING,
+  LOW_RANK,
+  BUDGETS,
+  SELECTORS,
+  LRA,
+  SCALING,
+  MEMORY_TRICKS,
+  QUANTIZATION,
+  COMPRESSION,
+  DECODING,
+  ARITHMETIC,
+  FAST_WEIGHTS,
+  SPEED,
 )
+CLAIMS = dict(sorted({k: v for g in GROUPS for k, v in g.items()}.items()))

@@ -8,17 +8,15 @@ from efficient_attn import ops
 from efficient_attn.models import cost
 from efficient_attn.ops import masks
 from efficient_attn.ops.attention_merge import split_attention
-from efficient_attn.ops.fake_quant import fake_quant
 from efficient_attn.ops.paged_attention import paged_attention
 from efficient_attn.ops.sage_attention import Recipe, sage_attention
+from experiments.exponent import slope
 from experiments.survey.claim import (
   FAILS,
   HOLDS,
   RESTATED,
   Claim,
   Statement,
-  equals,
-  slope,
   within,
 )
 
@@ -204,62 +202,6 @@ R11 = Claim(
 )  # fmt: skip
 
 
-def cache_bits() -> dict:
-  """R12: 2-bit keys and values by channel and by token."""
-  _, k, v = arrays(1024)
-  rng = np.random.default_rng(2)
-  scales = np.where(rng.random((1, 1, 2, 64)) < 0.1, 10, 1)
-  tokens = np.where(rng.random((1, 1024, 2, 1)) < 0.1, 10, 1)
-  groups = {'channel': (1, 32, 1, 1), 'token': (1, 1, 1, 32)}
-  data = {
-    'keys with outlier channels': k * scales,
-    'values': v,
-    'values with outlier tokens': v * tokens,
-  }
-  found = {}
-  for what, x in data.items():
-    x = jnp.asarray(x, jnp.float32)
-    for by, group in groups.items():
-      rounded = fake_quant(x, 'uint2', group)
-      found[f'{what} by {by}'] = relative(rounded, x)
-  found['bits'] = 2 + 2 * 16 / 32  # and a scale and a zero point in 16 bits
-  return found
-
-
-def _by(what, better, worse, says) -> Statement:
-  return Statement(
-    says=says,
-    source='AS p. 15-16',
-    printed='',
-    measured=lambda v: (
-      f'{v[f"{what} by {better}"]:.3f} by {better}, '
-      f'{v[f"{what} by {worse}"]:.3f} by {worse}'
-    ),
-    judge=lambda v: (
-      HOLDS
-      if v[f'{what} by {better}'] < 0.95 * v[f'{what} by {worse}']
-      else FAILS
-    ),
-    rule='at least 5 percent less error',
-  )
-
-
-R12 = Claim(
-  title='Two-bit caches: keys by channel, values by token',
-  tier='b',
-  measure=cache_bits,
-  statements=(
-    _by('keys with outlier channels', 'channel', 'token',
-        'Keys with outlier channels want a scale for each channel'),
-    _by('values', 'token', 'channel', 'Values want a scale for each token'),
-    _by('values with outlier tokens', 'token', 'channel',
-        'Values with outlier tokens want a scale for each token'),
-    equals('Two-bit caches are 8 times smaller than 16 bits', 'AS p. 16',
-           '2 bits', 'bits', 2, unit='bits with scales and zero points'),
-  ),
-)  # fmt: skip
-
-
 def pieces() -> dict:
   """R13: attention to pieces of the keys, merged, against the whole."""
   q, k, v = arrays(4096)
@@ -330,7 +272,6 @@ HARDWARE = {
   'R07': R07,
   'R08': R08,
   'R11': R11,
-  'R12': R12,
   'R13': R13,
   'R14': R14,
 }

@@ -6,13 +6,13 @@ import numpy as np
 
 from efficient_attn.ops import masks
 from experiments import page
+from experiments.exponent import slope
 from experiments.survey.claim import (
   FAILS,
   HOLDS,
   RESTATED,
   Claim,
   Statement,
-  slope,
   within,
 )
 

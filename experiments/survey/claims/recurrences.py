@@ -15,13 +15,13 @@ from efficient_attn.ops.feature_maps import (
 )
 from efficient_attn.ops.linear_attention import linear_attention
 from experiments import page
+from experiments.exponent import slope
 from experiments.survey.claim import (
   FAILS,
   HOLDS,
   RESTATED,
   Claim,
   Statement,
-  slope,
   within,
 )
 from experiments.survey.models import cache_bytes, decode_flops, mixer

@@ -7,13 +7,13 @@ import numpy as np
 from efficient_attn.models import cost
 from efficient_attn.ops.attention_tiles import by_keys, tile_schedule
 from experiments import page
+from experiments.exponent import slope
 from experiments.survey.claim import (
   FAILS,
   HOLDS,
   Claim,
   Statement,
   equals,
-  slope,
   within,
 )
 

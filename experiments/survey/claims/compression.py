@@ -1,0 +1,304 @@
+"""Sizes of compressed models, counted on modules that hold no arrays."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_attn import models
+from efficient_attn.config import LMConfig
+from efficient_attn.layers.embed import Embed
+from efficient_attn.layers.ffn import GLU
+from efficient_attn.layers.param import LowRank, Projection
+from efficient_attn.models import cost
+from efficient_attn.models.encoder_decoder import EncoderDecoder
+from experiments import page
+from experiments.benchmarks.timing import interleaved
+from experiments.survey.claim import (
+  FAILS,
+  HOLDS,
+  NOT_HERE,
+  RESTATED,
+  Claim,
+  Statement,
+  equals,
+)
+from experiments.survey.encoders import Bert, Encoder
+from experiments.survey.models import parameters
+
+ALBERT = dict(vocab=30_000, embed=128, shared=True)
+ENCODERS = {
+  'BERT-base': Encoder(),
+  'BERT-large': Encoder(layers=24, width=1024, heads=16, ffn=4096),
+  'DistilBERT': Encoder(layers=6, types=0, pooler=False),
+  'TinyBERT-4': Encoder(layers=4, width=312, ffn=1200),
+  'ALBERT-base': Encoder(**ALBERT),
+  'ALBERT-large': Encoder(layers=24, width=1024, heads=16, ffn=4096, **ALBERT),
+  'ALBERT-xxlarge': Encoder(width=4096, heads=64, ffn=16_384, **ALBERT),
+}
+# MobileBERT (2004.02984): shapes of the matrices and vectors outside of the 24
+# layers, and of one layer, with how many there are.
+MOBILE = {
+  (30_522, 128): 1, (3 * 128, 512): 1, (512, 512): 1, (2, 512): 1, (512,): 3,
+}  # fmt: skip
+MOBILE_LAYER = {
+  (512, 128): 3 + 4,  # two bottlenecks, values; out of four ffns
+  (128, 128): 3,  # queries, keys, out
+  (128, 512): 4 + 1,  # into four ffns; out of the bottleneck
+  (128,): 2 * 3 + 1 + 2 + 3 + 4 * 3,  # biases and the two vectors of norms
+  (512,): 4 + 3,
+}
+
+
+TOKENS = 128
+TIMED = ('BERT-base', 'DistilBERT', 'TinyBERT-4')
+
+
+def shapes(make) -> nnx.Module:
+  """The module that `make` builds from seeds, without arrays."""
+  return nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+
+
+def encoders() -> dict:
+  """Parameters of the encoders, FLOPs of 128 tokens, and both over BERT's."""
+  found = {}
+  tokens = jax.ShapeDtypeStruct((1, TOKENS), jnp.int32)
+  for name, shape in ENCODERS.items():
+    model = shapes(functools.partial(Bert, shape))
+    graphdef, params = nnx.split(model)
+    found[name] = dict(
+      millions=parameters(model) / 1e6,
+      flops=cost.flops(
+        lambda p, x, g=graphdef: nnx.merge(g, p)(x), params, tokens
+      ),
+    )
+  layers = 24 * sum(math.prod(shape) * n for shape, n in MOBILE_LAYER.items())
+  outside = sum(math.prod(shape) * n for shape, n in MOBILE.items())
+  found['MobileBERT'] = dict(millions=(layers + outside) / 1e6)
+  for row in found.values():
+    row['smaller'] = found['BERT-base']['millions'] / row['millions']
+    if 'flops' in row:
+      row['fewer'] = found['BERT-base']['flops'] / row['flops']
+  return found
+
+
+def seconds() -> dict[str, float]:
+  """Forward passes of the same shapes with a vocabulary of 1000."""
+  tokens = jnp.zeros((1, TOKENS), jnp.int32)
+  calls = {}
+  for name in TIMED:
+    shape = dataclasses.replace(ENCODERS[name], vocab=1000)
+    graphdef, params = nnx.split(shapes(functools.partial(Bert, shape)))
+    params = jax.tree.map(lambda p: jnp.full(p.shape, 0.01, p.dtype), params)
+    call = jax.jit(lambda p, x, g=graphdef: nnx.merge(g, p)(x))
+    calls[name] = functools.partial(call, params, tokens)
+  return interleaved(calls, 5)
+
+
+def language_models() -> dict:
+  """Parameters, in billions, of models and of what is added to them."""
+  seven = LMConfig(
+    d_model=4096,
+    num_layers=32,
+    num_heads=32,
+    ffn_dim=11_008,
+    vocab_size=32_000,
+    tie_embeddings=False,
+  )
+  heads = {'heads': 32, 'head_dim': 128}
+  lora = {
+    rank: parameters(shapes(functools.partial(LowRank, 4096, rank, heads)))
+    for rank in (8, 16)
+  }
+  experts = dict(ffn_dim=14_336, mixers={'attention': dict(num_kv_heads=8)})
+  dense = models.parameter_count(dataclasses.replace(seven, **experts))
+  expert = parameters(shapes(functools.partial(GLU, 4096, 14_336, jax.nn.silu)))
+  router = parameters(
+    shapes(functools.partial(Projection, {'embed': 4096}, {'experts': 8}))
+  )
+  first = LMConfig(
+    d_model=512,
+    num_layers=6,
+    num_heads=8,
+    vocab_size=37_000,
+    ffn='mlp',
+    norm='layernorm',
+    norm_position='post',
+    position='sinusoidal',
+  )
+  found = dict(
+    seven=models.parameter_count(seven),
+    lora=2 * 32 * lora[8],  # queries and values of 32 layers
+    lora16=2 * 32 * lora[16],
+    mixtral=dense + 32 * (7 * expert + router),
+    active=dense + 32 * (expert + router),
+    first=parameters(shapes(functools.partial(EncoderDecoder, first))),
+  )
+  return {name: count / 1e9 for name, count in found.items()}
+
+
+def measure() -> dict:
+  """R34: sizes of compressed models."""
+  found = dict(encoders=encoders(), seconds=seconds()) | language_models()
+  size = {name: row['millions'] for name, row in found['encoders'].items()}
+  words = shapes(functools.partial(Embed, 30_000, 768))
+  albert = shapes(functools.partial(Bert, ENCODERS['ALBERT-base']))
+  split = parameters(albert.words) + parameters(albert.widen)
+  return (
+    found
+    | dict(
+      accelerator=jax.default_backend() != 'cpu',
+      embeddings=parameters(words) / split,
+      albert_base=size['BERT-base'] / size['ALBERT-base'],
+      albert_large=size['BERT-large'] / size['ALBERT-large'],
+      xxlarge=size['ALBERT-xxlarge'],
+      distilled=100 * (1 - size['DistilBERT'] / size['BERT-base']),
+      pipeline=4 * size['BERT-large'] / (size['DistilBERT'] / 2),
+      lora_percent=[
+        100 * found[k] / found['seven'] for k in ('lora', 'lora16')
+      ],
+      first_millions=1000 * found['first'],
+    )
+    | {
+      f'{name} smaller': row['smaller']
+      for name, row in found['encoders'].items()
+    }
+  )
+
+
+def _table(v) -> list:
+  base = v['seconds']['BERT-base']
+  rows = [
+    [
+      name,
+      row['millions'],
+      row['smaller'],
+      row.get('fewer', ''),
+      base / v['seconds'][name] if name in v['seconds'] else '',
+    ]
+    for name, row in v['encoders'].items()
+  ]
+  head = ['model', 'millions', 'times smaller', 'times fewer FLOPs',
+          'times faster']  # fmt: skip
+  return [
+    page.Table(head, rows),
+    page.Text(
+      f'Against BERT-base, {TOKENS} tokens; the time is that of this device.',
+      note=True,
+    ),
+  ]
+
+
+def _faster(v, name: str) -> float:
+  return v['seconds']['BERT-base'] / v['seconds'][name]
+
+
+def _speed(says: str, name: str, times: float) -> Statement:
+  return Statement(
+    says=says,
+    source='FL p. 10, table 2',
+    printed=f'{times}x',
+    measured=lambda v: f'{_faster(v, name):.2f}x',
+    judge=lambda v: (
+      NOT_HERE if not v['accelerator']
+      else HOLDS if abs(_faster(v, name) / times - 1) < 0.15 else FAILS
+    ),
+    rule=f'within 15 percent on an accelerator, {TOKENS} tokens',
+  )  # fmt: skip
+
+
+R34 = Claim(
+  title='How small compressed models are',
+  tier='b',
+  measure=measure,
+  parts=_table,
+  statements=(
+    *(
+      equals(says, source, printed, key, value, tolerance=0.05, unit=unit)
+      for says, source, printed, key, value, unit in (
+        ('DistilBERT is 1.7 times smaller than BERT', 'FL p. 10, table 2',
+         '1.7x', 'DistilBERT smaller', 1.7, 'x'),
+        ('TinyBERT is 7.5 times smaller', 'FL p. 10, table 2', '7.5x',
+         'TinyBERT-4 smaller', 7.5, 'x'),
+        ('MobileBERT is 4.3 times smaller', 'its paper (2004.02984); FLR names '
+         'it', '4.3x', 'MobileBERT smaller', 4.3, 'x'),
+        ('DistilBERT is 60 percent smaller',
+         'FLR, drawing of knowledge distillation', '60%', 'distilled', 60,
+         '%'),
+        ('DistilBERT is 40 percent smaller', 'FLR', '40%', 'distilled', 40,
+         '%'),
+        ('Factorised embeddings are 6 times smaller', 'FLR', '6x',
+         'embeddings', 6, 'x'),
+        ('ALBERT-xxlarge has 235M parameters',
+         'FLR, drawing of general methods', '235M', 'xxlarge', 235, 'M'),
+        ('340M, distilled to 66M, pruned to 33M, in INT8: 40 times', 'FLR',
+         '40x', 'pipeline', 40, 'x'),
+        ('The same chain: 85 times', 'FLR, drawing of the combined approach',
+         '85x', 'pipeline', 85, 'x'),
+        ('Mixtral 8x7B has 47B parameters', 'S003', '47B', 'mixtral', 47, 'B'),
+        ('and uses 13B of them for a token', 'S003', '13B', 'active', 13, 'B'),
+        ('The first Transformer had 65M parameters', 'S003', '65M',
+         'first_millions', 65, 'M'),
+      )
+    ),
+    Statement(
+      says='ALBERT has 12 to 18 times fewer parameters',
+      source='FLR',
+      printed='12-18x',
+      measured=lambda v: (
+        f'{v["albert_base"]:.2f}x (base), {v["albert_large"]:.2f}x (large)'
+      ),
+      judge=lambda v: (
+        HOLDS if 11.4 < v['albert_base'] and v['albert_large'] < 18.9
+        else RESTATED if v['albert_base'] < 12 < 18 < v['albert_large']
+        else FAILS
+      ),
+      rule='base and large against BERT of the same size, to 5 percent; '
+      'restated if the two lie around the range',
+    ),
+    Statement(
+      says='18 times fewer parameters are 89 percent fewer',
+      source='FLR, drawing of weight sharing',
+      printed='18x, 89%',
+      measured=lambda v: ', '.join(
+        f'{v[k]:.2f}x is {1 - 1 / v[k]:.1%}'
+        for k in ('albert_large', 'albert_base')
+      ),
+      judge=lambda v: (
+        HOLDS if abs(1 - 1 / v['albert_large'] - 0.89) < 0.02 else FAILS
+      ),
+      rule='within 2 points for ALBERT-large, the one with 18 times',
+    ),
+    Statement(
+      says='LoRA trains 0.1 percent of the parameters',
+      source='FLR',
+      printed='0.1%',
+      measured=lambda v: '{:.3f}% at rank 8, {:.3f}% at 16, for queries and '
+      'values of a 7B model'.format(*v['lora_percent']),
+      judge=lambda v: (
+        HOLDS if v['lora_percent'][0] < 0.1 <= v['lora_percent'][1] else FAILS
+      ),
+      rule='0.1 percent lies between rank 8 and 16',
+    ),
+    _speed('DistilBERT is 1.6 times as fast', 'DistilBERT', 1.6),
+    _speed('TinyBERT is 9.4 times as fast', 'TinyBERT-4', 9.4),
+    Statement(
+      says='These speed-ups are possible: at most the ratios of the FLOPs',
+      source='FL p. 10, table 2',
+      printed='1.6x, 9.4x',
+      measured=lambda v: ', '.join(
+        f'{v["encoders"][name]["fewer"]:.2f}x' for name in TIMED[1:]
+      ),
+      judge=lambda v: (
+        HOLDS if v['encoders']['DistilBERT']['fewer'] >= 1.6
+        and v['encoders']['TinyBERT-4']['fewer'] >= 9.4 else FAILS
+      ),
+      rule=f'FLOPs of the products, {TOKENS} tokens',
+    ),
+  ),
+)  # fmt: skip
+
+COMPRESSION = {'R34': R34}

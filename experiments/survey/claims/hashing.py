@@ -1,0 +1,279 @@
+"""Reformer: what hashing costs, and which keys it finds."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from efficient_attn.models import cost
+from efficient_attn.ops.lsh_attention import lsh_attention, lsh_buckets
+from experiments import page
+from experiments.exponent import slope
+from experiments.survey.claim import (
+  FAILS,
+  HOLDS,
+  RESTATED,
+  Claim,
+  Statement,
+  within,
+)
+from experiments.survey.seeds import SEEDS, mean, spread
+
+H, CHUNK = 64, 64
+LENGTHS = (2**10, 2**12, 2**14, 2**16)
+ANGLES = (0, 15, 30, 45, 60, 75, 90)
+ROUNDS = (1, 2, 4, 8)
+T, TOP = 1024, 16
+
+
+def factors(length: int, number: int) -> list[int]:
+  """2 N / 64 buckets, as advised, as one factor or as a product of two."""
+  buckets = 2 * length // CHUNK
+  first = 2 ** (round(math.log2(buckets)) // 2)
+  return [buckets] if number == 1 else [first, buckets // first]
+
+
+def costs() -> dict:
+  """FLOPs of hashing, and of what follows it, by length."""
+  found = {}
+  for length in LENGTHS:
+    x = jax.ShapeDtypeStruct((1, length, 1, H), jnp.float32)
+    for number, name in ((1, 'hashing'), (2, 'hashing by two factors')):
+      shapes = [(1, 1, H, factor // 2) for factor in factors(length, number)]
+      rotations = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
+      count = cost.count(lsh_buckets, x, rotations)
+      found.setdefault(name, []).append(count.operations)
+    ids = jax.ShapeDtypeStruct((1, length, 1, 1), jnp.int32)
+
+    def attend(q, k, v, ids, length=length):
+      number = 2 * length // CHUNK
+      return lsh_attention(
+        q, k, v, ids, num_buckets=number, chunk_size=CHUNK, causal=False
+      )
+
+    count = cost.count(attend, x, x, x, ids)
+    found.setdefault('sorting and attention', []).append(count.operations)
+  return {name: dict(cost=c, exponent=slope(LENGTHS, c))
+          for name, c in found.items()}  # fmt: skip
+
+
+def collisions(buckets: int) -> list[float]:
+  """How often two vectors at each of ANGLES share a bucket."""
+  rng = np.random.default_rng(0)
+  draws = 4000
+  rotations = [jnp.asarray(rng.standard_normal((1, draws, H, buckets // 2)))]
+  first, second = np.eye(H)[:2]
+  angles = np.radians(ANGLES)[:, None]
+  x = np.cos(angles) * first + np.sin(angles) * second
+  x = jnp.asarray(x[None, :, None], jnp.float32)
+  ids = np.asarray(lsh_buckets(x, rotations))[0, :, 0]
+  return [float(share) for share in (ids == ids[0]).mean(1)]
+
+
+def vectors(kind: str, seed: int) -> np.ndarray:
+  """Queries that are their own keys, [T, H]: independent, or 64 clusters."""
+  rng = np.random.default_rng(seed)
+  x = rng.standard_normal((T, H))
+  if kind == 'clusters':
+    centres = rng.standard_normal((64, H))
+    x = centres[rng.integers(0, 64, T)] + 0.7 * x
+  return x
+
+
+@jax.jit
+def _hash(x, rotations):
+  return lsh_buckets(x, rotations)
+
+
+def recall(kind: str) -> dict:
+  """The share of the TOP largest weights of a token in its bucket."""
+  found = {}
+  for seed in SEEDS:
+    x = vectors(kind, seed)
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    scores = x @ unit.T
+    np.fill_diagonal(scores, -np.inf)
+    best = np.argsort(-scores, 1)[:, :TOP]
+    weights = np.exp(scores - scores.max(1, keepdims=True))
+    weights /= weights.sum(1, keepdims=True)
+    rng = np.random.default_rng(seed + 100)
+    shape = (1, max(ROUNDS), H, T // CHUNK)
+    rotations = [jnp.asarray(rng.standard_normal(shape), jnp.float32)]
+    ids = np.asarray(_hash(jnp.asarray(x[None, :, None], jnp.float32),
+                           rotations))[0, :, 0]  # fmt: skip
+    same = ids[:, None] == ids
+    for rounds in ROUNDS:
+      seen = same[..., :rounds].any(-1)
+      np.fill_diagonal(seen, False)
+      row = found.setdefault(str(rounds), dict(recall=[], keys=[], mass=[]))
+      row['recall'].append(float(np.take_along_axis(seen, best, 1).mean()))
+      row['keys'].append(float(seen.sum() / (T * (T - 1))))
+      row['mass'].append(float((weights * seen).sum(1).mean()))
+  return found
+
+
+def exact() -> float:
+  """Attention in a single bucket against a sum over all other tokens."""
+  rng = np.random.default_rng(0)
+  length = 96
+  x, v = rng.standard_normal((2, length, 16))
+  unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+  scores = np.where(np.eye(length), -np.inf, x @ unit.T)
+  weights = np.exp(scores)
+  wanted = weights @ v / weights.sum(1, keepdims=True)
+  arrays = (jnp.asarray(a[None, :, None], jnp.float32) for a in (x, unit, v))
+  ids = jnp.zeros((1, length, 1, 2), jnp.int32)
+  found = lsh_attention(
+    *arrays, ids, num_buckets=1, chunk_size=length, causal=False
+  )
+  return float(np.abs(np.asarray(found)[0, :, 0] - wanted).max())
+
+
+def hashing() -> dict:
+  """R25."""
+  return dict(
+    costs=costs(),
+    collisions={str(b): collisions(b) for b in (16, 64)},
+    recall={kind: recall(kind) for kind in ('independent', 'clusters')},
+    one_bucket=exact(),
+  )
+
+
+def _exponent(values, name) -> float:
+  return values['costs'][name]['exponent']
+
+
+def _recall(values, kind, what='recall') -> list[float]:
+  return [mean(row[what]) for row in values['recall'][kind].values()]
+
+
+def _finds(values) -> str:
+  for rounds, verdict in ((0, HOLDS), (-1, RESTATED)):
+    if all(_recall(values, kind)[rounds] > 0.5 for kind in values['recall']):
+      return verdict
+  return FAILS
+
+
+def _plots(values) -> list:
+  made, axes = page.figure()
+  for i, (name, row) in enumerate(values['costs'].items()):
+    axes.loglog(
+      LENGTHS,
+      row['cost'],
+      marker=page.MARKERS[i],
+      color=page.COLORS[i],
+      label=f'{name}: N^{row["exponent"]:.2f}',
+    )
+  axes.set_xlabel('tokens N')
+  axes.set_ylabel('operations of one round')
+  page.legend(axes)
+  caption = f'One head of {H} channels, 2 N / {CHUNK} buckets'
+  parts = [page.Plot(made, caption)]
+  made, axes = page.figure()
+  for i, (buckets, shares) in enumerate(values['collisions'].items()):
+    axes.plot(
+      ANGLES,
+      shares,
+      marker=page.MARKERS[i],
+      color=page.COLORS[i],
+      label=f'{buckets} buckets',
+    )
+  axes.set_xlabel('angle of two vectors, degrees')
+  axes.set_ylabel('share a bucket')
+  page.legend(axes)
+  parts.append(page.Plot(made, f'4000 rotations of {H} channels'))
+  rows = [
+    [kind, rounds, *(spread(row[what]) for what in ('keys', 'recall', 'mass'))]
+    for kind, table in values['recall'].items()
+    for rounds, row in table.items()
+  ]
+  head = [
+    'vectors', 'rounds', 'keys in the bucket', f'of the {TOP} largest weights',
+    'of the weight of all',
+  ]  # fmt: skip
+  return [*parts, page.Table(head, rows)]
+
+
+R25 = Claim(
+  title='Attention in buckets of a hash',
+  tier='b',
+  measure=hashing,
+  parts=_plots,
+  statements=(
+    Statement(
+      says='Hashing costs O(n log n_B)',
+      source='FL p. 22, eq. 20-21',
+      printed='O(n log n)',
+      measured=lambda v: (
+        f'n^{_exponent(v, "hashing"):.2f}; with the buckets a product of two '
+        f'factors n^{_exponent(v, "hashing by two factors"):.2f}'
+      ),
+      judge=lambda v: HOLDS if _exponent(v, 'hashing') < 1.2 else FAILS,
+      rule='exponent below 1.2, where buckets keep their size of 32 tokens',
+    ),
+    Statement(
+      says='Sorting, and attention inside buckets, cost O(n log n)',
+      source='FL p. 22',
+      printed='O(n log n)',
+      measured=lambda v: f'n^{_exponent(v, "sorting and attention"):.2f}',
+      judge=lambda v: (
+        HOLDS if _exponent(v, 'sorting and attention') < 1.2 else FAILS
+      ),
+      rule='exponent below 1.2',
+    ),
+    Statement(
+      says='Similar vectors fall into the same bucket with high probability',
+      source='FL p. 22',
+      measured=lambda v: (
+        '16 buckets: '
+        + ', '.join(
+          f'{share:.3f} at {angle}'
+          for angle, share in zip(ANGLES, v['collisions']['16'], strict=True)
+        )
+      ),
+      judge=lambda v: (
+        HOLDS
+        if all(
+          s[0] == 1 and (np.diff(s) < 0).all() and s[1] > 5 * s[-1]
+          for s in v['collisions'].values()
+        )
+        else FAILS
+      ),
+      rule='certain at 0 degrees, less at every larger angle, and at 15 more '
+      'than 5 times as at 90',
+    ),
+    Statement(
+      says='The keys of the largest weights are found in the bucket',
+      source='FL p. 22',
+      measured=lambda v: '; '.join(
+        f'{kind}: {_recall(v, kind)[0]:.2f} in one round, '
+        f'{_recall(v, kind)[-1]:.2f} in {ROUNDS[-1]}, of '
+        f'{_recall(v, kind, "keys")[-1]:.2f} of all keys'
+        for kind in v['recall']
+      ),
+      judge=_finds,
+      rule=f'more than half of the {TOP} largest weights in one round, of '
+      f'clustered and of independent vectors; restated if in {ROUNDS[-1]} '
+      'rounds',
+    ),
+    Statement(
+      says='More rounds of hashing miss fewer similar vectors',
+      source='FL p. 22',
+      measured=lambda v: '; '.join(
+        f'{kind}: ' + ', '.join(f'{x:.2f}' for x in _recall(v, kind))
+        for kind in v['recall']
+      ),
+      judge=lambda v: (
+        HOLDS
+        if all((np.diff(_recall(v, kind)) > 0).all() for kind in v['recall'])
+        else FAILS
+      ),
+      rule=f'more of the {TOP} largest weights in each of {ROUNDS} rounds',
+    ),
+    within('With one bucket it is attention to all other tokens', 'FL p. 22',
+           'equal', 'one_bucket', 0, 1e-5),
+  ),
+)  # fmt: skip
+
+HASHING = {'R25': R25}

@@ -1,0 +1,192 @@
+"""Is attention of low rank? Spectra and errors, trained and random."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from efficient_attn import ops
+from efficient_attn.ops import masks
+from efficient_attn.ops.clustered_attention import (
+  clustered_attention,
+  hamming_clusters,
+)
+from efficient_attn.ops.nystrom import nystrom_attention
+from experiments import page
+from experiments.survey.claim import FAILS, HOLDS, Claim, Statement, within
+from experiments.survey.trained import (
+  activations,
+  language_model,
+  texts,
+  untrained,
+)
+
+LENGTH = 256
+RANKS = (8, 16, 32, 64, 128)
+
+
+def weights(query, key, mask=None):
+  """softmax(Q K^T / sqrt(H)) [B, N, T, S]: attention to one-hot values."""
+  B, S, N, _ = key.shape
+  eye = jnp.broadcast_to(jnp.eye(S)[None, :, None], (B, S, N, S))
+  return ops.attention(query, key, eye, mask=mask).swapaxes(1, 2)
+
+
+def energy(matrix, rank: int) -> float:
+  """The share of the squared singular values that the first `rank` have."""
+  squares = jnp.linalg.svd(matrix, compute_uv=False) ** 2
+  return float((squares[..., :rank].sum(-1) / squares.sum(-1)).mean())
+
+
+def relative(found, wanted) -> float:
+  """The Frobenius norm of the difference over that of what is wanted."""
+  return float(jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted))
+
+
+def projected(query, key, value, rank: int):
+  """Linformer with a random projection of the length to `rank` rows."""
+  draw = np.random.default_rng(rank).standard_normal((rank, key.shape[1]))
+  draw = jnp.asarray(draw * rank**-0.5, jnp.float32)
+  key, value = (jnp.einsum('rs,bsnh->brnh', draw, x) for x in (key, value))
+  return ops.attention(query, key, value)
+
+
+def low_rank() -> dict:
+  """R26: spectra, errors by rank, and the bound of clustered attention."""
+  tokens = texts(LENGTH, 16)[:4]
+  normal = np.random.default_rng(0).standard_normal((3, 4, LENGTH, 2, 32))
+  names = 'query', 'key', 'value'
+  layers = {
+    'trained': activations(language_model(), tokens),
+    'untrained': activations(untrained(), tokens),
+    'normal': [dict(zip(names, jnp.asarray(normal, jnp.float32), strict=True))],
+  }
+  found = dict(ranks=list(RANKS), violations=0, rows=0)
+  for source, activity in layers.items():
+    qkv = [[layer[name] for name in names] for layer in activity]
+    matrices = [weights(q, k) for q, k, _ in qkv]
+    causal = [weights(q, k, masks.Causal()) for q, k, _ in qkv]
+    for name, kind in ((source, causal), (f'{source}, unmasked', matrices)):
+      found[f'energy {name}'] = [
+        float(np.mean([energy(m, rank) for m in kind])) for rank in RANKS
+      ]
+    wanted = [ops.attention(*x) for x in qkv]
+    for method, call in (
+      ('nystrom', lambda *x, rank: nystrom_attention(
+        *x, num_landmarks=rank, iterations=None)),
+      ('linformer', projected),
+    ):  # fmt: skip
+      found[f'{method} {source}'] = [
+        float(np.mean([relative(call(*x, rank=rank), y)
+                       for x, y in zip(qkv, wanted, strict=True)]))
+        for rank in RANKS
+      ]  # fmt: skip
+    for (q, k, _), matrix in zip(qkv, matrices, strict=True):
+      violations, rows = _bound(q, k, matrix)
+      found['violations'] += violations
+      found['rows'] += rows
+  q, k, v = (x[:, :64] for x in qkv[0])
+  exact = nystrom_attention(q, k, v, num_landmarks=64, iterations=None)
+  found['nystrom exact'] = relative(exact, ops.attention(q, k, v))
+  return found
+
+
+def _bound(query, key, matrix, num_clusters=16) -> tuple[int, int]:
+  """Counts rows further from their cluster's than |q - q^c| |K| / sqrt(H)."""
+  B, T, N, H = query.shape
+  draw = jax.random.normal(jax.random.key(0), (N, H, 32))
+  clusters = hamming_clusters(
+    query, draw, num_clusters=num_clusters, iterations=5
+  )
+  eye = jnp.broadcast_to(jnp.eye(T)[None, :, None], (B, T, N, T))
+  rows = clustered_attention(
+    query, key, eye, clusters, num_clusters=num_clusters
+  ).swapaxes(1, 2)
+  chosen = jax.nn.one_hot(clusters, num_clusters)
+  sums = jnp.einsum('btnc,btnh->bcnh', chosen, query)
+  means = sums / jnp.maximum(chosen.sum(1).swapaxes(1, 2), 1)[..., None]
+  mean = jnp.einsum('btnc,bcnh->btnh', chosen, means)
+  far = jnp.linalg.norm(query - mean, axis=-1).swapaxes(1, 2)
+  size = jnp.linalg.norm(key.swapaxes(1, 2), ord=2, axis=(-2, -1))
+  bound = far * size[..., None] * H**-0.5
+  off = jnp.linalg.norm(rows - matrix, axis=-1)
+  return int((off > bound + 1e-6).sum()), off.size
+
+
+def _plots(values) -> list:
+  plots = []
+  for what, label, text in (
+    ('energy', 'share of squared singular values', 'Spectra of softmax(QK^T)'),
+    ('nystrom', 'relative error of the output', 'Nystrom attention'),
+    ('linformer', 'relative error of the output', 'Projected keys and values'),
+  ):
+    made, axes = page.figure()
+    for i, source in enumerate(('trained', 'untrained', 'normal')):
+      axes.plot(
+        values['ranks'],
+        values[f'{what} {source}'],
+        marker=page.MARKERS[i],
+        color=page.COLORS[i],
+        label=source,
+      )
+    axes.set_xscale('log', base=2)
+    axes.set_xlabel(f'rank or landmarks, of {LENGTH}')
+    axes.set_ylabel(label)
+    page.legend(axes)
+    plots.append(page.Plot(made, f'{text}, by what queries and keys are'))
+  return plots
+
+
+AT = RANKS.index(32)
+
+R26 = Claim(
+  title='Attention is approximately of low rank',
+  tier='b',
+  measure=low_rank,
+  parts=_plots,
+  statements=(
+    Statement(
+      says='Attention matrices of a trained model are of low rank',
+      source='FL p. 23-24',
+      measured=lambda v: (
+        f'{v["energy trained"][AT]:.1%} of the squared singular values are in '
+        f'the first {RANKS[AT]} of {LENGTH}; '
+        f'{v["energy trained, unmasked"][AT]:.1%} without the causal mask'
+      ),
+      judge=lambda v: HOLDS if v['energy trained'][AT] > 0.9 else FAILS,
+      rule=f'90 percent in the first {RANKS[AT]}',
+    ),
+    Statement(
+      says='So are those of normal queries and keys',
+      source='FL p. 23-24',
+      measured=lambda v: f'{v["energy normal"][AT]:.1%}',
+      judge=lambda v: HOLDS if v['energy normal'][AT] > 0.9 else FAILS,
+      rule=f'90 percent in the first {RANKS[AT]}',
+    ),
+    *(
+      Statement(
+        says=f'{title} with {RANKS[AT]} approximates attention of a trained '
+        'model',
+        source='FL p. 23-24',
+        measured=lambda v, name=name: (
+          f'relative error {v[f"{name} trained"][AT]:.2f} trained, '
+          f'{v[f"{name} normal"][AT]:.2f} normal'
+        ),
+        judge=lambda v, name=name: (
+          HOLDS if v[f'{name} trained'][AT] < 0.1 else FAILS
+        ),
+        rule='relative error of the output below 0.1, put in without training '
+        'and without the causal mask, which neither can have',
+      )
+      for name, title in (
+        ('nystrom', 'Nystrom attention'),
+        ('linformer', 'A random projection'),
+      )
+    ),
+    within('With every token a landmark, Nystrom attention is softmax '
+           'attention', 'FL p. 24', 'equal', 'nystrom exact', 0, 1e-3),
+    within('Weights of a cluster are off by |q - q^c| |K| at most', 'FL p. 25',
+           'bound', 'violations', 0, 0, unit='rows that break it'),
+  ),
+)  # fmt: skip
+
+LOW_RANK = {'R26': R26}

@@ -1,0 +1,226 @@
+"""Weights in few bits: codes as printed, and sizes with their scales."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from efficient_attn import models
+from efficient_attn.config import LMConfig
+from efficient_attn.ops.fake_quant import fake_quant
+from experiments import page
+from experiments.survey.claim import (
+  FAILS,
+  HOLDS,
+  NOT_HERE,
+  Claim,
+  Statement,
+  equals,
+  within,
+)
+
+RANGES = ((-0.3, 2.0), (0.5, 3.0))
+# A decoder of 7B parameters, as that of Llama.
+SEVEN = LMConfig(
+  d_model=4096,
+  num_layers=32,
+  num_heads=32,
+  ffn_dim=11_008,
+  vocab_size=32_000,
+  tie_embeddings=False,
+)
+# By name: format, weights that share a scale (None: an output channel), bits
+# of what is stored with them.
+STORED = {
+  'FP16': ('', 1, 0),
+  'INT8': ('int8', None, 32),
+  'INT4': ('int4', 128, 16),
+  'INT4 with zero points': ('uint4', 128, 32),
+}
+
+
+def printed(weights: np.ndarray, bits=8) -> tuple[np.ndarray, np.ndarray]:
+  """Codes and values of FL eqs. 10-11: round(W / s + z), and back."""
+  step = (weights.max() - weights.min()) / (2**bits - 1)
+  zero = np.round(weights.min() / step)
+  codes = np.round(weights / step + zero)
+  return codes, step * (codes - zero)
+
+
+def codes_of(weights: np.ndarray) -> np.ndarray:
+  """The codes of the framework's uint8, read off its values."""
+  values = np.asarray(fake_quant(jnp.asarray(weights), 'uint8', (None,)))
+  step = (weights.max() - weights.min()) / 255
+  return np.round((values - weights.min()) / step)
+
+
+def equations() -> dict:
+  """Ranges of codes, and errors in steps, on uniform weights."""
+  found = {}
+  for i, (low, high) in enumerate(RANGES):
+    weights = np.random.default_rng(0).uniform(low, high, 100_000)
+    weights = weights.astype(np.float32)
+    step = (weights.max() - weights.min()) / 255
+    codes, values = printed(weights)
+    ours = codes_of(weights)
+    found[f'printed codes {i}'] = [int(codes.min()), int(codes.max())]
+    found[f'codes {i}'] = [int(ours.min()), int(ours.max())]
+    found[f'printed error {i}'] = float(np.abs(values - weights).max() / step)
+    cut = values + step * (np.clip(codes, 0, 255) - codes)
+    found[f'cut error {i}'] = float(np.abs(cut - weights).max() / step)
+    ours = fake_quant(jnp.asarray(weights), 'uint8', (None,))
+    found[f'error {i}'] = float(jnp.abs(ours - weights).max() / step)
+  found['printed error'] = max(found['printed error 0'],
+                               found['printed error 1'])  # fmt: skip
+  return found
+
+
+def bits(form: str) -> int:
+  """Bits that tell apart the values of one group in a format."""
+  if not form:
+    return jnp.finfo(jnp.float16).bits
+  x = jax.random.normal(jax.random.key(0), (100_000,))
+  values = fake_quant(x, form, (None,))
+  return math.ceil(math.log2(len(jnp.unique(values))))
+
+
+def stored(params, name: str, embeddings: bool) -> float:
+  """Bytes of parameters in a format; vectors are in 16 bits.
+
+  Args:
+    params: by path, with the metadata of the layers.
+    name: in `STORED`.
+    embeddings: whether those are in this format too, or in 16 bits.
+  """
+  form, group, beside = STORED[name]
+  each, total = bits(form), 0
+  for path, p in params:
+    table = 'table' in path
+    if 'scale' in path or (table and not embeddings):
+      total += 16 * p.size
+      continue
+    stacked = p.ndim - len(p.axes)
+    first = stacked + (0 if table else p.inputs)  # a row, or an output channel
+    inputs = p.shape[-1] if table else math.prod(p.shape[stacked:first])
+    groups = p.size // inputs * -(-inputs // (group or inputs))
+    total += each * p.size + beside * groups
+  return total / 8
+
+
+def measure() -> dict:
+  """R33: codes as printed, and sizes of a 7B decoder by format."""
+  found = equations()
+  params = nnx.to_flat_state(nnx.state(models.abstract(SEVEN)))
+  full = 4 * sum(p.size for _, p in params)
+  found['FP32'] = full / 1e9
+  for name, (form, *_) in STORED.items():
+    whole = stored(params, name, True)
+    found |= {
+      f'{name} GB': whole / 1e9,
+      f'{name} bits': bits(form),
+      f'{name} ratio': full / whole,
+      f'{name} ratio without embeddings': full / stored(params, name, False),
+    }
+  found['FP16 to INT4'] = found['INT4 ratio'] / found['FP16 ratio']
+  return found
+
+
+def _table(v) -> list:
+  rows = [
+    [
+      name,
+      v[f'{name} bits'],
+      group or 'output channel',
+      v[f'{name} GB'],
+      v[f'{name} ratio'],
+      v[f'{name} ratio without embeddings'],
+    ]
+    for name, (_, group, _) in STORED.items()
+  ]
+  head = ['format', 'bits of a code', 'weights in a group', 'GB',
+          'times less than FP32', 'with embeddings in 16 bits']  # fmt: skip
+  return [
+    page.Table(head, rows),
+    page.Text(
+      f'A decoder of {v["FP32"] / 4:.2f}B parameters with its scales: 32 bits '
+      'an output channel (INT8), 16 bits a group (INT4), and as many for zero '
+      'points; vectors in 16 bits.',
+      note=True,
+    ),
+  ]
+
+
+def _ranges(v, name):
+  return ' and '.join(
+    f'{v[f"{name} {i}"]} for weights in {list(span)}'
+    for i, span in enumerate(RANGES)
+  )
+
+
+R33 = Claim(
+  title='Weights in few bits',
+  tier='b',
+  measure=measure,
+  parts=_table,
+  statements=(
+    Statement(
+      says='The equations give codes of N bits',
+      source='FL p. 11, eqs. 10-11',
+      printed='0 to 2^N - 1',
+      measured=lambda v: f'{_ranges(v, "printed codes")} at 8 bits',
+      judge=lambda v: (
+        HOLDS if all(
+          0 <= v[f'printed codes {i}'][0] <= v[f'printed codes {i}'][1] < 256
+          for i in (0, 1)
+        ) else FAILS
+      ),
+      rule='all codes in 0 to 255',
+    ),
+    Statement(
+      says='With the zero point subtracted they do',
+      source='FL p. 11, eqs. 10-11, corrected; `ops.fake_quant`',
+      printed='0 to 2^N - 1',
+      measured=lambda v: (
+        f'{_ranges(v, "codes")}; errors {v["error 0"]:.3f} and '
+        f'{v["error 1"]:.3f} steps, where eqs. 10-11 cut to 8 bits give '
+        f'{v["cut error 0"]:.0f} and {v["cut error 1"]:.0f}'
+      ),
+      judge=lambda v: (
+        HOLDS if all(
+          v[f'codes {i}'] == [0, 255] and v[f'error {i}'] < 0.501
+          for i in (0, 1)
+        ) else FAILS
+      ),
+      rule='codes in 0 to 255 and errors of half a step',
+    ),
+    within('Weights come back to half a step, whatever the codes',
+           'FL p. 11, eq. 10', '0.5', 'printed error', 0.49, 0.501,
+           unit='steps'),
+    *(
+      equals(says, source, printed, key, value, tolerance=0.05, unit='x')
+      for says, source, printed, key, value in (
+        ('FP16 halves the size', 'FLR', '2x', 'FP16 ratio', 2),
+        ('INT8 takes a quarter of FP32', 'FL p. 11, FLR', '4x', 'INT8 ratio',
+         4),
+        ('INT4 takes an eighth of FP32', 'FLR', '8x', 'INT4 ratio', 8),
+        ('INT4 takes a quarter of FP16', 'S003', '4x', 'FP16 to INT4', 4),
+      )
+    ),
+    *(
+      Statement(
+        says=says, source=source, printed=printed, measured=lambda v: '',
+        judge=lambda v: NOT_HERE, rule=rule,
+      )
+      for says, source, printed, rule in (
+        ('INT8 is 2 to 4 times as fast, INT4 4 to 8 times', 'FLR',
+         '2-4x, 4-8x', 'kernels for products of 8 and 4 bits'),
+        ('Product quantisation makes a model 25 times smaller, of 14 MB',
+         'FL p. 11', '25x', 'the original model'),
+      )
+    ),
+  ),
+)  # fmt: skip
+
+QUANTIZATION = {'R33': R33}
