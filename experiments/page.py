@@ -8,48 +8,68 @@ that they can be read on light and on dark ground.
 import dataclasses
 import html
 import io
+import itertools
+import math
+import pathlib
 import re
+import zlib
 from collections.abc import Callable, Sequence
 
 import matplotlib
 from matplotlib.figure import Figure
 
 INK = '#010203'  # of axes and letters, replaced by the colour of the text
+# Three to one or more on white and on the dark ground below.
 COLORS = (
-  '#4477aa', '#ee6677', '#228833', '#ccbb44', '#66ccee', '#aa3377', '#999999',
+  '#4a7fd1', '#e0525f', '#2f9e44', '#a8860a', '#b865c4', '#1a98b5', '#868686',
 )  # fmt: skip
 MARKERS = 'osD^vPX'
+LINK = re.compile(r'\[([^]]+)\]\((#[^)]*)\)')  # within the page
+NUMBER = re.compile(  # with its spread and its unit
+  r'[-−+±]?[\d.,]+(e[-+]?\d+)?( ± [\d.]+)?( ?[^\s\d]{1,5})?|-?inf|nan'
+)
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1e; --ground: #ffffff;
   --faint: #6a6a70; --line: #dcdce0; --good: #1a7f37; --bad: #c62828;
-  --open: #8a6100; --box: #f5f5f7; }
+  --open: #8a6100; --box: #f5f5f7; --more: #00000040; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8e8ea;
   --ground: #17171a; --faint: #a0a0a8; --line: #3a3a40; --good: #57c477;
-  --bad: #ff8a80; --open: #e3b341; --box: #222226; } }
+  --bad: #ff8a80; --open: #e3b341; --box: #222226; --more: #ffffff40; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 72rem; padding: 1.5rem 1rem 4rem;
-  color: var(--ink); background: var(--ground);
+  color: var(--ink); background: var(--ground); overflow-wrap: break-word;
   font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; line-height: 1.2; }
-h2 { font-size: 1.2rem; margin-top: 2.5rem; }
+h2 { font-size: 1.2rem; margin-top: 2.5rem; line-height: 1.3; }
 p, li { max-width: 46rem; }
 .note { color: var(--faint); font-size: .85rem; }
-.wide { overflow-x: auto; }
+/* A shadow at the right says that there is more to scroll to. */
+.wide { margin: 1rem 0; overflow-x: auto; background:
+  linear-gradient(var(--ground), var(--ground)) right / 1rem 100% no-repeat
+  local, linear-gradient(to left, var(--more), transparent) right / .7rem 100%
+  no-repeat scroll; }
 table { border-collapse: collapse; font-size: .85rem;
   font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .7rem .3rem 0; text-align: left; vertical-align: top;
+th, td { padding: .3rem 1rem .3rem 0; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--line); }
-th { white-space: nowrap; color: var(--faint); font-weight: 600; }
-td { min-width: 3rem; }
-td.number, th.number { text-align: right; white-space: nowrap; }
+th:last-child, td:last-child { padding-right: 0; }
+th { vertical-align: bottom; color: var(--faint); font-weight: 600;
+  line-height: 1.3; overflow-wrap: normal; }
+th:first-child { white-space: nowrap; }
+td { min-width: 3rem; white-space: nowrap; }
+td.long { min-width: 10rem; white-space: normal; }
+.number { text-align: right; }
 .good { color: var(--good); } .bad { color: var(--bad); }
 .open { color: var(--open); }
-figure { margin: 1rem 0; } figure svg { max-width: 100%; height: auto; }
-figcaption { color: var(--faint); font-size: .85rem; }
-pre { overflow-x: auto; padding: .8rem; background: var(--box);
-  border-radius: .4rem; font-size: .8rem; }
-a { color: inherit; }
+figure { display: inline-block; vertical-align: top; max-width: 100%;
+  margin: 1rem 2rem 1rem 0; }
+@media (max-width: 36rem) { figure { margin-right: 0; } }
+figure svg { display: block; max-width: 100%; height: auto; }
+figcaption { max-width: 31rem; color: var(--faint); font-size: .85rem; }
+pre { padding: .8rem; background: var(--box); border-radius: .4rem;
+  font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+a { color: inherit; text-underline-offset: .15em; }
 """
 
 
@@ -102,7 +122,7 @@ class Code:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """Rows of cells; numbers stand to the right.
+  """Rows of cells; numbers stand to the right, long text has room.
 
   Attributes:
     head: of the columns.
@@ -116,14 +136,20 @@ class Table:
 
   def html(self) -> str:
     """For the page."""
-    right = [
-      all(_is_number(row[i]) for row in self.rows if row[i] != '')
-      for i in range(len(self.head))
+    columns = [
+      [LINK.sub(r'\1', str(cell)) for cell in column if cell != '']
+      for column in zip(*self.rows, strict=True)
+    ] or [[]] * len(self.head)
+    layout = [
+      'number'
+      if all(NUMBER.fullmatch(cell) for cell in column)
+      else 'long' * any(len(cell) > 24 for cell in column)
+      for column in columns
     ]
 
     def cells(tag, row, kind=lambda cell: ''):
       for i, cell in enumerate(row):
-        classes = ' '.join(filter(None, ('number' * right[i], kind(cell))))
+        classes = ' '.join(filter(None, (layout[i], kind(cell))))
         said = f' class="{classes}"' if classes else ''
         yield f'<{tag}{said}>{_inline(show(cell))}</{tag}>'
 
@@ -151,6 +177,7 @@ class Plot:
 
   figure: Figure
   caption: str
+  file: str = ''  # where report.md finds it
 
   def html(self) -> str:
     """For the page."""
@@ -161,10 +188,10 @@ class Plot:
 
   def markdown(self) -> str:
     """For report.md."""
-    return f'*{self.caption}* (a plot in report.html)'
+    return f'![{self.caption}]({self.file})'
 
 
-def figure(width: float = 6.4, height: float = 4.0) -> tuple[Figure, object]:
+def figure(width: float = 5.2, height: float = 3.4) -> tuple[Figure, object]:
   """Returns an empty figure, in inches, and its axes."""
   made = Figure(figsize=(width, height), layout='constrained')
   made.patch.set_alpha(0)
@@ -179,9 +206,18 @@ def figure(width: float = 6.4, height: float = 4.0) -> tuple[Figure, object]:
   return made, axes
 
 
-def legend(axes, **options) -> None:
-  """Adds a legend without a frame, in the colour of the text."""
-  axes.legend(frameon=False, labelcolor=INK, fontsize='small', **options)
+def legend(axes) -> None:
+  """Adds a legend above the axes, where it hides nothing; call it last."""
+  made, (handles, labels) = axes.figure, axes.get_legend_handles_labels()
+  width = 38 + 5.4 * max(map(len, labels), default=0)  # of an entry, in points
+  columns = max(1, int(72 * made.get_figwidth() / width))
+  rows = math.ceil(len(labels) / columns)
+  made.set_figheight(made.get_figheight() + 0.18 * rows)
+  made.legend(
+    handles, labels, loc='outside upper left', ncols=columns, frameon=False,
+    labelcolor=INK, fontsize=9, handlelength=1.6, columnspacing=1.2,
+    labelspacing=0.3, borderpad=0.2,
+  )  # fmt: skip
 
 
 def svg(made: Figure) -> str:
@@ -193,7 +229,27 @@ def svg(made: Figure) -> str:
   element = text.getvalue()
   element = element[element.index('<svg') :]
   element = re.sub(r'<metadata>.*?</metadata>', '', element, flags=re.DOTALL)
+  # Matplotlib names the parts of all figures alike; ids of a page are unique.
+  key = f'p{zlib.crc32(element.encode()):08x}-'
+  element = re.sub(r'( id="|href="#|url\(#)', rf'\g<1>{key}', element)
   return element.replace(INK, 'currentColor')
+
+
+def write(folder: pathlib.Path, title: str, parts: Sequence) -> None:
+  """Writes report.html, and report.md with its plots in `plots`."""
+  (folder / 'plots').mkdir(parents=True, exist_ok=True)
+  numbers = itertools.count(1)
+  parts = [
+    dataclasses.replace(part, file=f'plots/{next(numbers)}.png')
+    if isinstance(part, Plot)
+    else part
+    for part in parts
+  ]
+  for part in parts:
+    if isinstance(part, Plot):
+      part.figure.savefig(folder / part.file, dpi=90, facecolor='white')
+  (folder / 'report.html').write_text(page(title, parts))
+  (folder / 'report.md').write_text(markdown(title, parts))
 
 
 def page(title: str, parts: Sequence) -> str:
@@ -213,8 +269,13 @@ def markdown(title: str, parts: Sequence) -> str:
 
 
 def anchor(text: str) -> str:
-  """Returns the id of a heading."""
-  return re.sub(r'[^a-z0-9]+', '-', text.lower()).strip('-')
+  """Returns the id of a heading, as web pages of markdown have it."""
+  return re.sub(r'[^\w\s-]', '', text.lower()).strip().replace(' ', '-')
+
+
+def link(text: str, heading: str) -> str:
+  """Returns text that leads to a heading of the same report."""
+  return f'[{text}](#{anchor(heading)})'
 
 
 def show(cell) -> str:
@@ -226,10 +287,7 @@ def show(cell) -> str:
   return str(cell)
 
 
-def _is_number(cell) -> bool:
-  return not isinstance(cell, str) or bool(re.match(r'^[-−+]?[\d.]', cell))
-
-
 def _inline(text: str) -> str:
-  """Escapes text and sets what stands in backticks as code."""
-  return re.sub(r'`([^`]+)`', r'<code>\1</code>', html.escape(text))
+  """Escapes text; what stands in backticks is code; links within the page."""
+  text = re.sub(r'`([^`]+)`', r'<code>\1</code>', html.escape(text))
+  return LINK.sub(r'<a href="\2">\1</a>', text)

@@ -30,7 +30,8 @@ def main():
   args = parser.parse_args()
   os.chdir(ROOT)
   # A device a core is for runs that spread over them; it costs ops a thread.
-  devices = cli.count_cores() if args.suite == 'trainer' else 1
+  many = args.suite in ('trainer', 'grid')
+  devices = cli.count_cores() if many else 1
   cli.use_cpu_devices(devices)
   figures = importlib.import_module(SUITES[args.suite]).measure(args.rounds)
   record = dict(

@@ -1,16 +1,23 @@
-"""Writes the table of methods in README.md from the rows of `MIXERS`.
+"""Writes the tables of README.md: the rows of `MIXERS`, and what holds.
 
 python launch/table.py [--check]
 """
 
 import argparse
+import json
 import pathlib
 import re
+import sys
 
-from efficient_attn.layers.mixers import MIXERS, MixerSpec
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
-README = pathlib.Path(__file__).parents[1] / 'README.md'
-BEGIN, END = '<!-- methods -->\n', '<!-- /methods -->\n'
+from efficient_attn.layers.mixers import MIXERS, MixerSpec  # noqa: E402
+from experiments.survey import report  # noqa: E402
+from experiments.survey.claims import CLAIMS  # noqa: E402
+
+README = ROOT / 'README.md'
+SURVEY = 'experiments/survey/results'
 COLUMNS = {
   'name': lambda name, spec: f'`{name}`',
   'method': lambda name, spec: link(spec),
@@ -45,7 +52,7 @@ def power(exponent: float | str) -> str:
   return {0: '1', 1: 'T', 2: 'T²'}.get(exponent, f'T^{exponent:g}')
 
 
-def table() -> str:
+def methods() -> str:
   """Returns the markdown table, one line a row of `MIXERS`."""
   rows = [
     [column(name, spec) for column in COLUMNS.values()]
@@ -55,11 +62,20 @@ def table() -> str:
   return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
 
 
+def survey() -> str:
+  """Returns the survey's summary, with links into its stored report."""
+  record = json.loads((ROOT / SURVEY / 'results.json').read_text())
+  table = report.summary(CLAIMS, record).markdown()
+  return table.replace('](#', f']({SURVEY}/report.md#') + '\n'
+
+
 def updated(text: str) -> str:
-  """Returns `text` with the current table between its markers."""
-  before, rest = text.split(BEGIN)
-  after = rest.split(END)[1]
-  return f'{before}{BEGIN}\n{table()}\n{END}{after}'
+  """Returns `text` with the current tables between their markers."""
+  for name, table in (('methods', methods), ('survey', survey)):
+    begin, end = f'<!-- {name} -->\n', f'<!-- /{name} -->\n'
+    before, rest = text.split(begin)
+    text = f'{before}{begin}\n{table()}\n{end}{rest.split(end)[1]}'
+  return text
 
 
 def main():

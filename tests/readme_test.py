@@ -9,6 +9,7 @@ import shlex
 import pytest
 
 from efficient_attn import cli, config, models
+from experiments.ablations import study
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = ('README.md', 'experiments/benchmarks/README.md')
@@ -45,7 +46,11 @@ def test_command(words, monkeypatch):
   changes = [flag for flag in flags if flag.startswith('--config.')]
   configs = [file for file in files if file.startswith('configs/')]
   source = f'--config={[QUICKSTART, *configs][-1]}'
-  run, _ = cli.parse_config(argparse.ArgumentParser(), [source, *changes])
+  of_run = [c for c in changes if not c.startswith('--config.sweep.')]
+  run, _ = cli.parse_config(argparse.ArgumentParser(), [source, *of_run])
+  if 'launch/ablate.py' in words:
+    _, changed = cli.parse_changes(argparse.ArgumentParser(), changes)
+    study.load(configs[-1], changed)
   models.abstract(run.model)  # mixers know their options
   if words[0] == 'python':
     scripts = (pathlib.Path(words[1]), pathlib.Path(cli.__file__))

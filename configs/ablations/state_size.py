@@ -25,8 +25,8 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.optimizer = dict(warmup_steps=500)
   config.update(steps=20_000, batch_size=256)
   if arg == 'tiny':
-    config.model.vocab_size = 128
-    config.data.options.update(vocab_size=128, segments=((64, 8, 1),))
+    config.model.vocab_size = 256
+    config.data.options.update(vocab_size=256, segments=((64, 8, 1),))
     config.data.valid_examples = 512
     config.optimizer.warmup_steps = 50
     config.update(steps=500, batch_size=32)
@@ -35,6 +35,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
 
 def sweep(arg: str = '') -> dict:
   """What is compared."""
+  rows = ('deltanet', 'linear') if arg == 'tiny' else ROWS
   widths = (16, 32, 64) if arg == 'tiny' else (32, 64, 128, 256)
   windows = (8, 32) if arg == 'tiny' else (8, 32, 128, 256)
 
@@ -45,7 +46,7 @@ def sweep(arg: str = '') -> dict:
     title='Recall against memory',
     architectures={
       f'{name} {width}': options(name, width)
-      for name in ROWS
+      for name in rows
       for width in widths
     }
     | {

@@ -86,10 +86,7 @@ def parts(study: Study, records: Sequence[Mapping], command: str) -> list:
 
 def write(study: Study, records, command: str, out: pathlib.Path) -> None:
   """Writes report.html and report.md."""
-  out.mkdir(parents=True, exist_ok=True)
-  made = parts(study, records, command)
-  (out / 'report.html').write_text(page.page(study.title, made))
-  (out / 'report.md').write_text(page.markdown(study.title, made))
+  page.write(out, study.title, parts(study, records, command))
 
 
 def _machines(records) -> list[str]:
@@ -152,17 +149,25 @@ def _table(study, task, records) -> page.Table:
 
 def _frontier(study, records) -> page.Plot:
   made, axes = page.figure()
-  for i, record in enumerate(records):
+  families = {}  # one line for 'gla 16', 'gla 32', ...
+  for record in records:
     runs = best_runs(record, study.metric)
     mean, half = interval([score(run, study.metric) for run in runs])
+    family = record['architecture'].rstrip(' -0123456789')
+    size = max(record['sizes']['state'], 1)
+    families.setdefault(family, []).append((size, mean, half))
+  for i, (family, points) in enumerate(families.items()):
+    sizes, means, halves = zip(*sorted(points), strict=True)
     axes.errorbar(
-      max(record['sizes']['state'], 1),
-      mean,
-      yerr=None if math.isnan(half) else half,
-      fmt=page.MARKERS[i % len(page.MARKERS)],
+      sizes,
+      means,
+      None if any(map(math.isnan, halves)) else halves,
+      marker=page.MARKERS[i % len(page.MARKERS)],
       color=page.COLORS[i % len(page.COLORS)],
-      label=record['architecture'],
+      markerfacecolor='none',  # to see the one below, too
+      linewidth=1,
       capsize=3,
+      label=family,
     )
   axes.set_xscale('log', base=2)
   axes.set_xlabel('bytes of decode state')

@@ -3,6 +3,7 @@
 # Each module has measure(rounds) -> {name: figure}.
 SUITES = {
   'trainer': 'experiments.benchmarks.trainer',
+  'grid': 'experiments.benchmarks.grid',
   'attention': 'experiments.benchmarks.attention',
   'accuracy': 'experiments.benchmarks.accuracy',
   'linear': 'experiments.benchmarks.linear',

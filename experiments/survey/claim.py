@@ -72,6 +72,11 @@ class Claim:
   parts: Callable[[Values], list] = lambda values: []
 
 
+def shown(number: float) -> str:
+  """Returns four digits, or all of those before the point."""
+  return f'{number:,.0f}' if abs(number) >= 1000 else f'{number:.4g}'
+
+
 def equals(
   says: str,
   source: str,
@@ -93,9 +98,9 @@ def equals(
     says=says,
     source=source,
     printed=printed,
-    measured=lambda values: f'{values[key]:.6g} {unit}'.strip(),
+    measured=lambda values: f'{shown(values[key])} {unit}'.strip(),
     judge=judge,
-    rule=f'within {tolerance:.3g} of {value:g}, relative',
+    rule=f'within {tolerance:.1%} of {shown(value)}',
   )
 
 
@@ -120,7 +125,7 @@ def within(
     says=says,
     source=source,
     printed=printed,
-    measured=lambda values: f'{values[key]:.4g} {unit}'.strip(),
+    measured=lambda values: f'{shown(values[key])} {unit}'.strip(),
     judge=judge,
-    rule=f'between {low:g} and {high:g}',
+    rule=f'between {shown(low)} and {shown(high)}',
   )

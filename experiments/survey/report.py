@@ -16,6 +16,7 @@ from experiments.survey.claim import (
   Claim,
 )
 from experiments.survey.run import verdicts
+from experiments.survey.tables import tables
 
 TITLE = 'What the surveys of efficient attention say, measured again'
 KINDS = {
@@ -40,7 +41,8 @@ def summary(claims: Mapping[str, Claim], record: Mapping) -> page.Table:
   for name, claim in claims.items():
     counts = collections.Counter(verdicts(claim, record['claims'][name]))
     total += counts
-    rows.append([name, claim.title, claim.tier, *(counts[c] for c in columns)])
+    to = page.link(name, f'{name} {claim.title}')
+    rows.append([to, claim.title, claim.tier, *(counts[c] for c in columns)])
   rows.append(['', 'all', '', *(total[c] for c in columns)])
   rows = [[cell or '' for cell in row] for row in rows]
   return page.Table(['', 'claim', 'tier', *columns], rows)
@@ -68,21 +70,24 @@ def parts(claims: Mapping[str, Claim], record: Mapping, command: str) -> list:
     rows = [
       [
         statement.says,
-        statement.source,
+        verdict,
         statement.printed,
         '' if verdict == NOT_HERE else statement.measured(measured['values']),
         statement.rule,
-        verdict,
+        statement.source,
       ]
       for statement, verdict in zip(
         claim.statements, verdicts(claim, measured), strict=True
       )
     ]
-    head = ['statement', 'source', 'printed', 'measured', 'rule', 'verdict']
+    head = ['statement', 'verdict', 'printed', 'measured', 'rule', 'source']
     found.append(page.Table(head, rows, kind=kind))
     if measured['values'] is not None:
       found += claim.parts(measured['values'])
     found.append(page.Text(f'{measured["seconds"]} s', note=True))
+  found.append(page.Heading('The tables of the surveys'))
+  every = record['claims'].items()
+  found += tables({n: m['values'] for n, m in every if m.get('values')})
   found.append(page.Heading('Sources'))
   found.append(page.Table(['name', 'document'], list(SOURCES.items())))
   return found
@@ -90,6 +95,4 @@ def parts(claims: Mapping[str, Claim], record: Mapping, command: str) -> list:
 
 def write(claims, record, command: str, out: pathlib.Path) -> None:
   """Writes report.html and report.md."""
-  made = parts(claims, record, command)
-  (out / 'report.html').write_text(page.page(TITLE, made))
-  (out / 'report.md').write_text(page.markdown(TITLE, made))
+  page.write(out, TITLE, parts(claims, record, command))

@@ -3,11 +3,13 @@
 import argparse
 import dataclasses
 import json
+import pathlib
 import re
 
 import pytest
 
 from efficient_attn.config import ConfigError
+from efficient_attn.layers.mixers import MIXERS
 from experiments.exponent import slope
 from experiments.survey import report, run
 from experiments.survey.claim import (
@@ -21,6 +23,7 @@ from experiments.survey.claim import (
   within,
 )
 from experiments.survey.claims import CLAIMS
+from experiments.survey.claims.complexity import agrees, exponents
 from launch import survey
 
 # Statements that counting shows to be wrong, or to say nothing.
@@ -61,6 +64,43 @@ def test_counting_finds_what_is_wrong_and_nothing_else(name):
     assert statement.measured(found['values'])
   for part in claim.parts(found['values']):
     assert part.html() and part.markdown()
+
+
+STORED = pathlib.Path(run.__file__).parent / 'results' / 'results.json'
+
+
+def test_stored_results_are_of_every_claim_and_every_row():
+  record = json.loads(STORED.read_text())
+  assert set(record['claims']) == set(CLAIMS)
+  for name, claim in CLAIMS.items():
+    found = record['claims'][name]
+    assert set(run.verdicts(claim, found)) <= set(VERDICTS)
+    assert claim.tier == 'c' or found['values']
+  assert 'python launch/survey.py' in STORED.with_name('report.md').read_text()
+  rows = record['claims']['R17']['values']
+  assert set(rows) == set(MIXERS)
+  for name, row in rows.items():
+    stated = dict(stated_time=MIXERS[name].time)
+    if MIXERS[name].causal:
+      stated['stated_state'] = MIXERS[name].state
+    assert agrees(row | stated), name
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize('name', sorted(MIXERS))
+def test_a_row_costs_what_it_states(name):
+  assert agrees(exponents(name))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize('name', sorted(CLAIMS))
+def test_a_new_measurement_gets_the_stored_verdicts(name):
+  claim = CLAIMS[name]
+  if claim.tier == 'c':
+    pytest.skip('wants an accelerator')
+  stored = json.loads(STORED.read_text())['claims'][name]
+  found = dict(values=json.loads(json.dumps(claim.measure())))
+  assert run.verdicts(claim, found) == run.verdicts(claim, stored)
 
 
 def test_every_claim_is_well_formed():

@@ -18,32 +18,36 @@ from experiments.survey.models import cache_bytes, mixer
 
 D, HEADS = 64, 4
 LENGTHS = (16_384, 65_536)
-# What depends on the length by itself, where a row has it.
-OPTIONS = {
-  'max_len': LENGTHS[-1],
-  'max_length': LENGTHS[-1],
-  'max_blocks': LENGTHS[-1] // 64,
-}
 
 
-def build(name: str, causal: bool) -> nnx.Module:
-  """The mixer of a row with its own options."""
-  options = {k: v for k, v in OPTIONS.items() if k in mixer_options(name)}
-  return mixer(name, D, HEADS, causal=causal, **options)
+def build(name: str, length: int) -> nnx.Module:
+  """The mixer of a row with its own options, for sequences of `length`."""
+  limits = dict(
+    max_len=length,
+    max_length=length,
+    max_blocks=length // 64,
+    num_levels=length.bit_length(),
+  )
+  options = {k: v for k, v in limits.items() if k in mixer_options(name)}
+  return mixer(name, D, HEADS, causal=MIXERS[name].causal, **options)
 
 
-def exponents(name: str) -> dict:
-  """Exponents of one row: arithmetic and memory of a training pass, state."""
-  causal = MIXERS[name].causal
-  module = build(name, causal)
+def training_pass(module: nnx.Module, length: int) -> cost.Counts:
+  """Counts a forward and backward pass of one sequence."""
   graphdef, params = nnx.split(module)
 
   def loss(params, x):
     return jnp.sum(nnx.merge(graphdef, params)(x)[0])
 
-  grad = jax.grad(loss, argnums=(0, 1))
-  shapes = [jax.ShapeDtypeStruct((1, n, D), jnp.float32) for n in LENGTHS]
-  counts = [cost.count(grad, params, x) for x in shapes]
+  x = jax.ShapeDtypeStruct((1, length, D), jnp.float32)
+  return cost.count(jax.grad(loss, argnums=(0, 1)), params, x)
+
+
+def exponents(name: str) -> dict:
+  """Exponents of one row: arithmetic and memory of a training pass, state."""
+  causal = MIXERS[name].causal
+  modules = {n: build(name, n) for n in LENGTHS}
+  counts = [training_pass(module, n) for n, module in modules.items()]
   found = dict(
     time=slope(LENGTHS, [c.operations for c in counts]),
     memory=slope(LENGTHS, [c.largest_array for c in counts]),
@@ -51,7 +55,7 @@ def exponents(name: str) -> dict:
     stated_state=MIXERS[name].state if causal else '',
   )
   if causal:
-    sizes = [cache_bytes(module, n) for n in LENGTHS]
+    sizes = [cache_bytes(module, n) for n, module in modules.items()]
     found['state'] = slope(LENGTHS, sizes) if min(sizes) else 0.0
     found['state_bytes'] = sizes[-1]
   return found
@@ -79,10 +83,10 @@ def _table(values) -> list:
       [
         [
           name,
-          row['time'],
+          round(row['time'], 2),
           row['stated_time'],
-          row['memory'],
-          row.get('state', ''),
+          round(row['memory'], 2),
+          round(row['state'], 2) if 'state' in row else '',
           row['stated_state'],
           row.get('state_bytes', ''),
         ]

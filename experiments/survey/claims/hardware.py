@@ -20,7 +20,8 @@ from experiments.survey.claim import (
   within,
 )
 
-LENGTHS = (512, 1024, 2048, 4096, 8192)
+# Longer than what a tile holds, which does not grow.
+LENGTHS = (8192, 16_384, 32_768, 65_536)
 
 
 def arrays(length, heads=2, width=64, seed=0, dtype=jnp.float32):

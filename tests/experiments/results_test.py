@@ -1,0 +1,104 @@
+"""Stored results show what their studies are for, and so do new runs."""
+
+import argparse
+import pathlib
+import statistics
+
+import pytest
+
+from experiments.ablations import harness, report, study
+from launch import ablate
+
+ROOT = pathlib.Path(__file__).parents[2]
+RESULTS = ROOT / 'experiments' / 'ablations' / 'results'
+
+
+def scores(folder, studied):
+  """(task, architecture) -> the metric of each seed, by the best pair."""
+  return {
+    (r['task'], r['architecture']): [
+      report.score(run, studied.metric)
+      for run in report.best_runs(r, studied.metric)
+    ]
+    for r in harness.done(folder).values()
+  }
+
+
+def shows_mqar(found):
+  """Softmax and the delta rule solve it, nothing else does."""
+  found = {name: value for (_, name), value in found.items()}
+  assert min(found['attention'] + found['deltanet']) > 0.98
+  for name in ('linear', 'gla', 'mamba'):
+    assert statistics.fmean(found[name]) < 0.95
+
+
+def shows_state_tracking(found):
+  """Negative eigenvalues keep a parity, positive ones guess."""
+  assert min(found['parity', 'deltanet negative']) > 0.99
+  for name in ('deltanet', 'deltaproduct'):
+    assert max(found['parity', f'{name} positive']) < 0.65
+  # Permutations of three want two reflections a token.
+  kept = {
+    n: statistics.fmean(v) for (task, n), v in found.items() if task != 'parity'
+  }
+  best = kept.pop('deltaproduct negative')
+  assert best > 0.75 > 0.65 > max(kept.values())
+
+
+def shows_state_size(found):
+  """More state recalls more; all keys recall everything."""
+  means = {name: statistics.fmean(v) for (_, name), v in found.items()}
+  assert means['attention'] > 0.98
+  for row in ('deltanet', 'linear'):
+    assert means[f'{row} 16'] < means[f'{row} 64']
+  assert means['window 8'] < means['window 32'] < means['attention']
+  assert means['deltanet 64'] > means['linear 64']
+
+
+def shows_lm_quality(found):
+  """A hybrid is better than attention, and that than the ungated linear one."""
+  means = {name: statistics.fmean(v) for (_, name), v in found.items()}
+  hybrid = means['3 gated_deltanet : 1 attention']
+  assert hybrid < means['attention'] < means['linear']
+
+
+def shows_vit_mixers(found):
+  """Every mixer beats the linear classifier's guess by far."""
+  assert all(min(value) > 0.5 for value in found.values())
+
+
+CHECKS = {
+  'mqar': shows_mqar,
+  'state_tracking': shows_state_tracking,
+  'state_size': shows_state_size,
+  'lm_quality': shows_lm_quality,
+  'vit_mixers': shows_vit_mixers,
+}
+
+
+def load(name):
+  return study.load(f'{ROOT}/configs/ablations/{name}.py:tiny', {})
+
+
+@pytest.mark.parametrize('name', CHECKS)
+def test_stored_results_are_whole_and_show_it(name):
+  _, studied = load(name)
+  found = scores(RESULTS / name, studied)
+  assert set(found) == {
+    (task, name) for task in studied.tasks for name in studied.architectures
+  }
+  assert {len(value) for value in found.values()} == {3}
+  CHECKS[name](found)
+  assert 'launch/ablate.py' in (RESULTS / name / 'report.md').read_text()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize('name', CHECKS)
+def test_a_new_run_shows_it(name, tmp_path):
+  args = argparse.Namespace(
+    config=f'{ROOT}/configs/ablations/{name}.py:tiny',
+    out=tmp_path,
+    dry_run=False,
+  )
+  ablate.run(args, {}, 'the command')
+  CHECKS[name](scores(tmp_path, load(name)[1]))

@@ -1,0 +1,81 @@
+"""The tables of the surveys: every cell has a mark, a value or a reason."""
+
+import pytest
+
+from efficient_attn.decode.eviction import POLICIES
+from efficient_attn.layers.mixers import MIXERS
+from efficient_attn.ops.selection import SELECTORS
+from experiments.survey import printed, tables
+from experiments.survey.claims import CLAIMS
+
+CLAIMS_OF_TWO_ROWS = {
+  'R17': {
+    'linear': dict(time=1.0, memory=1.0, state=0.0),
+    'entmax': dict(time=2.0, memory=2.0, state=1.0),
+  },
+  'R11': {'int8 smooth 0': 0.012},
+  'R24': {'strided exponent': 1.5},
+  'R29': {'attention': dict(mean=2.0), 'linear': dict(mean=2.5)},
+}
+
+
+def rows(name, claims):
+  table = tables.TABLES[name][0](claims)
+  assert all(len(row) == len(table.head) for row in table.rows)
+  return {row[0]: row for row in table.rows}
+
+
+@pytest.mark.parametrize('claims', [{}, CLAIMS_OF_TWO_ROWS])
+def test_every_table_is_made_whatever_was_measured(claims):
+  parts = tables.tables(claims)
+  assert len(parts) == 2 * len(tables.TABLES)
+  for part in parts:
+    assert part.html() and part.markdown()
+
+
+def test_what_is_counted_stands_beside_what_is_printed():
+  made = rows('AS 5', CLAIMS_OF_TWO_ROWS)['Linear Transformer']
+  assert made[5:7] == ['O(N^2 d)', 'N^1.97, here N^1.00 ✓']
+  assert made[11:] == ['O(N d^2)', 'N^1.00 ✓', 'O(N d)', 'N^0.00 ✗']
+  made = rows('FL 4', CLAIMS_OF_TWO_ROWS)
+  assert made['Adaptively sparse'][2] == 'N^2.00 ✓'
+  assert made['Sparse Transformer'][2:] == ['not measured', 'pairs N^1.50 ✓']
+  assert made['Reformer'][3] == 'hashing R25 not run'
+  made = rows('S003', CLAIMS_OF_TWO_ROWS)['Linear attention']
+  assert made[-4:] == ['~95 %', '80.0 %', 'R30 not run', 'R21 not run']
+  made = rows('AS 2', CLAIMS_OF_TWO_ROWS)['SageAttention']
+  assert made[2:] == ['INT8', 'int8 ✓', '-', 'float16 ✓', '0.012']
+
+
+def test_caches_say_what_is_stored():
+  made = rows('AS 4', {})
+  assert made['H2O'][5] == '0.02 ✓'
+  assert made['NSA'][5] == '1.07 ✗'
+
+
+def test_kinds():
+  found = [tables.kind(c) for c in ('a ✓', 'a ✗', 'R17 not run', 'N^2', 3)]
+  assert found == ['good', 'bad', 'open', '', '']
+
+
+def test_every_method_and_cost_is_known():
+  known = (
+    set(MIXERS)
+    | {f'selector {name}' for name in SELECTORS}
+    | {f'policy {name}' for name in POLICIES}
+  )
+  for table in (
+    printed.AS4,
+    printed.AS5,
+    printed.AS6,
+    printed.AS7,
+    printed.FL4,
+    printed.S003,
+  ):
+    assert {row[0] for row in table.values()} <= known
+  assert printed.S003.keys() == printed.TRAINED.keys()
+  assert (
+    printed.EXACT.keys() | printed.SAGE.keys() | printed.TWO_BITS.keys()
+  ) < (printed.AS2.keys())
+  assert {'R07', 'R11', 'R12', 'R13', 'R14', 'R17', 'R21', 'R24', 'R25', 'R29',
+          'R30'} <= CLAIMS.keys()  # fmt: skip
