@@ -129,3 +129,15 @@ def within(
     judge=judge,
     rule=f'between {shown(low)} and {shown(high)}',
   )
+
+
+def elsewhere(says: str, source: str, printed: str, needs: str) -> Statement:
+  """A statement that no run of this framework alone can measure."""
+  return Statement(
+    says=says,
+    source=source,
+    printed=printed,
+    measured=lambda values: '',
+    judge=lambda values: NOT_HERE,
+    rule=needs,
+  )

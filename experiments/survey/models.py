@@ -7,8 +7,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from efficient_attn.config import LMConfig
 from efficient_attn.layers.mixers import build_mixer
 from efficient_attn.models import cost
+
+# A decoder of 7B parameters, as that of Llama.
+SEVEN_B = LMConfig(
+  d_model=4096,
+  num_layers=32,
+  num_heads=32,
+  ffn_dim=11_008,
+  vocab_size=32_000,
+  tie_embeddings=False,
+)
 
 
 @functools.cache

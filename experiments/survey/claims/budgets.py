@@ -4,10 +4,10 @@ from experiments import page
 from experiments.survey.claim import (
   FAILS,
   HOLDS,
-  NOT_HERE,
   RESTATED,
   Claim,
   Statement,
+  elsewhere,
   within,
 )
 from experiments.survey.claims import sparse_counts as counts
@@ -50,14 +50,12 @@ def _parts(values) -> list:
 
 
 def _not_here(method, printed, where) -> Statement:
-  return Statement(
-    says=f'{method} is {printed} as fast as dense attention',
-    source=where,
-    printed=printed,
-    measured=lambda values: '',
-    judge=lambda values: NOT_HERE,
-    rule="the authors' kernel and their machine; a ratio of ours would say "
-    'nothing of theirs',
+  return elsewhere(
+    f'{method} is {printed} as fast as dense attention',
+    where,
+    printed,
+    "the authors' kernel and their machine; a ratio of ours would say nothing "
+    'of theirs',
   )
 
 

@@ -27,7 +27,7 @@ from experiments.survey.claim import (
   equals,
 )
 from experiments.survey.encoders import Bert, Encoder
-from experiments.survey.models import parameters
+from experiments.survey.models import SEVEN_B, parameters
 
 ALBERT = dict(vocab=30_000, embed=128, shared=True)
 ENCODERS = {
@@ -100,21 +100,13 @@ def seconds() -> dict[str, float]:
 
 def language_models() -> dict:
   """Parameters, in billions, of models and of what is added to them."""
-  seven = LMConfig(
-    d_model=4096,
-    num_layers=32,
-    num_heads=32,
-    ffn_dim=11_008,
-    vocab_size=32_000,
-    tie_embeddings=False,
-  )
   heads = {'heads': 32, 'head_dim': 128}
   lora = {
     rank: parameters(shapes(functools.partial(LowRank, 4096, rank, heads)))
     for rank in (8, 16)
   }
   experts = dict(ffn_dim=14_336, mixers={'attention': dict(num_kv_heads=8)})
-  dense = models.parameter_count(dataclasses.replace(seven, **experts))
+  dense = models.parameter_count(dataclasses.replace(SEVEN_B, **experts))
   expert = parameters(shapes(functools.partial(GLU, 4096, 14_336, jax.nn.silu)))
   router = parameters(
     shapes(functools.partial(Projection, {'embed': 4096}, {'experts': 8}))
@@ -130,7 +122,7 @@ def language_models() -> dict:
     position='sinusoidal',
   )
   found = dict(
-    seven=models.parameter_count(seven),
+    seven=models.parameter_count(SEVEN_B),
     lora=2 * 32 * lora[8],  # queries and values of 32 layers
     lora16=2 * 32 * lora[16],
     mixtral=dense + 32 * (7 * expert + router),

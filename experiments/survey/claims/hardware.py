@@ -72,9 +72,11 @@ R07 = Claim(
     within('Tiles give what dense attention gives', 'AS p. 6', 'exact',
            'error float32', 0, 1e-5),
     within('The forward pass needs memory O(N)', 'BLOG, S003', 'O(N)',
-           'blockwise slope', 0.9, 1.1),
+           'blockwise slope', 0.9, 1.1,
+           unit='as exponent'),
     within('Dense attention needs memory O(N^2)', 'AS p. 6', 'O(N^2)',
-           'reference slope', 1.9, 2.1),
+           'reference slope', 1.9, 2.1,
+           unit='as exponent'),
   ),
 )  # fmt: skip
 
@@ -123,9 +125,11 @@ R08 = Claim(
   measure=flash_backward,
   statements=(
     within('With recomputation the gradient needs memory O(N)', 'AS p. 14',
-           'O(N)', 'recomputed slope', 0.9, 1.1),
+           'O(N)', 'recomputed slope', 0.9, 1.1,
+           unit='as exponent'),
     within('Differentiating the tiled loop as it is needs memory O(N)',
-           'BLOG, S003', 'O(N)', 'autodiff slope', 0.9, 1.1),
+           'BLOG, S003', 'O(N)', 'autodiff slope', 0.9, 1.1,
+           unit='as exponent'),
   ),
 )  # fmt: skip
 

@@ -8,29 +8,20 @@ import numpy as np
 from flax import nnx
 
 from efficient_attn import models
-from efficient_attn.config import LMConfig
 from efficient_attn.ops.fake_quant import fake_quant
 from experiments import page
 from experiments.survey.claim import (
   FAILS,
   HOLDS,
-  NOT_HERE,
   Claim,
   Statement,
+  elsewhere,
   equals,
   within,
 )
+from experiments.survey.models import SEVEN_B
 
 RANGES = ((-0.3, 2.0), (0.5, 3.0))
-# A decoder of 7B parameters, as that of Llama.
-SEVEN = LMConfig(
-  d_model=4096,
-  num_layers=32,
-  num_heads=32,
-  ffn_dim=11_008,
-  vocab_size=32_000,
-  tie_embeddings=False,
-)
 # By name: format, weights that share a scale (None: an output channel), bits
 # of what is stored with them.
 STORED = {
@@ -112,7 +103,7 @@ def stored(params, name: str, embeddings: bool) -> float:
 def measure() -> dict:
   """R33: codes as printed, and sizes of a 7B decoder by format."""
   found = equations()
-  params = nnx.to_flat_state(nnx.state(models.abstract(SEVEN)))
+  params = nnx.to_flat_state(nnx.state(models.abstract(SEVEN_B)))
   full = 4 * sum(p.size for _, p in params)
   found['FP32'] = full / 1e9
   for name, (form, *_) in STORED.items():
@@ -208,18 +199,10 @@ R33 = Claim(
         ('INT4 takes a quarter of FP16', 'S003', '4x', 'FP16 to INT4', 4),
       )
     ),
-    *(
-      Statement(
-        says=says, source=source, printed=printed, measured=lambda v: '',
-        judge=lambda v: NOT_HERE, rule=rule,
-      )
-      for says, source, printed, rule in (
-        ('INT8 is 2 to 4 times as fast, INT4 4 to 8 times', 'FLR',
-         '2-4x, 4-8x', 'kernels for products of 8 and 4 bits'),
-        ('Product quantisation makes a model 25 times smaller, of 14 MB',
-         'FL p. 11', '25x', 'the original model'),
-      )
-    ),
+    elsewhere('INT8 is 2 to 4 times as fast, INT4 4 to 8 times', 'FLR',
+              '2-4x, 4-8x', 'kernels for products of 8 and 4 bits'),
+    elsewhere('Product quantisation makes a model 25 times smaller, of 14 MB',
+              'FL p. 11', '25x', 'the original model'),
   ),
 )  # fmt: skip
 
