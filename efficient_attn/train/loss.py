@@ -86,12 +86,12 @@ def answers(config: Config, token_bytes) -> Callable:
     logits, _ = model(batch['tokens'], key=key)
     objective, nll = cross_entropy(logits, labels, **vars(config.loss))
     sums = _sums(objective, nll, logits, labels, weights)
-    hits = (jnp.argmax(logits, axis=-1) == labels) * weights
-    none = jnp.zeros(logits.shape[-1])
-    return sums | dict(
-      of_class=none.at[labels].add(weights),
-      hits_of_class=none.at[labels].add(hits),
-    )
+    # One-hot, as a scatter over a sharded batch has no sharding; XLA sums it
+    # without storing it.
+    classes = jax.nn.one_hot(labels, logits.shape[-1]) * weights[..., None]
+    hits = jnp.argmax(logits, axis=-1) == labels
+    each = {'of_class': classes, 'hits_of_class': classes * hits[..., None]}
+    return sums | {k: jnp.sum(v, (0, 1)) for k, v in each.items()}
 
   return loss
 
