@@ -13,7 +13,7 @@ import math
 import pathlib
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -218,6 +218,33 @@ def legend(axes) -> None:
     labelcolor=INK, fontsize=9, handlelength=1.6, columnspacing=1.2,
     labelspacing=0.3, borderpad=0.2,
   )  # fmt: skip
+
+
+def curves(
+  lines: Mapping[str, tuple[Sequence, Sequence]],
+  x: str,
+  y: str,
+  caption: str,
+  log: str = '',
+) -> Plot:
+  """Returns a plot of lines: by name the places and the heights of points.
+
+  Axes named in `log`, of 'xy', are logarithmic: x in powers of two.
+  """
+  made, axes = figure()
+  marks = zip(itertools.cycle(MARKERS), itertools.cycle(COLORS), strict=False)
+  for (label, (xs, ys)), (marker, color) in zip(
+    lines.items(), marks, strict=False
+  ):
+    axes.plot(xs, ys, marker=marker, color=color, label=label)
+  if 'x' in log:
+    axes.set_xscale('log', base=2)
+  if 'y' in log:
+    axes.set_yscale('log')
+  axes.set_xlabel(x)
+  axes.set_ylabel(y)
+  legend(axes)
+  return Plot(made, caption)
 
 
 def svg(made: Figure) -> str:

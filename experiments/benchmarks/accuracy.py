@@ -14,6 +14,7 @@ import numpy as np
 
 from efficient_attn.ops.forms import FORMS
 from experiments.benchmarks import linear_calls, recurrent_calls
+from experiments.errors import largest
 
 LENGTH, HEADS, WIDTH = 500, 2, 64
 DTYPES = ('float32', 'bfloat16')
@@ -88,7 +89,7 @@ def errors(arrays, runs, wanted, dtype) -> dict[str, tuple[float, float]]:
   for name, run in runs.items():
     actual = run(low)
     found[name] = tuple(
-      max(map(relative, jax.tree.leaves(x), jax.tree.leaves(y)))
+      max(map(largest, jax.tree.leaves(x), jax.tree.leaves(y)))
       for x, y in zip(actual, expected, strict=True)
     )
   return found
@@ -98,9 +99,3 @@ def both(run):
   """Returns the output and the gradients, compiled."""
   gradients = linear_calls.gradients(run)
   return jax.jit(lambda arrays: (run(arrays), gradients(arrays)))
-
-
-def relative(actual, wanted) -> float:
-  """Returns the largest error over the largest value."""
-  error = np.abs(np.asarray(actual, np.float64) - wanted).max()
-  return float(error / np.abs(wanted).max())

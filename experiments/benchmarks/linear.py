@@ -9,13 +9,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from efficient_attn import ops
 from efficient_attn.models.cost import flops, largest_array
-from experiments.benchmarks.accuracy import relative
 from experiments.benchmarks.linear_calls import CALLS, forward, gradients
 from experiments.benchmarks.timing import interleaved
+from experiments.errors import largest
 from experiments.exponent import slope
 
 LENGTHS = (512, 2048, 4096, 8192, 16384)
@@ -104,7 +103,7 @@ def check(actual, wanted, name) -> None:
   for a, b in zip(
     jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True
   ):
-    error = relative(a, np.asarray(b, np.float64))
+    error = largest(a, b)
     if not error < 1e-4:
       raise AssertionError(f'{name} is off by {error:.1e}')
 

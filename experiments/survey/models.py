@@ -58,8 +58,24 @@ def cache_bytes(module, tokens: int, dtype=jnp.bfloat16) -> int:
   return cost.array_bytes(_cache(module, tokens, dtype))
 
 
-def decode_flops(module, d_model: int, tokens: int) -> float:
-  """FLOPs of the products of one token that sees `tokens` before it."""
+def forward_flops(module, x) -> float:
+  """FLOPs of the products of module(x), x an array or its shape."""
+  graphdef, params = nnx.split(module)
+  return cost.flops(lambda p, x: nnx.merge(graphdef, p)(x), params, x)
+
+
+def training_pass(module, x, wrt=(0, 1)) -> cost.Counts:
+  """Counts the gradient of sum(module(x)[0]) for parameters (0) and x (1)."""
+  graphdef, params = nnx.split(module)
+
+  def loss(params, x):
+    return jnp.sum(nnx.merge(graphdef, params)(x)[0])
+
+  return cost.count(jax.grad(loss, wrt), params, x)
+
+
+def decode_step(module, d_model: int, tokens: int) -> cost.Counts:
+  """Counts one token whose cache has room for `tokens`."""
   x = jax.ShapeDtypeStruct((1, 1, d_model), jnp.float32)
   cache = _cache(module, tokens, jnp.float32)
   graphdef, params = nnx.split(module)
@@ -67,4 +83,4 @@ def decode_flops(module, d_model: int, tokens: int) -> float:
   def step(params, x, cache):
     return nnx.merge(graphdef, params)(x, cache=cache)[0]
 
-  return cost.flops(step, params, x, cache)
+  return cost.count(step, params, x, cache)

@@ -7,11 +7,11 @@ from efficient_attn.ops.sage_attention import RECIPES
 from experiments import page
 from experiments.survey import printed
 from experiments.survey.claims.complexity import LENGTHS
+from experiments.survey.claims.sparse_counts import TOKENS
 from experiments.survey.table_counts import (
   BUDGET,
   NOT_MEASURED,
   SHORT,
-  TOKENS,
   decoding,
   in_form,
   stored,

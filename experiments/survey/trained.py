@@ -10,6 +10,7 @@ from flax import nnx
 from efficient_attn import config as configs
 from efficient_attn import data
 from efficient_attn.train.grid import Grid, Run
+from efficient_attn.train.loss import cross_entropy
 from efficient_attn.train.state import Architecture
 
 CONFIG = dict(
@@ -63,11 +64,6 @@ def texts(length: int, count: int) -> np.ndarray:
   return next(batches)['tokens'][:, :length]
 
 
-def _nll(logits, wanted):
-  logits = jax.nn.log_softmax(logits.astype(jnp.float32))
-  return -jnp.take_along_axis(logits, wanted[..., None], -1)[..., 0]
-
-
 def losses(model: nnx.Module, tokens: np.ndarray) -> np.ndarray:
   """Nats of every token but the first, [count, length - 1]."""
   graphdef, params = nnx.split(model)
@@ -75,7 +71,7 @@ def losses(model: nnx.Module, tokens: np.ndarray) -> np.ndarray:
   @jax.jit
   def run(params, tokens):
     logits, _ = nnx.merge(graphdef, params)(tokens[:, :-1])
-    return _nll(logits, tokens[:, 1:])
+    return cross_entropy(logits, tokens[:, 1:])[1]
 
   return np.asarray(run(params, tokens))
 
@@ -91,7 +87,7 @@ def cached_losses(model: nnx.Module, tokens: np.ndarray) -> np.ndarray:
     def step(cache, pair):
       now, wanted = pair
       logits, cache = model(now[:, None], cache=cache)
-      return cache, _nll(logits[:, 0], wanted)
+      return cache, cross_entropy(logits[:, 0], wanted)[1]
 
     pairs = tokens[:, :-1].T, tokens[:, 1:].T
     return jax.lax.scan(step, model.init_cache(*tokens.shape), pairs)[1].T

@@ -19,7 +19,13 @@ from experiments.survey.claim import (
   Statement,
   equals,
 )
-from experiments.survey.models import cache_bytes, mixer, parameters
+from experiments.survey.models import (
+  cache_bytes,
+  forward_flops,
+  mixer,
+  parameters,
+  training_pass,
+)
 
 # FL table 1 where the baseline is known: it, the change, and the percentage.
 IMPROVED = {
@@ -59,13 +65,9 @@ TOKENS = (128, 512, 2048, 8192, 32_768)
 
 def gpt3() -> dict:
   """FLOPs of training on 300 billion tokens, from a sequence of 2048."""
-  graphdef, params = nnx.split(models.abstract(GPT3))
   tokens = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
-
-  def loss(params, tokens):
-    return nnx.merge(graphdef, params)(tokens)[0].sum()
-
-  flops = cost.flops(jax.grad(loss), params, tokens) * 300e9 / 2048
+  sequence = training_pass(models.abstract(GPT3), tokens, wrt=0)
+  flops = sequence.flops * 300e9 / 2048
   found = dict(gpt3=models.parameter_count(GPT3) / 1e9, flops=flops)
   for name, speed in V100.items():
     found[f'years {name}'] = flops / speed / YEAR
@@ -95,12 +97,7 @@ def feed_forward(width=768) -> dict:
   )
   for length in TOKENS:
     x = jax.ShapeDtypeStruct((1, length, width), jnp.float32)
-    parts = []
-    for part in (block.ffn, block.mixer):
-      graphdef, params = nnx.split(part)
-      parts.append(
-        cost.flops(lambda p, x, g=graphdef: nnx.merge(g, p)(x), params, x)
-      )
+    parts = [forward_flops(part, x) for part in (block.ffn, block.mixer)]
     found['ffn_flops'].append(parts[0] / sum(parts))
   return found
 

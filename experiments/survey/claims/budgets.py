@@ -1,5 +1,7 @@
 """Sparse attention: its budgets, its blocks, its bytes and its bounds."""
 
+from statistics import fmean
+
 from experiments import page
 from experiments.survey.claim import (
   FAILS,
@@ -12,7 +14,6 @@ from experiments.survey.claim import (
 )
 from experiments.survey.claims import sparse_counts as counts
 from experiments.survey.claims import sparse_curves as curves
-from experiments.survey.seeds import mean
 
 
 def sparse_attention() -> dict:
@@ -81,8 +82,8 @@ R27 = Claim(
       measured=lambda v: (
         'mass at a budget of 0.25: '
         + ', '.join(
-          f'{name} {mean(curves.at(v, name, 0.25, 1)):.2f} of '
-          f'{mean(curves.at(v, name, 0.25, 0)):.2f} of the keys'
+          f'{name} {fmean(curves.at(v, name, 0.25, 1)):.2f} of '
+          f'{fmean(curves.at(v, name, 0.25, 0)):.2f} of the keys'
           for name in ('retrieval', 'sparq', 'quest', 'xattention')
         )
       ),

@@ -135,21 +135,13 @@ def forgetting() -> dict:
 
 
 def _forgetting_plot(values) -> list:
-  made, axes = page.figure()
-  for i, (name, row) in enumerate(values['losses'].items()):
-    axes.plot(
-      values['starts'],
-      row,
-      marker=page.MARKERS[i],
-      color=page.COLORS[i],
-      label=name,
-    )
-  axes.set_xlabel('position')
-  axes.set_ylabel('nats per byte')
-  page.legend(axes)
+  starts = values['starts']
   return [
-    page.Plot(
-      made, f'Trained on 256 tokens; caches of {BUDGET}. Means of 128 positions'
+    page.curves(
+      {name: (starts, row) for name, row in values['losses'].items()},
+      'position',
+      'nats per byte',
+      f'Trained on 256 tokens; caches of {BUDGET}. Means of 128 positions',
     )
   ]
 

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.layers.mixers import MIXERS, mixer_options
-from efficient_attn.models import cost
 from experiments import page
 from experiments.exponent import slope
 from experiments.survey.claim import (
@@ -14,7 +13,7 @@ from experiments.survey.claim import (
   Claim,
   Statement,
 )
-from experiments.survey.models import cache_bytes, mixer
+from experiments.survey.models import cache_bytes, mixer, training_pass
 
 D, HEADS = 64, 4
 LENGTHS = (16_384, 65_536)
@@ -32,22 +31,16 @@ def build(name: str, length: int) -> nnx.Module:
   return mixer(name, D, HEADS, causal=MIXERS[name].causal, **options)
 
 
-def training_pass(module: nnx.Module, length: int) -> cost.Counts:
-  """Counts a forward and backward pass of one sequence."""
-  graphdef, params = nnx.split(module)
-
-  def loss(params, x):
-    return jnp.sum(nnx.merge(graphdef, params)(x)[0])
-
-  x = jax.ShapeDtypeStruct((1, length, D), jnp.float32)
-  return cost.count(jax.grad(loss, argnums=(0, 1)), params, x)
+def sequence(length: int) -> jax.ShapeDtypeStruct:
+  """What a row reads, [1, length, D]."""
+  return jax.ShapeDtypeStruct((1, length, D), jnp.float32)
 
 
 def exponents(name: str) -> dict:
   """Exponents of one row: arithmetic and memory of a training pass, state."""
   causal = MIXERS[name].causal
   modules = {n: build(name, n) for n in LENGTHS}
-  counts = [training_pass(module, n) for n, module in modules.items()]
+  counts = [training_pass(m, sequence(n)) for n, m in modules.items()]
   found = dict(
     time=slope(LENGTHS, [c.operations for c in counts]),
     memory=slope(LENGTHS, [c.largest_array for c in counts]),

@@ -13,7 +13,6 @@ from efficient_attn.config import LMConfig
 from efficient_attn.layers.embed import Embed
 from efficient_attn.layers.ffn import GLU
 from efficient_attn.layers.param import LowRank, Projection
-from efficient_attn.models import cost
 from efficient_attn.models.encoder_decoder import EncoderDecoder
 from experiments import page
 from experiments.benchmarks.timing import interleaved
@@ -27,7 +26,7 @@ from experiments.survey.claim import (
   equals,
 )
 from experiments.survey.encoders import Bert, Encoder
-from experiments.survey.models import SEVEN_B, parameters
+from experiments.survey.models import SEVEN_B, forward_flops, parameters
 
 ALBERT = dict(vocab=30_000, embed=128, shared=True)
 ENCODERS = {
@@ -68,12 +67,8 @@ def encoders() -> dict:
   tokens = jax.ShapeDtypeStruct((1, TOKENS), jnp.int32)
   for name, shape in ENCODERS.items():
     model = shapes(functools.partial(Bert, shape))
-    graphdef, params = nnx.split(model)
     found[name] = dict(
-      millions=parameters(model) / 1e6,
-      flops=cost.flops(
-        lambda p, x, g=graphdef: nnx.merge(g, p)(x), params, tokens
-      ),
+      millions=parameters(model) / 1e6, flops=forward_flops(model, tokens)
     )
   layers = 24 * sum(math.prod(shape) * n for shape, n in MOBILE_LAYER.items())
   outside = sum(math.prod(shape) * n for shape, n in MOBILE.items())

@@ -20,6 +20,7 @@ from efficient_attn.ops import (
   linear_attention,
   slot_attention,
 )
+from experiments.errors import largest
 
 T, H, C = 32, 6, 8
 LOST = 'not finite'
@@ -30,7 +31,7 @@ def error(found, wanted) -> float | str:
   """The largest difference, relative to the largest number wanted."""
   if not np.isfinite(found).all():
     return LOST
-  return float(np.abs(found - wanted).max() / np.abs(wanted).max())
+  return largest(found, wanted)
 
 
 def ours(op, *arrays, **options) -> np.ndarray:

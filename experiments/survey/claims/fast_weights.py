@@ -195,31 +195,20 @@ def _same(says, source, key, otherwise=FAILS) -> Statement:
 
 
 def _plots(values) -> list:
-  parts = []
-  for key, xs, label in (
-    ('by_step', TOKENS, 'tokens'),
-    ('by_chunk', range(CHUNKS), 'chunks'),
-  ):
-    made, axes = page.figure()
-    for i, (name, norms) in enumerate(values[key].items()):
-      axes.plot(
-        xs,
-        norms,
-        marker=page.MARKERS[i],
-        color=page.COLORS[i],
-        label=name,
-      )
-    axes.set_yscale('log' if key == 'by_step' else 'linear')
-    axes.set_xlabel(label)
-    page.legend(axes)
-    parts.append((made, axes))
-  (steps, first), (chunks, second) = parts
-  first.set_ylabel('norm of the fast weights')
-  second.set_ylabel('norm over that at the start')
-  caption = f'A linear model of {H} channels, one normal token a step'
   return [
-    page.Plot(steps, caption),
-    page.Plot(chunks, f'LaCT, SwiGLU of {H} channels, an update a chunk'),
+    page.curves(
+      {name: (TOKENS, norms) for name, norms in values['by_step'].items()},
+      'tokens',
+      'norm of the fast weights',
+      f'A linear model of {H} channels, one normal token a step',
+      log='y',
+    ),
+    page.curves(
+      {n: (range(CHUNKS), norms) for n, norms in values['by_chunk'].items()},
+      'chunks',
+      'norm over that at the start',
+      f'LaCT, SwiGLU of {H} channels, an update a chunk',
+    ),
   ]
 
 

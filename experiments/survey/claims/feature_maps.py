@@ -1,6 +1,7 @@
 """Feature maps of linear attention, by how near they come to softmax."""
 
 import functools
+from statistics import fmean
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from efficient_attn.ops.feature_maps import (
   taylor_diagonal,
 )
 from experiments import page
+from experiments.errors import relative
 from experiments.exponent import slope
 from experiments.survey.claim import (
   FAILS,
@@ -27,7 +29,7 @@ from experiments.survey.claim import (
   equals,
   within,
 )
-from experiments.survey.seeds import SEEDS, mean, spread
+from experiments.survey.seeds import SEEDS, spread
 
 T, H = 256, 64
 # Standard deviations of the scores q . k / sqrt(H).
@@ -92,12 +94,10 @@ def errors(seed: int, scale: float) -> dict[str, float]:
     **{f'FAVOR+, {f} features': (_favor(seed, f), x, y) for f in FEATURES},
   }
 
-  def relative(out):
-    return float(jnp.linalg.norm(out - exact) / jnp.linalg.norm(exact))
-
-  found = {EQUAL: relative(jnp.mean(v, 1, keepdims=True))}
+  equal = jnp.broadcast_to(jnp.mean(v, 1, keepdims=True), exact.shape)
+  found = {EQUAL: relative(equal, exact)}
   for name, (phi, queries, keys) in maps.items():
-    found[name] = relative(_attend(phi(queries), phi(keys), v))
+    found[name] = relative(_attend(phi(queries), phi(keys), v), exact)
   # Pairs of a query and a key whose squared score the self terms stand for.
   found['correlation'] = float(
     np.corrcoef(scores.reshape(-1) ** 2, squares.reshape(-1))[0, 1]
@@ -128,14 +128,14 @@ def features() -> dict:
     found[f'{name} features'] = sizes[widths.index(H)]
     found[f'{name} growth'] = slope(widths, sizes)
     found[f'{name} exponent'] = slope(widths, flops)
-  small = [mean(found[f'FAVOR+, {f} features'][str(SCALES[0])])
+  small = [fmean(found[f'FAVOR+, {f} features'][str(SCALES[0])])
            for f in FEATURES]  # fmt: skip
   found['random exponent'] = slope(FEATURES, small)
   return found
 
 
 def _at(values, name, scale) -> float:
-  return mean(values[name][str(scale)])
+  return fmean(values[name][str(scale)])
 
 
 def _near(says, source, name, others=()) -> Statement:
@@ -216,7 +216,7 @@ R23 = Claim(
         f'{_at(v, NO_SQUARES, 0.5):.2g} without, '
         f'{_at(v, "Taylor, second order", 0.5):.2g} with all products'
       ),
-      judge=lambda v: HOLDS if mean(v['correlation']['1']) > 0.9 else FAILS,
+      judge=lambda v: HOLDS if fmean(v['correlation']['1']) > 0.9 else FAILS,
       rule='correlation above 0.9, of normal queries and keys',
     ),
     _near('A Taylor series of second order stands for the exponential',

@@ -10,6 +10,7 @@ from efficient_attn.ops import masks
 from efficient_attn.ops.attention_merge import split_attention
 from efficient_attn.ops.paged_attention import paged_attention
 from efficient_attn.ops.sage_attention import Recipe, sage_attention
+from experiments.errors import largest
 from experiments.exponent import slope
 from experiments.survey.claim import (
   FAILS,
@@ -33,13 +34,7 @@ def arrays(length, heads=2, width=64, seed=0, dtype=jnp.float32):
   )
 
 
-def error(found, wanted) -> float:
-  """The largest difference over the largest number."""
-  found, wanted = (np.asarray(x, np.float64) for x in (found, wanted))
-  return float(np.abs(found - wanted).max() / np.abs(wanted).max())
-
-
-def relative(found, wanted) -> float:
+def mean_error(found, wanted) -> float:
   """The mean absolute difference over the mean absolute number."""
   return float(np.abs(found - wanted).sum() / np.abs(wanted).sum())
 
@@ -57,7 +52,7 @@ def flash() -> dict:
   for name, dtype in (('float32', jnp.float32), ('bfloat16', jnp.bfloat16)):
     wanted = attend('reference')(*arrays(2048))
     ours = attend('blockwise')(*arrays(2048, dtype=dtype))
-    found[f'error {name}'] = error(ours, wanted)
+    found[f'error {name}'] = largest(ours, wanted)
   for name in ('blockwise', 'reference'):
     sizes = [cost.largest_array(attend(name), *arrays(n)) for n in LENGTHS]
     found[f'{name} slope'] = slope(LENGTHS, sizes)
@@ -141,7 +136,7 @@ def few_bits() -> dict:
   rng = np.random.default_rng(1)
   bias = jnp.asarray(rng.standard_normal((1, 1, 2, 64)), jnp.float32)
   plain = ops.attention(q, k + 8 * bias, v)
-  found['invariance'] = error(ops.attention(q, k, v), plain)
+  found['invariance'] = largest(ops.attention(q, k, v), plain)
   for strength in (0, 2, 8):
     keys = k + strength * bias
     wanted = ops.attention(q, keys, v)
@@ -152,7 +147,7 @@ def few_bits() -> dict:
         )
         ours = sage_attention(q, keys, v, recipe=recipe)
         name = f'{form} {"smooth" if smooth else "raw"} {strength}'
-        found[name] = relative(ours, wanted)
+        found[name] = mean_error(ours, wanted)
   for two_level in (False, True):
     recipe = Recipe(
       logits='e2m1',
@@ -165,7 +160,7 @@ def few_bits() -> dict:
     )
     ours = sage_attention(q, k, v, recipe=recipe)
     wanted = ops.attention(q, k, v)
-    found[f'fp4 {"two levels" if two_level else "direct"}'] = relative(
+    found[f'fp4 {"two levels" if two_level else "direct"}'] = mean_error(
       ours, wanted
     )
   return found
@@ -213,7 +208,7 @@ def pieces() -> dict:
   q = q[:, -1:]
   wanted = ops.attention(q, k, v, implementation='reference')
   worst = max(
-    error(split_attention(q, k, v, num_splits=n)[0], wanted)
+    largest(split_attention(q, k, v, num_splits=n)[0], wanted)
     for n in (1, 2, 3, 7, 16, 33, 64)
   )
   return dict(error=worst)
@@ -251,7 +246,7 @@ def pages() -> dict:
   )
   reserved = -(-lengths // PAGE) * PAGE
   return dict(
-    error=error(ours, wanted),
+    error=largest(ours, wanted),
     waste_per_request=float((reserved - lengths).mean()),
     waste=float(1 - lengths.sum() / reserved.sum()),
     waste_reserved=float(1 - lengths.sum() / (LONGEST * REQUESTS)),

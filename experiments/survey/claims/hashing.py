@@ -1,6 +1,7 @@
 """Reformer: what hashing costs, and which keys it finds."""
 
 import math
+from statistics import fmean
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from experiments.survey.claim import (
   Statement,
   within,
 )
-from experiments.survey.seeds import SEEDS, mean, spread
+from experiments.survey.seeds import SEEDS, spread
 
 H, CHUNK = 64, 64
 LENGTHS = (2**10, 2**12, 2**14, 2**16)
@@ -145,7 +146,7 @@ def _exponent(values, name) -> float:
 
 
 def _recall(values, kind, what='recall') -> list[float]:
-  return [mean(row[what]) for row in values['recall'][kind].values()]
+  return [fmean(row[what]) for row in values['recall'][kind].values()]
 
 
 def _finds(values) -> str:
@@ -156,33 +157,22 @@ def _finds(values) -> str:
 
 
 def _plots(values) -> list:
-  made, axes = page.figure()
-  for i, (name, row) in enumerate(values['costs'].items()):
-    axes.loglog(
-      LENGTHS,
-      row['cost'],
-      marker=page.MARKERS[i],
-      color=page.COLORS[i],
-      label=f'{name}: N^{row["exponent"]:.2f}',
-    )
-  axes.set_xlabel('tokens N')
-  axes.set_ylabel('operations of one round')
-  page.legend(axes)
-  caption = f'One head of {H} channels, 2 N / {CHUNK} buckets'
-  parts = [page.Plot(made, caption)]
-  made, axes = page.figure()
-  for i, (buckets, shares) in enumerate(values['collisions'].items()):
-    axes.plot(
-      ANGLES,
-      shares,
-      marker=page.MARKERS[i],
-      color=page.COLORS[i],
-      label=f'{buckets} buckets',
-    )
-  axes.set_xlabel('angle of two vectors, degrees')
-  axes.set_ylabel('share a bucket')
-  page.legend(axes)
-  parts.append(page.Plot(made, f'4000 rotations of {H} channels'))
+  costs = page.curves(
+    {
+      f'{name}: N^{row["exponent"]:.2f}': (LENGTHS, row['cost'])
+      for name, row in values['costs'].items()
+    },
+    'tokens N',
+    'operations of one round',
+    f'One head of {H} channels, 2 N / {CHUNK} buckets',
+    log='xy',
+  )
+  collisions = page.curves(
+    {f'{n} buckets': (ANGLES, y) for n, y in values['collisions'].items()},
+    'angle of two vectors, degrees',
+    'share a bucket',
+    f'4000 rotations of {H} channels',
+  )
   rows = [
     [kind, rounds, *(spread(row[what]) for what in ('keys', 'recall', 'mass'))]
     for kind, table in values['recall'].items()
@@ -192,7 +182,7 @@ def _plots(values) -> list:
     'vectors', 'rounds', 'keys in the bucket', f'of the {TOP} largest weights',
     'of the weight of all',
   ]  # fmt: skip
-  return [*parts, page.Table(head, rows)]
+  return [costs, collisions, page.Table(head, rows)]
 
 
 R25 = Claim(

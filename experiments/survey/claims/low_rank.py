@@ -12,6 +12,7 @@ from efficient_attn.ops.clustered_attention import (
 )
 from efficient_attn.ops.nystrom import nystrom_attention
 from experiments import page
+from experiments.errors import relative
 from experiments.survey.claim import FAILS, HOLDS, Claim, Statement, within
 from experiments.survey.trained import (
   activations,
@@ -35,11 +36,6 @@ def energy(matrix, rank: int) -> float:
   """The share of the squared singular values that the first `rank` have."""
   squares = jnp.linalg.svd(matrix, compute_uv=False) ** 2
   return float((squares[..., :rank].sum(-1) / squares.sum(-1)).mean())
-
-
-def relative(found, wanted) -> float:
-  """The Frobenius norm of the difference over that of what is wanted."""
-  return float(jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted))
 
 
 def projected(query, key, value, rank: int):
@@ -113,27 +109,23 @@ def _bound(query, key, matrix, num_clusters=16) -> tuple[int, int]:
 
 
 def _plots(values) -> list:
-  plots = []
-  for what, label, text in (
-    ('energy', 'share of squared singular values', 'Spectra of softmax(QK^T)'),
-    ('nystrom', 'relative error of the output', 'Nystrom attention'),
-    ('linformer', 'relative error of the output', 'Projected keys and values'),
-  ):
-    made, axes = page.figure()
-    for i, source in enumerate(('trained', 'untrained', 'normal')):
-      axes.plot(
-        values['ranks'],
-        values[f'{what} {source}'],
-        marker=page.MARKERS[i],
-        color=page.COLORS[i],
-        label=source,
-      )
-    axes.set_xscale('log', base=2)
-    axes.set_xlabel(f'rank or landmarks, of {LENGTH}')
-    axes.set_ylabel(label)
-    page.legend(axes)
-    plots.append(page.Plot(made, f'{text}, by what queries and keys are'))
-  return plots
+  return [
+    page.curves(
+      {
+        source: (values['ranks'], values[f'{what} {source}'])
+        for source in ('trained', 'untrained', 'normal')
+      },
+      f'rank or landmarks, of {LENGTH}',
+      label,
+      f'{text}, by what queries and keys are',
+      log='x',
+    )
+    for what, label, text in (
+      ('energy', 'share of squared singular values', 'Spectra of attention'),
+      ('nystrom', 'relative error of the output', 'Nystrom attention'),
+      ('linformer', 'relative error of the output', 'Projections of keys'),
+    )
+  ]
 
 
 AT = RANKS.index(32)

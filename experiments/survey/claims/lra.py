@@ -18,6 +18,7 @@ from experiments.survey.claim import (
   Statement,
   elsewhere,
 )
+from experiments.survey.models import training_pass
 
 TASKS = ('ListOps', 'text', 'retrieval', 'image', 'Pathfinder')
 # By method: the average, steps/s at 1K and 4K tokens and GB at the same, as FL
@@ -76,14 +77,9 @@ def counts(row: str, options: dict) -> list[cost.Counts]:
   encoder = nnx.eval_shape(
     lambda: Stack(config, causal=False, rngs=nnx.Rngs(0))
   )
-  graphdef, params = nnx.split(encoder)
-
-  def loss(params, x):
-    return jnp.sum(nnx.merge(graphdef, params)(x)[0])
-
   return [
-    cost.count(
-      jax.grad(loss), params, jax.ShapeDtypeStruct((1, n, 256), jnp.float32)
+    training_pass(
+      encoder, jax.ShapeDtypeStruct((1, n, 256), jnp.float32), wrt=0
     )
     for n in LENGTHS
   ]

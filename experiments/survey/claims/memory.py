@@ -16,7 +16,7 @@ from experiments.survey.claim import (
 )
 from experiments.survey.models import (
   cache_bytes,
-  decode_flops,
+  decode_step,
   mixer,
   parameters,
 )
@@ -251,7 +251,7 @@ def compact_flops() -> dict:
 
   def of(row, heads, **options):
     module = mixer(row, D, heads, **options)
-    costs = [decode_flops(module, D, n) for n in (4096, 8192)]
+    costs = [decode_step(module, D, n).flops for n in (4096, 8192)]
     return (costs[1] - costs[0]) / 4096
 
   latent = dict(q_rank=1536, kv_rank=512, rope_dim=64)

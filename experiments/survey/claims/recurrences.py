@@ -24,7 +24,7 @@ from experiments.survey.claim import (
   Statement,
   within,
 )
-from experiments.survey.models import cache_bytes, decode_flops, mixer
+from experiments.survey.models import cache_bytes, decode_step, mixer
 
 T, N, H = 64, 2, 16
 
@@ -113,26 +113,28 @@ def decoding() -> dict:
       continue
     module = mixer(name, 64, 4)
     found[f'{name} state'] = [cache_bytes(module, n) for n in lengths]
-    found[f'{name} flops'] = [decode_flops(module, 64, n) for n in lengths]
+    found[f'{name} flops'] = [decode_step(module, 64, n).flops for n in lengths]
   return found
 
 
 def _decode_plot(values) -> list:
-  made, axes = page.figure()
-  names = [k.removesuffix(' state') for k in values if k.endswith(' state')]
-  for i, name in enumerate(names):
-    exponent = slope(values['lengths'], values[f'{name} state'])
-    axes.loglog(
-      values['lengths'],
-      values[f'{name} state'],
-      marker=page.MARKERS[i % len(page.MARKERS)],
-      color=page.COLORS[i % len(page.COLORS)],
-      label=f'{name}: N^{exponent:.2f}',
+  lengths = values['lengths']
+  return [
+    page.curves(
+      {
+        f'{key.removesuffix(" state")}: N^{slope(lengths, row):.2f}': (
+          lengths,
+          row,
+        )
+        for key, row in values.items()
+        if key.endswith(' state')
+      },
+      'tokens in the context',
+      'bytes of decode state',
+      'Decode state of one layer, width 64',
+      log='xy',
     )
-  axes.set_xlabel('tokens in the context')
-  axes.set_ylabel('bytes of decode state')
-  page.legend(axes)
-  return [page.Plot(made, 'Decode state of one layer, width 64')]
+  ]
 
 
 def _constant(values, name) -> bool:

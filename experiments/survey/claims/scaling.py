@@ -27,7 +27,7 @@ from experiments.survey.claim import (
   Statement,
   within,
 )
-from experiments.survey.models import parameters
+from experiments.survey.models import forward_flops, parameters
 
 WIDTHS = (64, 128, 256, 512, 1024, 2048)
 SCALES = {'raw': 1.0, 'scaled': None}  # None is the default, 1 / sqrt(H)
@@ -284,13 +284,8 @@ def feed_forward(width=768) -> dict:
     'mlp': nnx.eval_shape(lambda: MLP(width, 0, jax.nn.gelu, rngs=nnx.Rngs(0))),
   }
   x = jax.ShapeDtypeStruct((1, 8, width), jnp.float32)
-  sizes, flops = {}, {}
-  for name, layer in layers.items():
-    graphdef, params = nnx.split(layer)
-    sizes[name] = parameters(layer)
-    flops[name] = cost.flops(
-      lambda p, x, g=graphdef: nnx.merge(g, p)(x), params, x
-    )
+  sizes = {name: parameters(layer) for name, layer in layers.items()}
+  flops = {name: forward_flops(layer, x) for name, layer in layers.items()}
   return dict(
     glu_parameters=sizes['glu'] / sizes['mlp'],
     glu_flops=flops['glu'] / flops['mlp'],

@@ -1,5 +1,7 @@
 """Sparse weights, learned masks and spans, sampled keys, cheap scores."""
 
+from statistics import fmean
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,7 @@ from experiments.survey.claim import (
 )
 from experiments.survey.claims import learned_sparsity as learned
 from experiments.survey.claims import recall
-from experiments.survey.seeds import SEEDS, mean, spread
+from experiments.survey.seeds import SEEDS, spread
 
 
 def sampled_keys(draws: int = 3000) -> dict:
@@ -76,7 +78,7 @@ def selectors() -> dict:
 
 
 def _mass(values, kind, name) -> float:
-  return mean(values['recall'][kind][name][1])
+  return fmean(values['recall'][kind][name][1])
 
 
 def _finds(values, name, kinds) -> str:
@@ -95,38 +97,32 @@ def _learned_bits(values) -> str:
 
 def _both(values, name) -> str:
   return '; '.join(
-    f'{kind}: recall {mean(rows[name][0]):.2f}, mass '
-    f'{mean(rows[name][1]):.3f} of that of the best'
+    f'{kind}: recall {fmean(rows[name][0]):.2f}, mass '
+    f'{fmean(rows[name][1]):.3f} of that of the best'
     for kind, rows in values['recall'].items()
     if name in rows
   )
 
 
 def _parts(values) -> list:
-  parts = []
-  for kind, rows in values['recall'].items():
-    made, axes = page.figure()
-    for i, (name, xs) in enumerate(
-      (
-        ('SparQ', recall.RANKS),
-        ('Loki', recall.RANKS),
-        ('random bits', recall.BITS),
-        ('learned bits', (32,)),
-      )
-    ):
-      if f'{name} {xs[0]}' in rows:
-        axes.plot(
-          xs,
-          [mean(rows[f'{name} {x}'][0]) for x in xs],
-          marker=page.MARKERS[i],
-          color=page.COLORS[i],
-          label=name,
+  parts = [
+    page.curves(
+      {
+        name: (xs, [fmean(rows[f'{name} {x}'][0]) for x in xs])
+        for name, xs in (
+          ('SparQ', recall.RANKS),
+          ('Loki', recall.RANKS),
+          ('random bits', recall.BITS),
+          ('learned bits', (32,)),
         )
-    axes.set_xlabel('channels, axes or bits')
-    axes.set_ylabel(f'recall of the {recall.TOP} largest weights')
-    page.legend(axes)
-    caption = f'{recall.S} keys of {recall.H} channels: {kind}'
-    parts.append(page.Plot(made, caption))
+        if f'{name} {xs[0]}' in rows
+      },
+      'channels, axes or bits',
+      f'recall of the {recall.TOP} largest weights',
+      f'{recall.S} keys of {recall.H} channels: {kind}',
+    )
+    for kind, rows in values['recall'].items()
+  ]
   rows = [
     [kind, name, *map(spread, figures)]
     for kind, rows in values['recall'].items()

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from efficient_attn.decode.eviction import Evicting
-from efficient_attn.layers.mixers import build_mixer
+from efficient_attn.layers.mixers import build_mixer, mixer_options
 from efficient_attn.models import cost
 from efficient_attn.ops import attention, masks, nsa, vsa
 from efficient_attn.ops.hash_attention import hash_attention
@@ -17,6 +17,8 @@ from efficient_attn.ops.moba import moba_attention
 from efficient_attn.ops.selection import blocks, scoring, tokens, video
 from experiments.exponent import slope
 from experiments.survey.models import cache_bytes, mixer
+
+TOKENS = 2**16  # in a cache
 
 
 def _normal(seed, *shapes):
@@ -165,14 +167,22 @@ def moba_work() -> float:
   return cost.flops(dense, x, x, x) / 2 / cost.flops(moba, x, x, x)
 
 
+@functools.cache
+def with_one_kv_head(name: str, causal: bool = True) -> nnx.Module:
+  """A row with one kv head, where it can have that."""
+  options = {'num_kv_heads': 1} if 'num_kv_heads' in mixer_options(name) else {}
+  return mixer(name, 512, 4, causal=causal, **options)
+
+
+def cache_share(module: nnx.Module) -> float:
+  """Bytes of a decode state at 64K tokens, as a share of attention's."""
+  whole = cache_bytes(with_one_kv_head('attention'), TOKENS)
+  return cache_bytes(module, TOKENS) / whole
+
+
 def stored() -> dict[str, float]:
-  """Bytes of the decode state at 64K tokens, as shares of attention's."""
-  tokens, options = 2**16, dict(num_kv_heads=1)
-  whole = cache_bytes(mixer('attention', 512, 4, **options), tokens)
-  return {
-    name: cache_bytes(mixer(name, 512, 4, **options), tokens) / whole
-    for name in ('nsa', 'moba')
-  }
+  """The share of sparse rows."""
+  return {n: cache_share(with_one_kv_head(n)) for n in ('nsa', 'moba')}
 
 
 def held_by_h2o(budget: int = 16) -> list[int]:

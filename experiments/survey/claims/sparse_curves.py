@@ -1,6 +1,7 @@
 """Selectors of keys: what they keep of the attention for what they compute."""
 
 import functools
+from statistics import fmean
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ import numpy as np
 from efficient_attn.ops import attention, masks
 from efficient_attn.ops.selection import SELECTORS
 from experiments import page
-from experiments.survey.seeds import SEEDS, mean, spread
+from experiments.errors import relative
+from experiments.survey.seeds import SEEDS, spread
 
 S, H = 1024, 32
 GRID = (4, 16, 16)
@@ -96,7 +98,7 @@ def kept(mask, bias, grid: bool, seed: int) -> list[float]:
   return [
     float(heads * mask.sum() / (q.shape[2] * pairs.sum())),
     float(jnp.exp(some - everything).mean()),
-    float(jnp.linalg.norm(out - exact) / jnp.linalg.norm(exact)),
+    relative(out, exact),
   ]
 
 
@@ -140,9 +142,9 @@ def at(values, name: str, share: float, what: int) -> list[float]:
 
 def beyond(values, name: str) -> float:
   """Mass at a budget of 0.25 less that of StreamingLLM with as many keys."""
-  fixed = [[mean(at(values, 'streaming_llm', s, i)) for s in SHARES]
+  fixed = [[fmean(at(values, 'streaming_llm', s, i)) for s in SHARES]
            for i in (0, 1)]  # fmt: skip
-  keys, mass = (mean(at(values, name, 0.25, i)) for i in (0, 1))
+  keys, mass = (fmean(at(values, name, 0.25, i)) for i in (0, 1))
   return mass - float(np.interp(keys, [0, *fixed[0]], [0, *fixed[1]]))
 
 
@@ -164,7 +166,7 @@ def parts(values) -> list:
     made, axes = page.figure()
     names = [n for n, row in ROWS.items() if row.sees in sees]
     for i, name in enumerate([*names, CHANCE]):
-      keys, mass = ([mean(at(values, name, s, j)) for s in SHARES]
+      keys, mass = ([fmean(at(values, name, s, j)) for s in SHARES]
                     for j in (0, 1))  # fmt: skip
       chance = name == CHANCE
       axes.plot(

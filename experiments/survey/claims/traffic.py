@@ -130,22 +130,24 @@ def flash_traffic() -> dict:
 
 
 def _flash_plot(values) -> list:
-  made, axes = page.figure()
-  for i, (order, name) in enumerate(
-    (('key', 'keys outside (FlashAttention)'),
-     ('query', 'queries outside (FlashAttention-2)'))
-  ):  # fmt: skip
-    axes.loglog(
-      values['lengths'],
-      values[f'{order}_total'],
-      marker=page.MARKERS[i],
-      color=page.COLORS[i],
-      label=f'{name}: N^{values[f"{order}_slope"]:.2f}',
+  return [
+    page.curves(
+      {
+        f'{name}: N^{values[f"{order}_slope"]:.2f}': (
+          values['lengths'],
+          values[f'{order}_total'],
+        )
+        for order, name in (
+          ('key', 'keys outside (FlashAttention)'),
+          ('query', 'queries outside (FlashAttention-2)'),
+        )
+      },
+      'tokens N',
+      'elements moved',
+      'Traffic of tiled attention, tiles of 128 x 128',
+      log='xy',
     )
-  axes.set_xlabel('tokens N')
-  axes.set_ylabel('elements moved')
-  page.legend(axes)
-  return [page.Plot(made, 'Traffic of tiled attention, tiles of 128 x 128')]
+  ]
 
 
 R09 = Claim(

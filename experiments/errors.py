@@ -1,0 +1,15 @@
+"""How far a result is from what it should be."""
+
+import jax.numpy as jnp
+import numpy as np
+
+
+def largest(found, wanted) -> float:
+  """Returns the largest error over the largest value, in float64."""
+  found, wanted = (np.asarray(x, np.float64) for x in (found, wanted))
+  return float(np.abs(found - wanted).max() / np.abs(wanted).max())
+
+
+def relative(found, wanted) -> float:
+  """Returns the norm of the error over that of what is wanted."""
+  return float(jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted))
