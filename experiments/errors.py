@@ -1,6 +1,5 @@
 """How far a result is from what it should be."""
 
-import jax.numpy as jnp
 import numpy as np
 
 
@@ -11,5 +10,6 @@ def largest(found, wanted) -> float:
 
 
 def relative(found, wanted) -> float:
-  """Returns the norm of the error over that of what is wanted."""
-  return float(jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted))
+  """Returns the norm of the error over that of what is wanted, in float64."""
+  found, wanted = (np.asarray(x, np.float64) for x in (found, wanted))
+  return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))

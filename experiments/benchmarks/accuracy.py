@@ -1,9 +1,12 @@
 """Errors of every form and dtype against the recurrence in float64.
 
-For each op: the largest error of the output and of the gradients, relative to
-the largest value, and its ratio to that of a plain recurrence in the same
+For each op: the norm of the error of the output and of the gradients over the
+norm of what is right, and its ratio to that of a plain recurrence in the same
 dtype: for ops with a matrix state one written here in the normal form, with
-everything in that dtype; for the others their own recurrent form.
+everything in that dtype; for the others their own recurrent form. Of gradients
+the worst counts. The last columns are ratios of largest errors, which depend on
+the order in which the matmuls of a machine sum: the recurrence multiplies
+matrices by vectors, the other forms by matrices.
 """
 
 import functools
@@ -14,7 +17,7 @@ import numpy as np
 
 from efficient_attn.ops.forms import FORMS
 from experiments.benchmarks import linear_calls, recurrent_calls
-from experiments.errors import largest
+from experiments.errors import largest, relative
 
 LENGTH, HEADS, WIDTH = 500, 2, 64
 DTYPES = ('float32', 'bfloat16')
@@ -23,7 +26,10 @@ DTYPES = ('float32', 'bfloat16')
 def measure(rounds: int) -> dict[str, float]:
   """Prints the table and returns the figures; medians over `rounds` seeds."""
   found = {}
-  print(f'{"op":21}{"form":11}{"dtype":9}  out     /plain   grad    /plain')
+  print(
+    f'{"op":21}{"form":11}{"dtype":9}  out     /plain   grad    /plain   '
+    'largest: out  grad'
+  )
   for name, (draw, contenders) in cases().items():
     for dtype in DTYPES:
       runs = {form: both(run) for form, run in contenders(dtype).items()}
@@ -34,16 +40,20 @@ def measure(rounds: int) -> dict[str, float]:
       medians = {k: np.median([s[k] for s in seeds], 0) for k in runs}
       base = medians.pop('plain')
       for form, error in medians.items():
-        ratio = error / base
+        norms, most = error
+        ratio, most_ratio = error / base
         print(
-          f'{name:21}{form:11}{dtype:9}  {error[0]:.1e}  {ratio[0]:4.2f}   '
-          f'  {error[1]:.1e}  {ratio[1]:4.2f}',
+          f'{name:21}{form:11}{dtype:9}  {norms[0]:.1e}  {ratio[0]:4.2f}   '
+          f'  {norms[1]:.1e}  {ratio[1]:4.2f}              '
+          f'{most_ratio[0]:4.2f}  {most_ratio[1]:4.2f}',
           flush=True,
         )
-        key = f'{name}_{form}_{dtype}'
-        found[f'{key}_out'], found[f'{key}_grad'] = error
-        found[f'{key}_out_over_plain'] = ratio[0]
-        found[f'{key}_grad_over_plain'] = ratio[1]
+        for i, what in enumerate(('out', 'grad')):
+          key = f'{name}_{form}_{dtype}_{what}'
+          found[key] = norms[i]
+          found[f'{key}_over_plain'] = ratio[i]
+          found[f'{key}_largest'] = most[i]
+          found[f'{key}_largest_over_plain'] = most_ratio[i]
   return found
 
 
@@ -75,8 +85,8 @@ def draw_other(name: str, seed: int):
   return recurrent_calls.arrays(name, LENGTH, HEADS, WIDTH, seed)
 
 
-def errors(arrays, runs, wanted, dtype) -> dict[str, tuple[float, float]]:
-  """Returns the errors (output, gradients) of each contender."""
+def errors(arrays, runs, wanted, dtype) -> dict[str, list[list[float]]]:
+  """Returns of each contender ((output, gradients) by norm, by largest)."""
   low = {
     # Gates stay float32 in every dtype.
     name: x if 'log_' in name else jax.tree.map(lambda a: a.astype(dtype), x)
@@ -85,14 +95,16 @@ def errors(arrays, runs, wanted, dtype) -> dict[str, tuple[float, float]]:
   with jax.enable_x64(True):
     exact = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), low)
     expected = jax.tree.map(np.asarray, wanted(exact))
-  found = {}
-  for name, run in runs.items():
-    actual = run(low)
-    found[name] = tuple(
-      max(map(largest, jax.tree.leaves(x), jax.tree.leaves(y)))
-      for x, y in zip(actual, expected, strict=True)
-    )
-  return found
+  return {
+    name: [
+      [
+        max(map(error, jax.tree.leaves(x), jax.tree.leaves(y)))
+        for x, y in zip(actual, expected, strict=True)
+      ]
+      for error in (relative, largest)
+    ]
+    for name, actual in ((name, run(low)) for name, run in runs.items())
+  }
 
 
 def both(run):
