@@ -45,7 +45,9 @@ RUNS = [
 
 
 # Three runs on two devices: one of them has a run that fills it up.
-@pytest.mark.parametrize('devices', [1, 2])
+@pytest.mark.parametrize(
+  'devices', [pytest.param(1, marks=pytest.mark.exhaustive), 2]
+)
 def test_runs_of_a_grid_are_runs_of_the_trainer(devices, tmp_path):
   grid = Grid(CONFIG, RUNS, jax.devices()[:devices])
   for _ in range(2):

@@ -16,7 +16,7 @@ pytest.importorskip('libtpu', reason="needs pip install 'efficient_attn[tpu]'")
 @pytest.mark.parametrize(
   'mesh,collectives',
   [
-    ('data=8', ['all-reduce']),
+    pytest.param('data=8', ['all-reduce'], marks=pytest.mark.exhaustive),
     ('data=2,fsdp=2,tensor=2', ['all-gather', 'all-reduce']),
   ],
 )

@@ -87,8 +87,8 @@ def test_learns(tmp_path):
 @pytest.mark.parametrize(
   'mesh',
   [
-    'fsdp=2,tensor=4',
     'data=2,fsdp=2,tensor=2',
+    pytest.param('fsdp=2,tensor=4', marks=pytest.mark.exhaustive),
     pytest.param('data=8', marks=pytest.mark.exhaustive),
     pytest.param('data=4,fsdp=2', marks=pytest.mark.exhaustive),
     pytest.param('data=2,fsdp=4', marks=pytest.mark.exhaustive),

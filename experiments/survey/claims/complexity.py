@@ -17,9 +17,16 @@ from experiments.survey.models import cache_bytes, mixer, training_pass
 
 D, HEADS = 64, 4
 LENGTHS = (16_384, 65_536)
+WIDTHS = (D, 256)  # with the same number of heads
+CHUNKS = (64, 256)
+# Rows that the tables print with O(N C d + N d^2).
+CHUNKED = (
+  'lightning', 'retention', 'gla', 'rwkv5', 'gsa', 'rodimus', 'deltanet',
+  'gated_deltanet',
+)  # fmt: skip
 
 
-def build(name: str, length: int) -> nnx.Module:
+def build(name: str, length: int, width: int = D, **changes) -> nnx.Module:
   """The mixer of a row with its own options, for sequences of `length`."""
   limits = dict(
     max_len=length,
@@ -28,16 +35,28 @@ def build(name: str, length: int) -> nnx.Module:
     num_levels=length.bit_length(),
   )
   options = {k: v for k, v in limits.items() if k in mixer_options(name)}
-  return mixer(name, D, HEADS, causal=MIXERS[name].causal, **options)
+  options |= changes
+  return mixer(name, width, HEADS, causal=MIXERS[name].causal, **options)
 
 
-def sequence(length: int) -> jax.ShapeDtypeStruct:
-  """What a row reads, [1, length, D]."""
-  return jax.ShapeDtypeStruct((1, length, D), jnp.float32)
+def sequence(length: int, width: int = D) -> jax.ShapeDtypeStruct:
+  """What a row reads, [1, length, width]."""
+  return jax.ShapeDtypeStruct((1, length, width), jnp.float32)
+
+
+def operations(name: str, width: int, **changes) -> float:
+  """Operations of a training pass over the first of LENGTHS."""
+  module = build(name, LENGTHS[0], width, **changes)
+  return training_pass(module, sequence(LENGTHS[0], width)).operations
 
 
 def exponents(name: str) -> dict:
-  """Exponents of one row: arithmetic and memory of a training pass, state."""
+  """Exponents of one row.
+
+  Of a training pass the arithmetic (time) and the largest array (memory), and
+  the decode state, in the length; the arithmetic in the width and, where the
+  row has it, in the chunk size.
+  """
   causal = MIXERS[name].causal
   modules = {n: build(name, n) for n in LENGTHS}
   counts = [training_pass(m, sequence(n)) for n, m in modules.items()]
@@ -51,6 +70,11 @@ def exponents(name: str) -> dict:
     sizes = [cache_bytes(module, n) for n, module in modules.items()]
     found['state'] = slope(LENGTHS, sizes) if min(sizes) else 0.0
     found['state_bytes'] = sizes[-1]
+  costs = [counts[0].operations, operations(name, WIDTHS[1])]
+  found['width'] = slope(WIDTHS, costs)
+  if 'chunk_size' in mixer_options(name):
+    costs = [operations(name, D, chunk_size=size) for size in CHUNKS]
+    found['chunk'] = slope(CHUNKS, costs)
   return found
 
 
@@ -70,16 +94,24 @@ def agrees(row: dict) -> bool:
 
 
 def _table(values) -> list:
+  def cell(row, key):
+    return round(row[key], 2) if key in row else ''
+
   return [
     page.Table(
-      ['mixer', 'time', 'stated', 'memory', 'state', 'stated', 'state bytes'],
+      [
+        'mixer', 'time', 'stated', 'in d', 'in C', 'memory', 'state', 'stated',
+        'state bytes',
+      ],
       [
         [
           name,
-          round(row['time'], 2),
+          cell(row, 'time'),
           row['stated_time'],
-          round(row['memory'], 2),
-          round(row['state'], 2) if 'state' in row else '',
+          cell(row, 'width'),
+          cell(row, 'chunk'),
+          cell(row, 'memory'),
+          cell(row, 'state'),
           row['stated_state'],
           row.get('state_bytes', ''),
         ]
@@ -89,10 +121,16 @@ def _table(values) -> list:
     page.Text(
       f'Exponents of N over {LENGTHS} tokens, width {D}, {HEADS} heads: '
       'arithmetic and largest array of a forward and backward pass, and the '
-      'decode state.',
+      f'decode state. The arithmetic of {LENGTHS[0]:,} tokens in the width d '
+      f'over {WIDTHS} and in the chunk size C over {CHUNKS}.',
       note=True,
     ),
-  ]
+  ]  # fmt: skip
+
+
+def _range(values, key) -> str:
+  found = [values[name][key] for name in CHUNKED]
+  return f'{min(found):.2f} to {max(found):.2f}'
 
 
 def _linear(values, *names):
@@ -113,6 +151,41 @@ R17 = Claim(
       ),
       judge=lambda v: HOLDS if all(map(agrees, v.values())) else FAILS,
       rule='time within 0.1, state within 0.03',
+    ),
+    Statement(
+      says='Attention trains in O(N^2 d) time',
+      source='AS tables 2-7',
+      printed='O(N^2 d)',
+      measured=lambda v: (
+        f'N^{v["attention"]["time"]:.2f}, d^{v["attention"]["width"]:.2f}'
+      ),
+      judge=lambda v: (
+        HOLDS
+        if abs(v['attention']['time'] - 2) < 0.1
+        and abs(v['attention']['width'] - 1) < 0.1
+        else FAILS
+      ),
+      rule='both exponents within 0.1',
+    ),
+    Statement(
+      says='Recurrences train in chunks in O(N C d + N d^2) time',
+      source='AS tables 5-7',
+      printed='O(N C d + N d^2)',
+      measured=lambda v: (
+        f'eight rows: N^{_range(v, "time")}, d^{_range(v, "width")}, '
+        f'C^{_range(v, "chunk")}'
+      ),
+      judge=lambda v: (
+        HOLDS
+        if all(
+          abs(row['time'] - 1) < 0.1
+          and 0.9 < row['width'] < 2.1
+          and -0.1 < row['chunk'] < 1.1
+          for row in (v[name] for name in CHUNKED)
+        )
+        else FAILS
+      ),
+      rule='exponents within 0.1 of 1 in N, of 1 to 2 in d and of 0 to 1 in C',
     ),
     Statement(
       says='Decoding with linear attention takes O(N d) memory',

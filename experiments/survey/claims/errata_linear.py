@@ -132,12 +132,12 @@ def retention() -> tuple:
     return np.concatenate(out)
 
   wanted = recurrence(q, k, v, np.full((T, H), gamma))
-  found = ours(
-    linear_attention,
-    *(x[:, None] for x in (q, k, v)),
-    log_decay=np.log([gamma]),
-    **CHUNKS,
-  )
+
+  def op(q, k, v):
+    log_decay = jnp.log(jnp.array([gamma]))
+    return linear_attention(q, k, v, log_decay=log_decay, **CHUNKS)
+
+  found = ours(op, *(x[:, None] for x in (q, k, v)))
   results = chunkwise(lag=1), chunkwise(lag=0), found[:, 0]
   return tuple(error(x, wanted) for x in results)
 

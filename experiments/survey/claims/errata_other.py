@@ -148,6 +148,16 @@ def width_of_keys() -> tuple:
   return product(printed), product((64, *key[1:])), product(key)
 
 
+def descended(*arrays, chunk_size: int) -> np.ndarray:
+  """Reads [T, H] of a linear model that starts at zero and learns."""
+
+  def op(*arrays):
+    weights = ((jnp.zeros((1, H, H), arrays[0].dtype), None),)
+    return fast_weights(*arrays, weights=weights, chunk_size=chunk_size)
+
+  return ours(op, *(x[:, None] for x in arrays))[:, 0]
+
+
 def learning_rate() -> tuple:
   """E14: what a token's own answer misses after its update, 1 token a step.
 
@@ -164,9 +174,7 @@ def learning_rate() -> tuple:
       out.append(k[t] @ state)
     return np.array(out)
 
-  weights = ((np.zeros((1, H, H)), None),)
-  arrays = *(x[:, None] for x in (k, k, v)), best[:, None]
-  found = ours(fast_weights, *arrays, weights=weights, chunk_size=1)[:, 0]
+  found = descended(k, k, v, best, chunk_size=1)
   results = descend(np.ones(T)), descend(best), found
   return tuple(error(x, v) for x in results)
 
@@ -192,8 +200,6 @@ def index_of_the_sum() -> tuple:
     base = state if t % C == 0 else base
     state = state - rate * np.outer(k[t], k[t] @ base - v[t])
     wanted.append(q[t] @ state)
-  weights = ((np.zeros((1, H, H)), None),)
-  arrays = *(x[:, None] for x in (q, k, v)), np.full((T, 1), rate)
-  found = ours(fast_weights, *arrays, weights=weights, chunk_size=C)[:, 0]
+  found = descended(q, k, v, np.full(T, rate), chunk_size=C)
   results = descend(True), descend(False), found
   return tuple(error(x, np.array(wanted)) for x in results)

@@ -15,7 +15,7 @@ from experiments.survey.seeds import SEEDS, spread
 
 S, H = 1024, 32
 GRID = (4, 16, 16)
-SHARES = (0.1, 0.25, 0.5, 1)
+SHARES = (0.1, 0.25, 0.5, 1.0)
 CURVE_SEEDS = SEEDS[:2]
 CHANCE = 'random keys'
 ROWS = {n: row for n, row in SELECTORS.items() if row.returns != 'heads'}
