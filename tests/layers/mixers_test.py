@@ -318,8 +318,9 @@ def test_sharded_equals_unsharded(name, options):
   mixer = make(name, options)
   graphdef, params = nnx.split(mixer)
   # The shape of the rows in `test_packed_equals_separate`: one program less.
-  x = inputs(batch=4, length=12)
-  weight = inputs(batch=4, length=12, seed=11)
+  length = T if 'grid' in options else 12
+  x = inputs(batch=4, length=length)
+  weight = inputs(batch=4, length=length, seed=11)
   expected = gradients(mixer, x, weight)
   mesh = sharding.make_mesh('data=2,fsdp=2,tensor=2', jax.devices()[:8])
   placed = jax.tree.map(

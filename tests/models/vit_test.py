@@ -32,6 +32,7 @@ def features(model):
 # Both kinds of encoder, and softmax; that every row can be an encoder's mixer
 # is tested with the mixers.
 ENCODERS = ('attention', 'window', 'linear', 'kda', 'mamba', 'lact')
+OPTIONS = {'sinkhorn': dict(block_size=4)}  # divides 16 patches
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,8 @@ ENCODERS = ('attention', 'window', 'linear', 'kda', 'mamba', 'lact')
   ],
 )
 def test_every_patch_reaches_the_logits(mixer, pooling):
-  model = features(build(pattern=(mixer,), pooling=pooling))
+  options = {k: v for k, v in OPTIONS.items() if k == mixer}
+  model = features(build(pattern=(mixer,), pooling=pooling, mixers=options))
   logits = call(model, IMAGE)
   assert logits.shape == (3, 10) and logits.dtype == jnp.float32
   gradient = jax.grad(lambda image: call(model, image)[:, 0].sum())(IMAGE)
