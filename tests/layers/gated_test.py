@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from efficient_attn.layers.mixers import build_mixer
+from efficient_attn.models import jit_init
 from efficient_attn.ops.linear_attention import linear_attention
 from efficient_attn.ops.mlstm import mlstm
 from efficient_attn.ops.trapezoid import trapezoidal_scan
@@ -16,9 +17,21 @@ from tests.oracles import linear_attention as linear_oracles
 B, T, D, N = 1, 11, 32, 4
 
 
+def build(name, num_heads=N, **options):
+  """A mixer as its paper initialises it."""
+
+  def init():
+    rngs = nnx.Rngs(0)
+    return build_mixer(
+      name, d_model=D, num_heads=num_heads, rngs=rngs, **options
+    )
+
+  return jit_init(init)()
+
+
 def make(name, **options):
   """A mixer with noise on all its parameters, as some start at zero."""
-  mixer = build_mixer(name, d_model=D, num_heads=N, rngs=nnx.Rngs(0), **options)
+  mixer = build(name, **options)
   rng = np.random.default_rng(0)
   graphdef, params = nnx.split(mixer)
   noisy = jax.tree.map(
@@ -251,8 +264,8 @@ def test_mixer_is_the_equations_of_its_paper(name):
 
 
 def test_rwkv6_without_its_low_ranks_is_rwkv5():
-  five = build_mixer('rwkv5', d_model=D, num_heads=N, rngs=nnx.Rngs(0))
-  six = build_mixer('rwkv6', d_model=D, num_heads=N, rngs=nnx.Rngs(0))
+  five = build('rwkv5')
+  six = build('rwkv6')
   # At initialisation the low ranks of rwkv6 are zero, as published.
   for name in ('receptance', 'key', 'value', 'gate', 'out'):
     getattr(six, name).weight[...] = getattr(five, name).weight[...]
@@ -305,7 +318,7 @@ def test_mlstm_with_small_memory_is_gated_linear_attention():
 
 @pytest.mark.parametrize('name', ['mamba2', 'mamba3'])
 def test_published_initialisation_of_mamba(name):
-  mixer = build_mixer(name, d_model=D, num_heads=16, rngs=nnx.Rngs(0))
+  mixer = build(name, num_heads=16)
   dt = jax.nn.softplus(mixer.dt_bias[...])
   assert (dt > 0.99e-3).all() and (dt < 0.101).all()
   assert np.log(dt.max() / dt.min()) > 2
@@ -318,17 +331,17 @@ def test_published_initialisation_of_mamba(name):
 
 
 def test_published_initialisation_of_mlstm():
-  mixer = build_mixer('mlstm', d_model=D, num_heads=N, rngs=nnx.Rngs(0))
+  mixer = build('mlstm')
   np.testing.assert_allclose(mixer.forget_bias[...], [3, 4, 5, 6])
   for gate in (mixer.input_gate, mixer.forget_gate):
     assert (gate.weight[...] == 0).all()
   with pytest.raises(ValueError, match='block=3 does not divide'):
-    build_mixer('mlstm', d_model=D, num_heads=N, rngs=nnx.Rngs(0), block=3)
+    build('mlstm', block=3)
 
 
 @pytest.mark.parametrize('name', ['rwkv5', 'rwkv6'])
 def test_published_decays_of_rwkv(name):
-  mixer = build_mixer(name, d_model=D, num_heads=N, rngs=nnx.Rngs(0))
+  mixer = build(name)
   decay = mixer.decay[...].reshape(-1)
   assert decay[0] == -6 and abs(decay[-1] + 1) < 1e-6
   assert (np.diff(decay) > 0).all() and not mixer.decay.weight_decay
@@ -336,9 +349,7 @@ def test_published_decays_of_rwkv(name):
 
 def test_hgrn2_lower_bound_holds():
   # A forget gate that is closed keeps as much as the bound says.
-  mixer = build_mixer(
-    'hgrn2', d_model=D, num_heads=N, rngs=nnx.Rngs(0), lower_bound=0.9
-  )
+  mixer = build('hgrn2', lower_bound=0.9)
   mixer.forget.weight[...] = -100 * jnp.abs(mixer.forget.weight[...])
   x = jnp.ones((1, 2, D))
   _, one = mixer(x[:, :1], cache=mixer.init_cache(1, 2, 'float32'))

@@ -11,6 +11,7 @@ from flax import nnx
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixers import build_mixer
+from efficient_attn.models import jit_init
 from efficient_attn.ops import masks
 from efficient_attn.quick import QUICK
 from tests.oracles import attention as oracle
@@ -21,9 +22,13 @@ quick = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def make(name, *, causal=True, **options):
-  return build_mixer(
-    name, d_model=D, num_heads=N, causal=causal, rngs=nnx.Rngs(0), **options
-  )
+  def init():
+    rngs = nnx.Rngs(0)
+    return build_mixer(
+      name, d_model=D, num_heads=N, causal=causal, rngs=rngs, **options
+    )
+
+  return jit_init(init)()
 
 
 def inputs(length=T, seed=7):

@@ -15,6 +15,7 @@ from flax import nnx
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixers import build_mixer
 from efficient_attn.layers.mixers.ungated.lightning import log_decays
+from efficient_attn.models import jit_init
 from efficient_attn.quick import QUICK
 from tests.oracles import feature_maps as oracle
 
@@ -27,16 +28,19 @@ TOLERANCE = 2e-6
 
 def make(name, *, causal=True, noise=0.1, **options):
   """A mixer with noise on its parameters, and the parameters as float64."""
-  mixer = build_mixer(
-    name,
-    d_model=D,
-    num_heads=N,
-    causal=causal,
-    rngs=nnx.Rngs(0),
-    chunk_size=4,
-    **options,
-  )
-  graphdef, params = nnx.split(mixer)
+
+  def init():
+    return build_mixer(
+      name,
+      d_model=D,
+      num_heads=N,
+      causal=causal,
+      rngs=nnx.Rngs(0),
+      chunk_size=4,
+      **options,
+    )
+
+  graphdef, params = nnx.split(jit_init(init)())
   leaves, treedef = jax.tree.flatten(params)
   rng = np.random.default_rng(1)
   leaves = [

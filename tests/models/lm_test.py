@@ -1,5 +1,6 @@
 """The language model: cache, scan, norms, positions, counts."""
 
+import functools
 import itertools
 
 import jax
@@ -11,6 +12,7 @@ from flax import nnx
 from efficient_attn import models
 from efficient_attn.config import ConfigError, LMConfig
 from efficient_attn.models import cost
+from efficient_attn.quick import QUICK
 
 B, T, VOCAB = 2, 12, 64
 
@@ -28,7 +30,7 @@ def build(**changes):
   return models.init(LMConfig(**BASE | changes), jax.random.key(0))
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options=QUICK)
 def call(model, tokens, cache=None, key=None):
   return model(tokens, cache=cache, key=key)
 

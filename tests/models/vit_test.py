@@ -9,6 +9,7 @@ from efficient_attn import models
 from efficient_attn.config import ConfigError, ViTConfig
 from efficient_attn.layers.mixers import MIXERS
 from efficient_attn.models.vit import patches
+from efficient_attn.quick import QUICK
 
 IMAGE = jax.random.normal(jax.random.key(0), (3, 8, 8, 1))
 
@@ -18,7 +19,7 @@ def build(**changes):
   return models.init(config, jax.random.key(0))
 
 
-call = jax.jit(lambda model, image: model(image))
+call = jax.jit(lambda model, image: model(image), compiler_options=QUICK)
 
 
 def features(model):
