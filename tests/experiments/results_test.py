@@ -32,6 +32,13 @@ def shows_mqar(found):
     assert statistics.fmean(found[name]) < 0.95
 
 
+def shows_mad(found):
+  """Softmax and the delta rule find values again; a plain sum of them not."""
+  for name in ('attention', 'deltanet'):
+    assert min(found['in_context_recall', name]) > 0.98
+  assert max(found['in_context_recall', 'linear']) < 0.5
+
+
 def shows_state_tracking(found):
   """Negative eigenvalues keep a parity, positive ones guess."""
   assert min(found['parity', 'deltanet negative']) > 0.99
@@ -69,6 +76,7 @@ def shows_vit_mixers(found):
 
 CHECKS = {
   'mqar': shows_mqar,
+  'mad': shows_mad,
   'state_tracking': shows_state_tracking,
   'state_size': shows_state_size,
   'lm_quality': shows_lm_quality,

@@ -53,7 +53,9 @@ def test_every_patch_reaches_the_logits(mixer, pooling):
   model = features(build(pattern=(mixer,), pooling=pooling, mixers=options))
   logits = call(model, IMAGE)
   assert logits.shape == (3, 10) and logits.dtype == jnp.float32
-  gradient = jax.grad(lambda image: call(model, image)[:, 0].sum())(IMAGE)
+  gradient = jax.jit(
+    jax.grad(lambda image: model(image)[:, 0].sum()), compiler_options=QUICK
+  )(IMAGE)
   assert (np.abs(patches(gradient, 2)).max(axis=-1) > 0).all()
 
 
