@@ -232,9 +232,11 @@ def curves(
   Axes named in `log`, of 'xy', are logarithmic: x in powers of two.
   """
   made, axes = figure()
-  marks = zip(itertools.cycle(MARKERS), itertools.cycle(COLORS), strict=False)
-  for (label, (xs, ys)), (marker, color) in zip(
-    lines.items(), marks, strict=False
+  for (label, (xs, ys)), marker, color in zip(
+    lines.items(),
+    itertools.cycle(MARKERS),
+    itertools.cycle(COLORS),
+    strict=False,
   ):
     axes.plot(xs, ys, marker=marker, color=color, label=label)
   if 'x' in log:

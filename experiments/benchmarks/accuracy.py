@@ -95,16 +95,14 @@ def errors(arrays, runs, wanted, dtype) -> dict[str, list[list[float]]]:
   with jax.enable_x64(True):
     exact = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), low)
     expected = jax.tree.map(np.asarray, wanted(exact))
-  return {
-    name: [
-      [
-        max(map(error, jax.tree.leaves(x), jax.tree.leaves(y)))
-        for x, y in zip(actual, expected, strict=True)
-      ]
+  found = {}
+  for name, run in runs.items():
+    pairs = list(zip(run(low), expected, strict=True))
+    found[name] = [
+      [max(map(error, *map(jax.tree.leaves, pair))) for pair in pairs]
       for error in (relative, largest)
     ]
-    for name, actual in ((name, run(low)) for name, run in runs.items())
-  }
+  return found
 
 
 def both(run):

@@ -11,7 +11,7 @@ from flax import nnx
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixers import build_mixer
 from efficient_attn.layers.token_shift import token_shift
-from efficient_attn.models import jit_init
+from tests.layers.built import built
 from tests.oracles import elementwise as oracles
 from tests.oracles.elementwise import sigmoid
 from tests.oracles.linear_attention import short_conv
@@ -21,13 +21,7 @@ B, T, D, N = 2, 11, 16, 4
 
 @functools.cache
 def make(name, **options):
-  def build(key):
-    mixer = build_mixer(
-      name, d_model=D, num_heads=N, rngs=nnx.Rngs(key), **options
-    )
-    return mixer
-
-  return jit_init(build)(jax.random.key(0))
+  return built(name, d_model=D, num_heads=N, **options)
 
 
 def noisy(mixer):

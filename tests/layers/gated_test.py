@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from efficient_attn.layers.mixers import build_mixer
-from efficient_attn.models import jit_init
 from efficient_attn.ops.linear_attention import linear_attention
 from efficient_attn.ops.mlstm import mlstm
 from efficient_attn.ops.trapezoid import trapezoidal_scan
+from tests.layers.built import built
 from tests.oracles import gated as oracles
 from tests.oracles import linear_attention as linear_oracles
 
@@ -18,15 +17,7 @@ B, T, D, N = 1, 11, 32, 4
 
 
 def build(name, num_heads=N, **options):
-  """A mixer as its paper initialises it."""
-
-  def init():
-    rngs = nnx.Rngs(0)
-    return build_mixer(
-      name, d_model=D, num_heads=num_heads, rngs=rngs, **options
-    )
-
-  return jit_init(init)()
+  return built(name, d_model=D, num_heads=num_heads, **options)
 
 
 def make(name, **options):

@@ -10,10 +10,9 @@ from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError
-from efficient_attn.layers.mixers import build_mixer
-from efficient_attn.models import jit_init
 from efficient_attn.ops import masks
 from efficient_attn.quick import QUICK
+from tests.layers.built import built
 from tests.oracles import attention as oracle
 from tests.oracles import patterns
 
@@ -22,13 +21,7 @@ quick = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def make(name, *, causal=True, **options):
-  def init():
-    rngs = nnx.Rngs(0)
-    return build_mixer(
-      name, d_model=D, num_heads=N, causal=causal, rngs=rngs, **options
-    )
-
-  return jit_init(init)()
+  return built(name, d_model=D, num_heads=N, causal=causal, **options)
 
 
 def inputs(length=T, seed=7):

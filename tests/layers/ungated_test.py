@@ -15,8 +15,8 @@ from flax import nnx
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixers import build_mixer
 from efficient_attn.layers.mixers.ungated.lightning import log_decays
-from efficient_attn.models import jit_init
 from efficient_attn.quick import QUICK
+from tests.layers.built import built
 from tests.oracles import feature_maps as oracle
 
 B, D, N = 2, 24, 3
@@ -28,19 +28,10 @@ TOLERANCE = 2e-6
 
 def make(name, *, causal=True, noise=0.1, **options):
   """A mixer with noise on its parameters, and the parameters as float64."""
-
-  def init():
-    return build_mixer(
-      name,
-      d_model=D,
-      num_heads=N,
-      causal=causal,
-      rngs=nnx.Rngs(0),
-      chunk_size=4,
-      **options,
-    )
-
-  graphdef, params = nnx.split(jit_init(init)())
+  mixer = built(
+    name, d_model=D, num_heads=N, causal=causal, chunk_size=4, **options
+  )
+  graphdef, params = nnx.split(mixer)
   leaves, treedef = jax.tree.flatten(params)
   rng = np.random.default_rng(1)
   leaves = [

@@ -49,7 +49,7 @@ OPTIONS = {'sinkhorn': dict(block_size=4)}  # divides 16 patches
   ],
 )
 def test_every_patch_reaches_the_logits(mixer, pooling):
-  options = {k: v for k, v in OPTIONS.items() if k == mixer}
+  options = {mixer: OPTIONS.get(mixer, {})}
   model = features(build(pattern=(mixer,), pooling=pooling, mixers=options))
   logits = call(model, IMAGE)
   assert logits.shape == (3, 10) and logits.dtype == jnp.float32
