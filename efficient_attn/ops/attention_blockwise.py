@@ -225,17 +225,27 @@ def _finish(m, l, acc, dtype):
   return out, jnp.where(nothing, -jnp.inf, m + jnp.log(total))
 
 
+def _put(rows, running, tile):
+  """(m, l, o) of all rows [B, K, G, T, ...] with those of a tile's rows."""
+  T, R = rows[0].shape[3], tile.rows.size
+
+  def put(total, new):
+    new = new.reshape(*total.shape[:3], R, *total.shape[4:])
+    return put_rows(total, new, tile, T % R != 0)
+
+  return jax.tree.map(put, rows, running)
+
+
 def _by_queries(options, q, k, v, mask, bias, start):
   """The loop of FlashAttention-2: (m, l, o) of one block stay at hand."""
   B, K, G, T, _ = q.shape
-  S, V = k.shape[2], v.shape[-1]
-  R, C = options.block_q, options.block_k
+  S, R, C = k.shape[2], options.block_q, options.block_k
   fresh = jax.tree.map(
     lambda x: x[:, :, :, :R].reshape(B, K, G * R, *x.shape[4:]), start
   )
 
   def step(carry, entry):
-    running, out, lse = carry
+    running, rows = carry
     first = entry[3]
     tile = locate(R, C, *entry[:2], T, S, options.shared)
     # Not through a factor 0: what another row holds may not be finite.
@@ -244,16 +254,10 @@ def _by_queries(options, q, k, v, mask, bias, start):
     )
     running = _absorb(options, q, k, v, mask, bias, tile, running)
     # Written at every tile: the last one of a row block is the one that stays.
-    o, e = _finish(*running, out.dtype)
-    out = put_rows(out, o.reshape(B, K, G, R, V), tile, T % R != 0)
-    lse = put_rows(lse, e.reshape(B, K, G, R), tile, T % R != 0)
-    return (running, out, lse), None
+    return (running, _put(rows, running, tile)), None
 
-  # What a row block without any tile returns.
-  out = jnp.zeros((B, K, G, T, V), q.dtype)
-  carry = (fresh, out, start[0])
-  (_, out, lse), _ = lax.scan(step, carry, options.schedule())
-  return out, lse
+  (_, rows), _ = lax.scan(step, (fresh, start), options.schedule())
+  return _finish(*rows, q.dtype)
 
 
 def _by_keys(options, q, k, v, mask, bias, start):
@@ -262,23 +266,17 @@ def _by_keys(options, q, k, v, mask, bias, start):
   Rows that a tile shares with the block before it see no key twice, and keep
   what they hold.
   """
-  B, K, G, T, _ = q.shape
-  S, R, C = k.shape[2], options.block_q, options.block_k
+  T, S = q.shape[3], k.shape[2]
+  R, C = options.block_q, options.block_k
 
-  def step(running, entry):
+  def step(rows, entry):
     tile = locate(R, C, *entry[:2], T, S, options.shared)
-    rows = jax.tree.map(lambda x: take_rows(x, tile), running)
-    rows = _absorb(options, q, k, v, mask, bias, tile, rows)
-    return jax.tree.map(
-      lambda total, new: put_rows(
-        total, new.reshape(B, K, G, R, *new.shape[3:]), tile, T % R != 0
-      ),
-      running,
-      rows,
-    ), None
+    running = jax.tree.map(lambda x: take_rows(x, tile), rows)
+    running = _absorb(options, q, k, v, mask, bias, tile, running)
+    return _put(rows, running, tile), None
 
-  running, _ = lax.scan(step, start, options.schedule())
-  return _finish(*running, q.dtype)
+  rows, _ = lax.scan(step, start, options.schedule())
+  return _finish(*rows, q.dtype)
 
 
 def _attend_forward(options, q, k, v, mask, bias, sinks):
