@@ -36,6 +36,11 @@ def use(p: nnx.Param, dtype) -> jax.Array:
   return sharding.constrain(p[...].astype(dtype), *p.axes)
 
 
+def clip_to_unit(x: jax.Array) -> jax.Array:
+  """Clips to [0, 1] with a gradient of 1, so that what left may come back."""
+  return x + jax.lax.stop_gradient(jnp.clip(x, 0, 1) - x)
+
+
 def fan_in_normal(scale: float = 1.0) -> Callable:
   """Truncated normal of standard deviation scale / sqrt(fan_in)."""
 

@@ -10,6 +10,10 @@ start, or from what the cache has seen); segment_ids [B, T] int32 keep packed
 sequences apart. Without a cache the call sees whole sequences; with one the
 same call continues where the cache ends, by one token or by many.
 
+A mixer may have a method penalty() -> scalar, which training adds to the mean
+loss. The parameters of a scanned stack have a leading axis of layers there, so
+it is a sum over all of them.
+
 Adding a method is one file in the folder of its family and one row in the
 table there.
 """

@@ -6,14 +6,16 @@
 over the last `window` tokens, with z_n = window clip(span_n, 0, 1) learned for
 each head n. The gradient of the clip is 1, as if the parameter were put back
 after every step. What no head reaches is not computed. The cache holds the last
-window - 1 keys and values.
+window - 1 keys and values. `penalty_weight` is lambda of the objective
+
+  loss + lambda mean_n z_n,    2e-6 in the paper.
 """
 
 import jax
 import jax.numpy as jnp
 
 from efficient_attn.layers.mixers.softmax.window import Window
-from efficient_attn.layers.param import param, use
+from efficient_attn.layers.param import clip_to_unit, param, use
 from efficient_attn.ops import masks, scores
 
 
@@ -21,18 +23,29 @@ class AdaptiveSpan(Window):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(
-    self, *, window: int = 1024, ramp: int = 32, span: float = 0.0, **options
+    self,
+    *,
+    window: int = 1024,
+    ramp: int = 32,
+    span: float = 0.0,
+    penalty_weight: float = 0.0,
+    **options,
   ):
     super().__init__(window=window, **options)
     self.ramp = ramp
     start = jnp.full(self.num_heads, span)
     self.span = param(start, ('heads',), weight_decay=False)
+    self.penalty_weight = penalty_weight
 
   def spans(self):
     """The span of every head, in tokens."""
-    span = use(self.span, jnp.float32)
-    inside = jnp.clip(span, 0, 1)
-    return self.window * (span + jax.lax.stop_gradient(inside - span))
+    return self.window * clip_to_unit(use(self.span, jnp.float32))
+
+  def penalty(self):
+    """What the spans add to the objective."""
+    # Not past the ends: nothing there would hold them.
+    spans = self.window * jnp.clip(self.span[...], 0, 1)
+    return self.penalty_weight * jnp.sum(spans) / self.num_heads
 
   def bias(self, offset) -> scores.Score:
     """The logarithm of the ramp, and what else is added."""

@@ -7,7 +7,11 @@ with one alpha_n learned for every diagonal d of head n, shared by those at
 `reach` and beyond. Without a `key` for the noise the mask is the likelier one,
 1 where alpha > 0, and has the gradient of log sigmoid(alpha) where it is 1. The
 first token of a sequence, and in an encoder the last, see all and are seen by
-all. O(T^2).
+all. O(T^2). `penalty_weight` is lambda of the objective
+
+  loss + lambda mean_{n, d} sigmoid(alpha_n(d)),
+
+of what is likely to remain of the mask, as its sum in the paper.
 """
 
 import jax
@@ -22,11 +26,19 @@ from efficient_attn.ops import masks, scores
 class DAM(Attention):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
-  def __init__(self, *, reach: int = 512, temperature: float = 1.0, **options):
+  def __init__(
+    self,
+    *,
+    reach: int = 512,
+    temperature: float = 1.0,
+    penalty_weight: float = 0.0,
+    **options,
+  ):
     super().__init__(**options)
     start = jnp.ones((2 * reach + 1, self.num_heads))
     self.alpha = param(start, (None, 'heads'), weight_decay=False)
     self.temperature = temperature
+    self.penalty_weight = penalty_weight
 
   def __call__(
     self, x, *, positions=None, segment_ids=None, cache=None, key=None
@@ -56,6 +68,12 @@ class DAM(Attention):
       return jax.nn.log_sigmoid((alpha + noise) / self.temperature)
     soft = jax.nn.log_sigmoid(alpha)
     return jnp.where(alpha > 0, soft - jax.lax.stop_gradient(soft), -jnp.inf)
+
+  def penalty(self):
+    """What the mask adds to the objective."""
+    likely = jax.nn.sigmoid(self.alpha[...])
+    diagonals = self.alpha.shape[-2] * self.num_heads
+    return self.penalty_weight * jnp.sum(likely) / diagonals
 
   def ends(self, length, segment_ids):
     """Which tokens every other sees, [1 or B, S]."""

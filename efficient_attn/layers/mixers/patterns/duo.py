@@ -4,20 +4,19 @@
 
 for kv head n, where streaming reads the first `num_sinks` tokens and the last
 `window`. The gates alpha_n, clipped to [0, 1] with a gradient of 1, start at 1;
-the paper trains them alone, with a penalty on their sum. Then the kv heads are
-ordered by their gates, and the first `full_heads` are full while the others
-stream and keep num_sinks + window - 1 keys and values. O(T^2); without gates
-for the full heads alone.
+the paper trains them alone, on loss + lambda sum_n alpha_n, where lambda, here
+`penalty_weight`, is 0.05. Then the kv heads are ordered by their gates, and the
+first `full_heads` are full while the others stream and keep num_sinks + window
+- 1 keys and values. O(T^2); without gates for the full heads alone.
 """
 
-import jax
 import jax.numpy as jnp
 
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError, choose
 from efficient_attn.layers.cache import append, extend
 from efficient_attn.layers.mixers.softmax.attention import Attention
-from efficient_attn.layers.param import param, use
+from efficient_attn.layers.param import clip_to_unit, param, use
 from efficient_attn.ops import masks
 
 
@@ -30,6 +29,7 @@ class DuoAttention(Attention):
     window: int = 256,
     num_sinks: int = 64,
     full_heads: int | None = None,
+    penalty_weight: float = 0.0,
     position: str = 'rotary',
     sinks: bool = False,
     **options,
@@ -52,6 +52,7 @@ class DuoAttention(Attention):
     self.window = window
     self.num_sinks = num_sinks
     self.full_heads = full_heads
+    self.penalty_weight = penalty_weight
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
     """Mixes tokens; see `layers.mixers` for the contract."""
@@ -86,12 +87,19 @@ class DuoAttention(Attention):
     streaming = self.read(query, key, value, mask & near, offset)
 
     def op(full, streaming, alpha):
-      alpha = alpha + jax.lax.stop_gradient(jnp.clip(alpha, 0, 1) - alpha)
+      alpha = clip_to_unit(alpha)
       alpha = jnp.repeat(alpha, full.shape[2] // alpha.size)[:, None]
       return (alpha * full + (1 - alpha) * streaming).astype(full.dtype)
 
     op = sharding.local_op(op, ('BTNV', 'BTNV', 'K'), 'BTNV')
     return op(full, streaming, use(self.alpha, jnp.float32)), cache
+
+  def penalty(self):
+    """What the gates add to the objective."""
+    if self.alpha is None:
+      return 0.0
+    # Not past the ends: nothing there would hold them.
+    return self.penalty_weight * jnp.sum(jnp.clip(self.alpha[...], 0, 1))
 
   def part(self, name, *heads):
     """The query, key and value heads that are full, or that stream."""
