@@ -1,7 +1,11 @@
-"""Language modelling at equal parameters: attention, recurrences, 3:1 hybrids.
+"""Language modelling by attention, recurrences and 3:1 hybrids, at equal size.
 
 python launch/ablate.py --config=configs/ablations/lm_quality.py:tiny \\
     --out=runs/lm_quality
+
+At equal parameters; with `:tiny,state` or `:state` at equal bytes of the decode
+state, where attention has one kv head, without which the others were too large
+to compare.
 """
 
 import ml_collections
@@ -14,16 +18,19 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.data = dict(name='text', seq_len=2048)
   config.optimizer = dict(warmup_steps=1000, weight_decay=0.1)
   config.update(steps=20_000, batch_size=128, eval_batches=200)
-  if arg == 'tiny':
+  if arg.startswith('tiny'):
     config.model.update(d_model=64, num_layers=4, num_heads=4)
     config.data.seq_len = 128
     config.optimizer.warmup_steps = 20
     config.update(steps=200, batch_size=8, eval_batches=20)
+  if arg.endswith('state'):
+    config.model.mixers = dict(attention=dict(num_kv_heads=1))
   return config
 
 
 def sweep(arg: str = '') -> dict:
   """What is compared."""
+  tiny = arg.startswith('tiny')
   patterns = {
     'attention': ('attention',),
     'gated_deltanet': ('gated_deltanet',),
@@ -32,14 +39,16 @@ def sweep(arg: str = '') -> dict:
     '3 gated_deltanet : 1 attention': ('gated_deltanet',) * 3 + ('attention',),
     '3 kda : 1 attention': ('kda',) * 3 + ('attention',),
   }
-  if arg == 'tiny':
+  if tiny:
     del patterns['kda'], patterns['3 kda : 1 attention']
+  state = arg.endswith('state')
+  equal = 'decode state' if state else 'parameters'
   return dict(
-    title='Language modelling at equal parameters',
+    title=f'Language modelling at equal {equal}',
     architectures={
       name: {'model.pattern': pattern} for name, pattern in patterns.items()
     },
-    learning_rates=(6e-3,) if arg == 'tiny' else (3e-4, 6e-4, 1e-3),
+    learning_rates=(6e-3,) if tiny else (3e-4, 6e-4, 1e-3),
     metric='bits_per_byte',
-    match='params',
+    match='state' if state else 'params',
   )

@@ -69,23 +69,37 @@ def shows_lm_quality(found):
   assert hybrid < means['attention'] < means['linear']
 
 
+def shows_lm_quality_at_equal_state(found):
+  """With as large a state both recurrences are far better than attention."""
+  means = {name: statistics.fmean(v) for (_, name), v in found.items()}
+  assert means['gated_deltanet'] < means['attention']
+
+
 def shows_vit_mixers(found):
   """Every mixer beats the linear classifier's guess by far."""
   assert all(min(value) > 0.5 for value in found.values())
 
 
+# Folder of results -> what they show. 'a.b' is the study a.py:tiny,b.
 CHECKS = {
   'mqar': shows_mqar,
   'mad': shows_mad,
   'state_tracking': shows_state_tracking,
   'state_size': shows_state_size,
   'lm_quality': shows_lm_quality,
+  'lm_quality.state': shows_lm_quality_at_equal_state,
   'vit_mixers': shows_vit_mixers,
 }
 
 
+def path(name):
+  file, _, arg = name.partition('.')
+  arg = ','.join(filter(None, ('tiny', arg)))
+  return f'{ROOT}/configs/ablations/{file}.py:{arg}'
+
+
 def load(name):
-  return study.load(f'{ROOT}/configs/ablations/{name}.py:tiny', {})
+  return study.load(path(name), {})
 
 
 @pytest.mark.parametrize('name', CHECKS)
@@ -104,7 +118,7 @@ def test_stored_results_are_whole_and_show_it(name):
 @pytest.mark.parametrize('name', CHECKS)
 def test_a_new_run_shows_it(name, tmp_path):
   args = argparse.Namespace(
-    config=f'{ROOT}/configs/ablations/{name}.py:tiny',
+    config=path(name),
     out=tmp_path,
     dry_run=False,
   )

@@ -17,6 +17,8 @@ ARGUMENTS = [
   f'{HYBRID}:{name}{size}' for name in HYBRIDS for size in ('', ',tiny')
 ]
 STUDIES = [file for file in FILES if file.startswith('configs/ablations/')]
+# What they take beside '' and ':tiny'.
+OTHERS = {'mqar': [':based'], 'lm_quality': [':state', ':tiny,state']}
 
 
 def test_the_hybrids_were_found():
@@ -28,7 +30,7 @@ def test_the_hybrids_were_found():
   [
     file + argument
     for file in STUDIES
-    for argument in ('', ':tiny', *([':based'] if 'mqar' in file else []))
+    for argument in ('', ':tiny', *OTHERS.get(pathlib.Path(file).stem, ()))
   ],
 )
 def test_every_program_of_a_study_builds(file):
