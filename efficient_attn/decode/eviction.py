@@ -30,7 +30,7 @@ from efficient_attn.config import ConfigError, choose
 from efficient_attn.layers.mixers.softmax.attention import Attention
 from efficient_attn.layers.param import use
 from efficient_attn.ops import masks
-from efficient_attn.ops.attention import attention
+from efficient_attn.ops.softmax.attention import attention
 
 Tokens = dict[str, jax.Array]  # each [B, S, K] or [B, S, K, H]
 

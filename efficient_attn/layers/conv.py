@@ -10,7 +10,7 @@ from flax import nnx
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.param import param, use
-from efficient_attn.ops.short_conv import short_conv
+from efficient_attn.ops.recurrent.short_conv import short_conv
 
 
 def conv_taps(conv_width: int | None, causal: bool) -> int:

@@ -12,7 +12,7 @@ from flax import nnx
 from efficient_attn import sharding
 from efficient_attn.layers.param import Projection
 from efficient_attn.ops import masks
-from efficient_attn.ops.attention import attention
+from efficient_attn.ops.softmax.attention import attention
 
 
 class CrossAttention(nnx.Module):

@@ -1,30 +1,34 @@
-"""Pure functions on arrays of one device; see each function's docstring."""
+"""Pure functions on arrays of one device; see each function's docstring.
+
+softmax, routed, low_rank and recurrent hold the families of methods, masks and
+selection what softmax attention may look at.
+"""
 
 from efficient_attn.ops import masks, scores, selection
-from efficient_attn.ops.affine_summary import affine_summary
-from efficient_attn.ops.attention import attention, explain
-from efficient_attn.ops.attention_merge import merge, split_attention
-from efficient_attn.ops.delta_product import delta_product
-from efficient_attn.ops.delta_rule import delta_rule
-from efficient_attn.ops.diagonal_scan import diagonal_scan
-from efficient_attn.ops.dplr import dplr
-from efficient_attn.ops.fast_weights import fast_weights
-from efficient_attn.ops.forms import choose_form
-from efficient_attn.ops.lact import lact
-from efficient_attn.ops.linear_attention import linear_attention
-from efficient_attn.ops.log_linear import log_linear_attention
-from efficient_attn.ops.mesa import mesa
-from efficient_attn.ops.mlstm import mlstm
-from efficient_attn.ops.paged_attention import paged_attention
-from efficient_attn.ops.path_attention import path_attention
 from efficient_attn.ops.positions import rotary, sincos_2d, sinusoidal
-from efficient_attn.ops.sage_attention import sage_attention
-from efficient_attn.ops.selective_scan import selective_scan
-from efficient_attn.ops.short_conv import short_conv
-from efficient_attn.ops.slots import slot_attention
-from efficient_attn.ops.slstm import slstm
-from efficient_attn.ops.trapezoid import trapezoidal_scan
-from efficient_attn.ops.wkv4 import wkv4
+from efficient_attn.ops.recurrent.affine_summary import affine_summary
+from efficient_attn.ops.recurrent.delta_product import delta_product
+from efficient_attn.ops.recurrent.delta_rule import delta_rule
+from efficient_attn.ops.recurrent.diagonal_scan import diagonal_scan
+from efficient_attn.ops.recurrent.dplr import dplr
+from efficient_attn.ops.recurrent.fast_weights import fast_weights
+from efficient_attn.ops.recurrent.forms import choose_form
+from efficient_attn.ops.recurrent.lact import lact
+from efficient_attn.ops.recurrent.linear_attention import linear_attention
+from efficient_attn.ops.recurrent.log_linear import log_linear_attention
+from efficient_attn.ops.recurrent.mesa import mesa
+from efficient_attn.ops.recurrent.mlstm import mlstm
+from efficient_attn.ops.recurrent.selective_scan import selective_scan
+from efficient_attn.ops.recurrent.short_conv import short_conv
+from efficient_attn.ops.recurrent.slots import slot_attention
+from efficient_attn.ops.recurrent.slstm import slstm
+from efficient_attn.ops.recurrent.trapezoid import trapezoidal_scan
+from efficient_attn.ops.recurrent.wkv4 import wkv4
+from efficient_attn.ops.softmax.attention import attention, explain
+from efficient_attn.ops.softmax.attention_merge import merge, split_attention
+from efficient_attn.ops.softmax.paged_attention import paged_attention
+from efficient_attn.ops.softmax.path_attention import path_attention
+from efficient_attn.ops.softmax.sage_attention import sage_attention
 
 __all__ = [
   'affine_summary',

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efficient_attn.ops.forms import FORMS
+from efficient_attn.ops.recurrent.forms import FORMS
 from experiments.benchmarks import linear_calls, recurrent_calls
 from experiments.errors import largest, relative
 

@@ -17,7 +17,7 @@ import numpy as np
 from efficient_attn import ops
 from efficient_attn.models.cost import largest_array
 from efficient_attn.ops import masks
-from efficient_attn.ops.attention_tiles import choose_tiles
+from efficient_attn.ops.softmax.attention_tiles import choose_tiles
 from experiments.benchmarks.timing import interleaved
 from experiments.exponent import slope
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from efficient_attn.layers.mixers import MIXERS
-from efficient_attn.ops.sage_attention import RECIPES
+from efficient_attn.ops.softmax.sage_attention import RECIPES
 from experiments import page
 from experiments.survey import printed
 from experiments.survey.claims.complexity import LENGTHS

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from efficient_attn.layers.head_norm import HeadLayerNorm
-from efficient_attn.ops.mlstm import mlstm
+from efficient_attn.ops.recurrent.mlstm import mlstm
 from tests.interop.pairs import D, N, Pair, build, cached, into, put, randomize
 
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_attn.ops.delta_rule import delta_rule
-from efficient_attn.ops.mlstm import mlstm
-from efficient_attn.ops.wkv4 import wkv4
+from efficient_attn.ops.recurrent.delta_rule import delta_rule
+from efficient_attn.ops.recurrent.mlstm import mlstm
+from efficient_attn.ops.recurrent.wkv4 import wkv4
 from efficient_attn.quick import QUICK
 
 torch = pytest.importorskip('torch')

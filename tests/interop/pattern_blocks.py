@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache
 
 from efficient_attn.ops import masks, scores
-from efficient_attn.ops.attention import attention
+from efficient_attn.ops.softmax.attention import attention
 from tests.interop.pairs import D, N, Pair, build, put, randomize
 
 H = D // N

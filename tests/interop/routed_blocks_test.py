@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from efficient_attn.layers.norm import l2_normalize
-from efficient_attn.ops.lsh_attention import (
+from efficient_attn.ops.routed.lsh_attention import (
   lsh_buckets,
   sorted_chunk_attention,
 )

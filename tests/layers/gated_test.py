@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from efficient_attn.ops.linear_attention import linear_attention
-from efficient_attn.ops.mlstm import mlstm
-from efficient_attn.ops.trapezoid import trapezoidal_scan
+from efficient_attn.ops.recurrent.linear_attention import linear_attention
+from efficient_attn.ops.recurrent.mlstm import mlstm
+from efficient_attn.ops.recurrent.trapezoid import trapezoidal_scan
 from tests.layers.built import built
 from tests.oracles import gated as oracles
 from tests.oracles import linear_attention as linear_oracles

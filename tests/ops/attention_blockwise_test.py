@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from efficient_attn.ops import masks
-from efficient_attn.ops.attention_blockwise import attention_blockwise
-from efficient_attn.ops.attention_reference import attention_reference
-from efficient_attn.ops.attention_tiles import (
+from efficient_attn.ops.softmax.attention_blockwise import attention_blockwise
+from efficient_attn.ops.softmax.attention_reference import attention_reference
+from efficient_attn.ops.softmax.attention_tiles import (
   choose_tiles,
   fit_block,
   tile_schedule,

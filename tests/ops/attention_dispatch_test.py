@@ -5,7 +5,11 @@ import numpy as np
 import pytest
 
 from efficient_attn.ops import masks
-from efficient_attn.ops.attention import IMPLEMENTATIONS, attention, explain
+from efficient_attn.ops.softmax.attention import (
+  IMPLEMENTATIONS,
+  attention,
+  explain,
+)
 from tests.ops.attention_cases import make_arrays
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from efficient_attn.ops import masks
-from efficient_attn.ops.attention import attention
-from efficient_attn.ops.attention_merge import merge, split_attention
+from efficient_attn.ops.softmax.attention import attention
+from efficient_attn.ops.softmax.attention_merge import merge, split_attention
 from efficient_attn.quick import QUICK
 from tests.ops.attention_cases import make_arrays
 from tests.oracles import attention as oracle

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import strategies as st
 
 from efficient_attn.ops import masks
-from efficient_attn.ops.attention_blockwise import attention_blockwise
-from efficient_attn.ops.attention_reference import attention_reference
+from efficient_attn.ops.softmax.attention_blockwise import attention_blockwise
+from efficient_attn.ops.softmax.attention_reference import attention_reference
 from efficient_attn.quick import QUICK
 
 B, H, V = 2, 4, 3

@@ -7,11 +7,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from efficient_attn.ops import masks, scores
-from efficient_attn.ops.attention import IMPLEMENTATIONS as PUBLIC
-from efficient_attn.ops.attention_blockwise import (
+from efficient_attn.ops.softmax.attention import IMPLEMENTATIONS as PUBLIC
+from efficient_attn.ops.softmax.attention_blockwise import (
   attention_blockwise,
 )
-from efficient_attn.ops.attention_reference import attention_reference
+from efficient_attn.ops.softmax.attention_reference import attention_reference
 from efficient_attn.quick import QUICK
 from tests.ops.attention_cases import (
   EXTRAS,

@@ -5,8 +5,8 @@ import functools
 import jax
 import numpy as np
 
-from efficient_attn.ops.delta_rule import delta_rule
-from efficient_attn.ops.dplr import dplr
+from efficient_attn.ops.recurrent.delta_rule import delta_rule
+from efficient_attn.ops.recurrent.dplr import dplr
 from tests.ops.linear_attention_cases import QUICK, assert_close, to_jax
 from tests.oracles import delta_rule as oracle
 

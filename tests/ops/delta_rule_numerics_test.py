@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_attn.ops.triangular import solve_unit_lower
+from efficient_attn.ops.recurrent.triangular import solve_unit_lower
 from tests.ops.delta_rule_cases import (
   CHUNK,
   ORACLES,

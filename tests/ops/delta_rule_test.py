@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from efficient_attn.ops import linear_attention
-from efficient_attn.ops.affine_summary import affine_summary
-from efficient_attn.ops.delta_product import delta_product
-from efficient_attn.ops.delta_rule import delta_rule
+from efficient_attn.ops.recurrent.affine_summary import affine_summary
+from efficient_attn.ops.recurrent.delta_product import delta_product
+from efficient_attn.ops.recurrent.delta_rule import delta_rule
 from tests.ops.delta_rule_cases import (
   BATCH,
   CASES,

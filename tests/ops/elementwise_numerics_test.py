@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_attn.ops.diagonal_scan import diagonal_scan
-from efficient_attn.ops.selective_scan import selective_scan
-from efficient_attn.ops.slstm import slstm
-from efficient_attn.ops.wkv4 import wkv4
+from efficient_attn.ops.recurrent.diagonal_scan import diagonal_scan
+from efficient_attn.ops.recurrent.selective_scan import selective_scan
+from efficient_attn.ops.recurrent.slstm import slstm
+from efficient_attn.ops.recurrent.wkv4 import wkv4
 from tests.ops.elementwise_cases import (
   CHUNK,
   FORMS,

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_attn.ops.linear_attention import linear_attention
-from efficient_attn.ops.slots import slot_attention
+from efficient_attn.ops.recurrent.linear_attention import linear_attention
+from efficient_attn.ops.recurrent.slots import slot_attention
 from efficient_attn.quick import QUICK
 
 T, D, C = 32, 6, 8

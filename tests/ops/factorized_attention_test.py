@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from efficient_attn.ops import masks
-from efficient_attn.ops.attention_reference import attention_reference
-from efficient_attn.ops.factorized_attention import (
+from efficient_attn.ops.softmax.attention_reference import attention_reference
+from efficient_attn.ops.softmax.factorized_attention import (
   fixed_attention,
   strided_attention,
 )

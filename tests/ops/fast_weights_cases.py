@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efficient_attn.ops.fast_weights import FastState, fast_weights
-from efficient_attn.ops.lact import LactState, lact
+from efficient_attn.ops.recurrent.fast_weights import FastState, fast_weights
+from efficient_attn.ops.recurrent.lact import LactState, lact
 from efficient_attn.quick import QUICK
 from tests.oracles import fast_weights as oracle
 

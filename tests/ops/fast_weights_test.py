@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_attn.ops.delta_rule import delta_rule
-from efficient_attn.ops.fast_weights import fast_weights, fresh_state
-from efficient_attn.ops.lact import lact
-from efficient_attn.ops.linear_attention import linear_attention
-from efficient_attn.ops.muon import orthogonalize
+from efficient_attn.ops.recurrent.delta_rule import delta_rule
+from efficient_attn.ops.recurrent.fast_weights import fast_weights, fresh_state
+from efficient_attn.ops.recurrent.lact import lact
+from efficient_attn.ops.recurrent.linear_attention import linear_attention
+from efficient_attn.ops.recurrent.muon import orthogonalize
 from tests.ops.fast_weights_cases import (
   CHUNK,
   HEADS,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_attn.ops import feature_maps
+from efficient_attn.ops.recurrent import feature_maps
 from tests.oracles import feature_maps as oracle
 
 

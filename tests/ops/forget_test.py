@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from efficient_attn.ops import masks, scores
-from efficient_attn.ops.attention_blockwise import attention_blockwise
-from efficient_attn.ops.attention_reference import attention_reference
+from efficient_attn.ops.softmax.attention_blockwise import attention_blockwise
+from efficient_attn.ops.softmax.attention_reference import attention_reference
 from efficient_attn.quick import QUICK
 from tests.ops.attention_cases import make_arrays
 from tests.oracles import attention as oracle

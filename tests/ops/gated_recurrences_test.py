@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_attn.ops.mlstm import mlstm
-from efficient_attn.ops.slots import slot_attention
-from efficient_attn.ops.trapezoid import trapezoidal_scan
+from efficient_attn.ops.recurrent.mlstm import mlstm
+from efficient_attn.ops.recurrent.slots import slot_attention
+from efficient_attn.ops.recurrent.trapezoid import trapezoidal_scan
 from efficient_attn.quick import QUICK
 from tests.oracles import gated as oracles
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_attn.ops import gates
-from efficient_attn.ops.forms import FORMS
+from efficient_attn.ops.recurrent import gates
+from efficient_attn.ops.recurrent.forms import FORMS
 from tests.ops.linear_attention_cases import (
   CHANNELS,
   CHUNK,

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_attn.ops.affine_summary import affine_summary
-from efficient_attn.ops.forms import choose_form
-from efficient_attn.ops.linear_attention import linear_attention
+from efficient_attn.ops.recurrent.affine_summary import affine_summary
+from efficient_attn.ops.recurrent.forms import choose_form
+from efficient_attn.ops.recurrent.linear_attention import linear_attention
 from tests.ops.linear_attention_cases import (
   BATCH,
   CHANNELS,

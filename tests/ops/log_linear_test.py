@@ -8,9 +8,9 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from efficient_attn.ops import forms
-from efficient_attn.ops.linear_attention import linear_attention
-from efficient_attn.ops.log_linear import log_linear_attention
+from efficient_attn.ops.recurrent import forms
+from efficient_attn.ops.recurrent.linear_attention import linear_attention
+from efficient_attn.ops.recurrent.log_linear import log_linear_attention
 from efficient_attn.quick import QUICK
 from tests.oracles import log_linear as oracle
 

@@ -8,8 +8,8 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from efficient_attn.ops import forms
-from efficient_attn.ops.mesa import mesa
+from efficient_attn.ops.recurrent import forms
+from efficient_attn.ops.recurrent.mesa import mesa
 from efficient_attn.quick import QUICK
 from tests.oracles import mesa as oracle
 

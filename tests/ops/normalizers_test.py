@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from efficient_attn.ops import masks, normalizers, scores
-from efficient_attn.ops.attention_reference import attention_reference
+from efficient_attn.ops import masks, scores
+from efficient_attn.ops.softmax import normalizers
+from efficient_attn.ops.softmax.attention_reference import attention_reference
 from tests.ops.attention_cases import make_arrays
 
 ALPHAS = (1.0, 1.001, 1.2, 1.5, 1.9, 2.0)

@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_attn.ops.banded_conv import banded_conv
-from efficient_attn.ops.nystrom import iterative_pinv, nystrom_attention
+from efficient_attn.ops.low_rank.banded_conv import banded_conv
+from efficient_attn.ops.low_rank.nystrom import (
+  iterative_pinv,
+  nystrom_attention,
+)
 from efficient_attn.ops.pooling import mean_pool, repeat
 from tests.ops.low_rank_cases import check, jit, normal, place, unchecked
 from tests.oracles import low_rank as oracle

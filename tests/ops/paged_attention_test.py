@@ -8,7 +8,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from efficient_attn.ops.paged_attention import paged_attention
+from efficient_attn.ops.softmax.paged_attention import paged_attention
 from tests.oracles import attention as oracle
 
 B, T, N, K, H, V = 4, 2, 4, 2, 4, 3

@@ -8,7 +8,11 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from efficient_attn.ops.path_attention import FORMS, Past, path_attention
+from efficient_attn.ops.softmax.path_attention import (
+  FORMS,
+  Past,
+  path_attention,
+)
 from efficient_attn.quick import QUICK
 from tests.ops.attention_blockwise_test import equations
 from tests.oracles import path_attention as oracle

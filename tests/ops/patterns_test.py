@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from efficient_attn.ops import masks
-from efficient_attn.ops.attention_tiles import choose_tiles
+from efficient_attn.ops.softmax.attention_tiles import choose_tiles
 from efficient_attn.quick import QUICK
 
 quick = functools.partial(jax.jit, compiler_options=QUICK)

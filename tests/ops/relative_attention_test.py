@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_attn.ops.compressive import (
+from efficient_attn.ops.softmax.compressive import (
   complete_blocks,
   compressive_attention,
   init_memory,
 )
-from efficient_attn.ops.relative_attention import (
+from efficient_attn.ops.softmax.relative_attention import (
   relative_attention,
   relative_rows,
   relative_shift,

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_attn.ops import lsh_attention as lsh
-from efficient_attn.ops import nsa, vsa
+from efficient_attn.ops.routed import lsh_attention as lsh
+from efficient_attn.ops.routed import nsa, vsa
 from efficient_attn.quick import QUICK
 from tests.ops.routed_cases import (
   CASES,

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efficient_attn.ops import hash_attention as hashing
-from efficient_attn.ops import lsh_attention as lsh
-from efficient_attn.ops import nsa, routing_attention, vsa
-from efficient_attn.ops.clustered_attention import clustered_attention
-from efficient_attn.ops.dsa import dsa_attention
-from efficient_attn.ops.moba import moba_attention
-from efficient_attn.ops.seer import seer_attention
-from efficient_attn.ops.sinkhorn_attention import sinkhorn_attention
+from efficient_attn.ops.routed import hash_attention as hashing
+from efficient_attn.ops.routed import lsh_attention as lsh
+from efficient_attn.ops.routed import nsa, routing_attention, vsa
+from efficient_attn.ops.routed.clustered_attention import clustered_attention
+from efficient_attn.ops.routed.dsa import dsa_attention
+from efficient_attn.ops.routed.moba import moba_attention
+from efficient_attn.ops.routed.seer import seer_attention
+from efficient_attn.ops.routed.sinkhorn_attention import sinkhorn_attention
 from tests.oracles import routed as oracle
 from tests.oracles import routed_clusters as clusters
 

@@ -9,31 +9,31 @@ import numpy as np
 import pytest
 
 from efficient_attn.models.cost import flops, largest_array
-from efficient_attn.ops import lsh_attention as lsh
-from efficient_attn.ops import nsa, seer, vsa
-from efficient_attn.ops.attention import attention
-from efficient_attn.ops.clustered_attention import (
+from efficient_attn.ops.routed import lsh_attention as lsh
+from efficient_attn.ops.routed import nsa, seer, vsa
+from efficient_attn.ops.routed.clustered_attention import (
   clustered_attention,
   hamming_clusters,
 )
-from efficient_attn.ops.dsa import dsa_attention
-from efficient_attn.ops.hash_attention import (
+from efficient_attn.ops.routed.dsa import dsa_attention
+from efficient_attn.ops.routed.hash_attention import (
   hash_attention,
   pack,
   signs,
   unpack,
 )
-from efficient_attn.ops.moba import moba_attention
-from efficient_attn.ops.routing_attention import (
+from efficient_attn.ops.routed.moba import moba_attention
+from efficient_attn.ops.routed.routing_attention import (
   clustering_loss,
   nearest,
   normalize,
 )
-from efficient_attn.ops.sinkhorn_attention import (
+from efficient_attn.ops.routed.sinkhorn_attention import (
   earlier,
   sinkhorn,
   sinkhorn_attention,
 )
+from efficient_attn.ops.softmax.attention import attention
 from efficient_attn.quick import QUICK
 from tests.ops.routed_cases import (
   BLOCK,

@@ -9,20 +9,20 @@ import numpy as np
 import pytest
 
 from efficient_attn.ops import masks
-from efficient_attn.ops.attention import attention
-from efficient_attn.ops.fake_quant import FORMATS, fake_quant, round_to
-from efficient_attn.ops.sage_attention import (
+from efficient_attn.ops.selection.video import (
+  fps_attention,
+  select_fps,
+  tile_ids,
+)
+from efficient_attn.ops.softmax.attention import attention
+from efficient_attn.ops.softmax.fake_quant import FORMATS, fake_quant, round_to
+from efficient_attn.ops.softmax.sage_attention import (
   RECIPES,
   Recipe,
   accumulate,
   round_weights,
   sage_attention,
   sage_logits,
-)
-from efficient_attn.ops.selection.video import (
-  fps_attention,
-  select_fps,
-  tile_ids,
 )
 from tests.oracles import quantization as oracle
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from efficient_attn.models import cost
-from efficient_attn.ops import score_functions, synthesizer
-from efficient_attn.ops.attention import attention
-from efficient_attn.ops.lambda_layer import lambda_layer
-from efficient_attn.ops.logits import attend_logits
+from efficient_attn.ops.low_rank import synthesizer
+from efficient_attn.ops.low_rank.lambda_layer import lambda_layer
+from efficient_attn.ops.softmax import score_functions
+from efficient_attn.ops.softmax.attention import attention
+from efficient_attn.ops.softmax.logits import attend_logits
 from tests.ops.low_rank_cases import check, jit, normal, place, unchecked
 from tests.oracles import low_rank as oracle
 

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from efficient_attn.models.cost import flops, largest_array
-from efficient_attn.ops import selected_blocks, selected_tokens
-from efficient_attn.ops.selected_blocks import (
+from efficient_attn.ops.routed import selected_blocks, selected_tokens
+from efficient_attn.ops.routed.selected_blocks import (
   block_attention,
   causal_bias,
   positions,
   tile_rows,
   top_blocks,
 )
-from efficient_attn.ops.selected_tiles import deal
-from efficient_attn.ops.selected_tokens import token_attention
+from efficient_attn.ops.routed.selected_tiles import deal
+from efficient_attn.ops.routed.selected_tokens import token_attention
 from efficient_attn.quick import QUICK
 
 B, T, S, N, H, V, C = 2, 11, 18, 4, 3, 5, 4

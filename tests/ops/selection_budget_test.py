@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from efficient_attn.ops import masks
-from efficient_attn.ops.attention import attention
 from efficient_attn.ops.selection import SELECTORS, retained_mass
+from efficient_attn.ops.softmax.attention import attention
 from efficient_attn.quick import QUICK
 from tests.ops import selection_cases as cases
 

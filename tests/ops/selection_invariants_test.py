@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficient_attn.ops import masks
-from efficient_attn.ops.attention import attention
-from efficient_attn.ops.attention_merge import merge
 from efficient_attn.ops.selection import heads, scoring, tokens, video
 from efficient_attn.ops.selection.expressions import Groups, Slashes
 from efficient_attn.ops.selection.kmeans import kmeans
+from efficient_attn.ops.softmax.attention import attention
+from efficient_attn.ops.softmax.attention_merge import merge
 from tests.ops import selection_cases as cases
 
 

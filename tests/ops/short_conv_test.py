@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_attn.ops.short_conv import short_conv
+from efficient_attn.ops.recurrent.short_conv import short_conv
 from tests.oracles import linear_attention as oracle
 
 TAPS, WIDTH = 4, 3

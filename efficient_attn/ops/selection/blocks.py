@@ -12,9 +12,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from efficient_attn.ops import masks
-from efficient_attn.ops.normalizers import softmax
 from efficient_attn.ops.selection import scoring
 from efficient_attn.ops.selection.expressions import Slashes
+from efficient_attn.ops.softmax.normalizers import softmax
 
 Query = Float[Array, 'B T N H']
 Key = Float[Array, 'B S K H']

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from efficient_attn.ops import masks
-from efficient_attn.ops.attention import attention
 from efficient_attn.ops.selection import scoring
 from efficient_attn.ops.selection.kmeans import kmeans
+from efficient_attn.ops.softmax.attention import attention
 
 
 def select_chai(

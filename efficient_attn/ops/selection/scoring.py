@@ -13,9 +13,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from efficient_attn.ops import masks
-from efficient_attn.ops.attention import attention
-from efficient_attn.ops.normalizers import softmax
-from efficient_attn.ops.score_functions import scaled_dot
+from efficient_attn.ops.softmax.attention import attention
+from efficient_attn.ops.softmax.normalizers import softmax
+from efficient_attn.ops.softmax.score_functions import scaled_dot
 
 
 def causal(query: Array, key: Array) -> masks.Mask:

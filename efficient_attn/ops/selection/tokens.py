@@ -11,9 +11,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from efficient_attn.ops import masks, scores
-from efficient_attn.ops.attention import attention
-from efficient_attn.ops.normalizers import softmax
 from efficient_attn.ops.selection import scoring
+from efficient_attn.ops.softmax.attention import attention
+from efficient_attn.ops.softmax.normalizers import softmax
 
 Query = Float[Array, 'B T N H']
 Key = Float[Array, 'B S K H']

@@ -12,12 +12,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from efficient_attn.ops import masks
-from efficient_attn.ops.attention import attention
-from efficient_attn.ops.fake_quant import fake_quant
-from efficient_attn.ops.normalizers import softmax
 from efficient_attn.ops.selection import scoring
 from efficient_attn.ops.selection.expressions import Groups
 from efficient_attn.ops.selection.kmeans import kmeans
+from efficient_attn.ops.softmax.attention import attention
+from efficient_attn.ops.softmax.fake_quant import fake_quant
+from efficient_attn.ops.softmax.normalizers import softmax
 
 Query = Float[Array, 'B T N H']
 Key = Float[Array, 'B T K H']

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficient_attn.decode.eviction import evict
-from efficient_attn.ops.fake_quant import fake_quant
+from efficient_attn.ops.softmax.fake_quant import fake_quant
 from experiments import page
 from experiments.survey.claim import (
   FAILS,

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from efficient_attn.models import cost
-from efficient_attn.ops.logits import attend_logits
-from efficient_attn.ops.synthesizer import factorized_dense
+from efficient_attn.ops.low_rank.synthesizer import factorized_dense
+from efficient_attn.ops.softmax.logits import attend_logits
 from experiments import page
 from experiments.exponent import slope
 from experiments.survey.claim import FAILS, HOLDS, Claim, Statement

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficient_attn.ops import attention, fast_weights, masks
-from efficient_attn.ops.fake_quant import fake_quant
-from efficient_attn.ops.feature_maps import positive_random
-from efficient_attn.ops.synthesizer import factorized_dense
+from efficient_attn.ops.low_rank.synthesizer import factorized_dense
+from efficient_attn.ops.recurrent.feature_maps import positive_random
+from efficient_attn.ops.softmax.fake_quant import fake_quant
 from experiments.survey.claims.errata_linear import C, H, T, error, ours, tokens
 from experiments.survey.models import mixer
 

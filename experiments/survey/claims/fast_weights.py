@@ -9,7 +9,7 @@ import numpy as np
 
 from efficient_attn.models import cost
 from efficient_attn.ops import delta_rule, fast_weights, lact, linear_attention
-from efficient_attn.ops.muon import orthogonalize
+from efficient_attn.ops.recurrent.muon import orthogonalize
 from experiments import page
 from experiments.exponent import slope
 from experiments.survey.claim import FAILS, HOLDS, Claim, Statement, within

@@ -9,7 +9,7 @@ import numpy as np
 
 from efficient_attn.models import cost
 from efficient_attn.ops import attention, linear_attention
-from efficient_attn.ops.feature_maps import (
+from efficient_attn.ops.recurrent.feature_maps import (
   elu_plus_one,
   orthogonal_projection,
   positive_random,

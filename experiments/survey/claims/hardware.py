@@ -7,9 +7,9 @@ import numpy as np
 from efficient_attn import ops
 from efficient_attn.models import cost
 from efficient_attn.ops import masks
-from efficient_attn.ops.attention_merge import split_attention
-from efficient_attn.ops.paged_attention import paged_attention
-from efficient_attn.ops.sage_attention import Recipe, sage_attention
+from efficient_attn.ops.softmax.attention_merge import split_attention
+from efficient_attn.ops.softmax.paged_attention import paged_attention
+from efficient_attn.ops.softmax.sage_attention import Recipe, sage_attention
 from experiments.errors import largest
 from experiments.exponent import slope
 from experiments.survey.claim import (

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficient_attn.models import cost
-from efficient_attn.ops.lsh_attention import lsh_attention, lsh_buckets
+from efficient_attn.ops.routed.lsh_attention import lsh_attention, lsh_buckets
 from experiments import page
 from experiments.exponent import slope
 from experiments.survey.claim import (

@@ -7,7 +7,7 @@ from flax import nnx
 
 from efficient_attn.layers.mixers import build_mixer
 from efficient_attn.ops import attention, masks, scores
-from efficient_attn.ops.normalizers import (
+from efficient_attn.ops.softmax.normalizers import (
   entmax,
   normalized_attention,
   softmax,

@@ -6,11 +6,11 @@ import numpy as np
 
 from efficient_attn import ops
 from efficient_attn.ops import masks
-from efficient_attn.ops.clustered_attention import (
+from efficient_attn.ops.low_rank.nystrom import nystrom_attention
+from efficient_attn.ops.routed.clustered_attention import (
   clustered_attention,
   hamming_clusters,
 )
-from efficient_attn.ops.nystrom import nystrom_attention
 from experiments import page
 from experiments.errors import relative
 from experiments.survey.claim import FAILS, HOLDS, Claim, Statement, within

@@ -9,7 +9,7 @@ from flax import nnx
 from tqdm import trange
 
 from efficient_attn import data, models
-from efficient_attn.ops.fake_quant import fake_quant
+from efficient_attn.ops.softmax.fake_quant import fake_quant
 from efficient_attn.train.evaluate import evaluate
 from efficient_attn.train.grid import Grid
 from efficient_attn.train.loss import make_loss
@@ -245,7 +245,7 @@ R33 = Claim(
     ),
     Statement(
       says='With the zero point subtracted they do',
-      source='FL p. 11, eqs. 10-11, corrected; `ops.fake_quant`',
+      source='FL p. 11, eqs. 10-11, corrected; `ops.softmax.fake_quant`',
       printed='0 to 2^N - 1',
       measured=lambda v: (
         f'{_ranges(v, "codes")}; errors {v["error 0"]:.3f} and '

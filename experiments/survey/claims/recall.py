@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from efficient_attn.ops.hash_attention import hash_attention, signs
+from efficient_attn.ops.routed.hash_attention import hash_attention, signs
 from efficient_attn.ops.selection import scoring
 from efficient_attn.ops.selection.tokens import select_loki, select_sparq
 

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficient_attn.layers.mixers import MIXERS
-from efficient_attn.ops.delta_rule import delta_rule
-from efficient_attn.ops.dplr import dplr
-from efficient_attn.ops.feature_maps import (
+from efficient_attn.ops.recurrent.delta_rule import delta_rule
+from efficient_attn.ops.recurrent.dplr import dplr
+from efficient_attn.ops.recurrent.feature_maps import (
   orthogonal_projection,
   positive_random,
 )
-from efficient_attn.ops.linear_attention import linear_attention
+from efficient_attn.ops.recurrent.linear_attention import linear_attention
 from experiments import page
 from experiments.exponent import slope
 from experiments.survey.claim import (

@@ -11,9 +11,10 @@ from flax import nnx
 from efficient_attn.decode.eviction import Evicting
 from efficient_attn.layers.mixers import build_mixer, mixer_options
 from efficient_attn.models import cost
-from efficient_attn.ops import attention, masks, nsa, vsa
-from efficient_attn.ops.hash_attention import hash_attention
-from efficient_attn.ops.moba import moba_attention
+from efficient_attn.ops import attention, masks
+from efficient_attn.ops.routed import nsa, vsa
+from efficient_attn.ops.routed.hash_attention import hash_attention
+from efficient_attn.ops.routed.moba import moba_attention
 from efficient_attn.ops.selection import blocks, scoring, tokens, video
 from experiments.exponent import slope
 from experiments.survey.models import cache_bytes, mixer

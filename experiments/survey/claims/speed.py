@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from efficient_attn import ops
 from efficient_attn.ops import masks
-from efficient_attn.ops.attention_blockwise import attention_blockwise
+from efficient_attn.ops.softmax.attention_blockwise import attention_blockwise
 from experiments import page
 from experiments.benchmarks.attention import close
 from experiments.benchmarks.timing import interleaved

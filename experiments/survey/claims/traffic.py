@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficient_attn.models import cost
-from efficient_attn.ops.attention_tiles import by_keys, tile_schedule
+from efficient_attn.ops.softmax.attention_tiles import by_keys, tile_schedule
 from experiments import page
 from experiments.exponent import slope
 from experiments.survey.claim import (

@@ -15,8 +15,8 @@ from efficient_attn import sharding
 from efficient_attn.layers.mixers.compact.memory import Compact
 from efficient_attn.layers.param import LowRank, Projection
 from efficient_attn.ops import masks
-from efficient_attn.ops.attention import attention
 from efficient_attn.ops.positions import rotary
+from efficient_attn.ops.softmax.attention import attention
 
 
 class MFA(Compact):

@@ -23,8 +23,8 @@ from efficient_attn.layers.mixers.compact.memory import Compact
 from efficient_attn.layers.norm import RMSNorm
 from efficient_attn.layers.param import Projection, use
 from efficient_attn.ops import masks
-from efficient_attn.ops.attention import attention
 from efficient_attn.ops.positions import rotary
+from efficient_attn.ops.softmax.attention import attention
 
 
 class MLA(Compact):

@@ -15,7 +15,7 @@ from efficient_attn.layers.conv import conv_taps
 from efficient_attn.layers.param import LowRank
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import GatedOutput, run_op
-from efficient_attn.ops.linear_attention import linear_attention
+from efficient_attn.ops.recurrent.linear_attention import linear_attention
 
 
 class GLA(nnx.Module):

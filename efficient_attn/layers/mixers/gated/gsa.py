@@ -14,7 +14,7 @@ from flax import nnx
 from efficient_attn.layers.head_norm import JointRMSNorm
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.recurrence import run_op
-from efficient_attn.ops.slots import slot_attention
+from efficient_attn.ops.recurrent.slots import slot_attention
 
 
 class GSA(nnx.Module):

@@ -23,7 +23,7 @@ from efficient_attn.layers.headwise import split_heads
 from efficient_attn.layers.norm import LayerNorm
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
-from efficient_attn.ops.diagonal_scan import diagonal_scan
+from efficient_attn.ops.recurrent.diagonal_scan import diagonal_scan
 
 
 class HGRN(nnx.Module):

@@ -15,7 +15,7 @@ from flax import nnx
 from efficient_attn.layers.head_norm import JointRMSNorm
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.recurrence import run_op
-from efficient_attn.ops.linear_attention import linear_attention
+from efficient_attn.ops.recurrent.linear_attention import linear_attention
 
 
 class HGRN2(nnx.Module):

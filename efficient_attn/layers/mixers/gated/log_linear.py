@@ -15,7 +15,7 @@ from flax import nnx
 
 from efficient_attn.layers.mixers.selective.mamba2 import Mamba2
 from efficient_attn.layers.param import Projection, param, use
-from efficient_attn.ops.log_linear import log_linear_attention
+from efficient_attn.ops.recurrent.log_linear import log_linear_attention
 
 
 class LogLinear(Mamba2):

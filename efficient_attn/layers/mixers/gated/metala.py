@@ -17,7 +17,7 @@ from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.head_norm import HeadLayerNorm
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
-from efficient_attn.ops.linear_attention import linear_attention
+from efficient_attn.ops.recurrent.linear_attention import linear_attention
 
 
 class MetaLA(nnx.Module):

@@ -12,8 +12,8 @@ from flax import nnx
 from efficient_attn.layers.cache import next_positions
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import GatedOutput, run_op
-from efficient_attn.ops.linear_attention import linear_attention
 from efficient_attn.ops.positions import rotary
+from efficient_attn.ops.recurrent.linear_attention import linear_attention
 
 
 class Retention(nnx.Module):

@@ -17,8 +17,8 @@ from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.headwise import Headwise
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
-from efficient_attn.ops.diagonal_scan import diagonal_scan
-from efficient_attn.ops.selective_scan import expm1_ratio
+from efficient_attn.ops.recurrent.diagonal_scan import diagonal_scan
+from efficient_attn.ops.recurrent.selective_scan import expm1_ratio
 
 C = 8.0
 

@@ -18,7 +18,7 @@ from efficient_attn.layers.headwise import split_heads
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.layers.token_shift import token_shift
-from efficient_attn.ops.wkv4 import wkv4
+from efficient_attn.ops.recurrent.wkv4 import wkv4
 
 
 class RWKV4(nnx.Module):

@@ -3,10 +3,10 @@
 Transformer-XL with a second memory: a token sees its segment of `mem_len`
 tokens, the `mem_len` tokens before that, and then the last `compressed_len`
 entries f(x_{jc}, ..., x_{jc+c-1}), each of c = `compression_rate` tokens that
-left the memory; see `ops.compressive`. f is their mean, their maximum, or a
-convolution of width and stride c. Segments are counted from the start of the
-sequence, so that the result does not depend on how it is cut into calls. The
-cache holds both memories; no gradient flows into it.
+left the memory; see `ops.softmax.compressive`. f is their mean, their maximum,
+or a convolution of width and stride c. Segments are counted from the start of
+the sequence, so that the result does not depend on how it is cut into calls.
+The cache holds both memories; no gradient flows into it.
 
 f learns from the gradients of the call in which its entries are read; the
 auxiliary losses of the paper are left out.
@@ -25,7 +25,7 @@ from efficient_attn.layers.mixers.low_rank.transformer_xl import (
 )
 from efficient_attn.layers.param import Projection, fan_in_normal, param, use
 from efficient_attn.layers.qkv import QKV
-from efficient_attn.ops import compressive as ops
+from efficient_attn.ops.softmax import compressive as ops
 
 COMPRESSIONS = {
   'mean': lambda blocks, _: jnp.mean(blocks, axis=2),

@@ -23,9 +23,9 @@ from efficient_attn.config import choose
 from efficient_attn.layers.cache import refuse_cache, refuse_segments
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.qkv import QKV
-from efficient_attn.ops.attention import attention
 from efficient_attn.ops.pooling import mean_pool, repeat
 from efficient_attn.ops.positions import rotary
+from efficient_attn.ops.softmax.attention import attention
 
 
 class Funnel(nnx.Module):

@@ -4,10 +4,10 @@
 
 with a content lambda L and the position lambda M_t of a window of `window`
 tokens around t, both in R^{key_dim x (D / num_heads)} and shared by all heads;
-see `ops.lambda_layer`. Queries and values are normalised, here by RMSNorm: the
-batch statistics of the paper would be hidden state. There is no projection
-behind the heads. O(T window key_dim D / num_heads). The softmax of L runs over
-the whole sequence: there is no causal form.
+see `ops.low_rank.lambda_layer`. Queries and values are normalised, here by
+RMSNorm: the batch statistics of the paper would be hidden state. There is no
+projection behind the heads. O(T window key_dim D / num_heads). The softmax of L
+runs over the whole sequence: there is no causal form.
 """
 
 import jax
@@ -18,7 +18,7 @@ from efficient_attn.config import ConfigError
 from efficient_attn.layers.cache import refuse_cache, refuse_segments
 from efficient_attn.layers.norm import RMSNorm
 from efficient_attn.layers.param import Projection, fan_in_normal, param, use
-from efficient_attn.ops.lambda_layer import lambda_layer
+from efficient_attn.ops.low_rank.lambda_layer import lambda_layer
 
 
 class LambdaNetwork(nnx.Module):

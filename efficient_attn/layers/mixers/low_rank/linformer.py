@@ -18,7 +18,7 @@ from efficient_attn.config import ConfigError
 from efficient_attn.layers.cache import refuse_cache, refuse_segments
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.qkv import QKV
-from efficient_attn.ops.attention import attention
+from efficient_attn.ops.softmax.attention import attention
 
 
 class Linformer(nnx.Module):

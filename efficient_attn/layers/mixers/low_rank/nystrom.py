@@ -2,10 +2,10 @@
 
   o = softmax(q k'^T) softmax(q' k'^T)^+ softmax(q' k^T) v + DWC(v)
 
-with landmarks q', k', means of consecutive tokens; see `ops.nystrom`. DWC is a
-convolution along the sequence with `residual_width` taps for each head, centred
-on the token; 0 leaves it out. O(T num_landmarks). Every landmark is made of
-tokens on both sides of a query: there is no causal form.
+with landmarks q', k', means of consecutive tokens; see `ops.low_rank.nystrom`.
+DWC is a convolution along the sequence with `residual_width` taps for each
+head, centred on the token; 0 leaves it out. O(T num_landmarks). Every landmark
+is made of tokens on both sides of a query: there is no causal form.
 """
 
 from flax import nnx
@@ -15,8 +15,8 @@ from efficient_attn.config import ConfigError
 from efficient_attn.layers.cache import refuse_cache, refuse_segments
 from efficient_attn.layers.param import Projection, fan_in_normal, param, use
 from efficient_attn.layers.qkv import QKV
-from efficient_attn.ops.banded_conv import banded_conv
-from efficient_attn.ops.nystrom import nystrom_attention
+from efficient_attn.ops.low_rank.banded_conv import banded_conv
+from efficient_attn.ops.low_rank.nystrom import nystrom_attention
 
 
 class Nystrom(nnx.Module):

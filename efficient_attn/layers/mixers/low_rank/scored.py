@@ -3,10 +3,10 @@
   additive   e_ts = w . tanh(W_q q_t + W_k k_s)     Bahdanau et al. 1409.0473
   luong      e_ts = q_t^T W k_s                     Luong et al. 1508.04025
 
-and o_t = sum_s softmax_s(e_ts) v_s; see `ops.score_functions`. Both come from
-recurrent translators, which knew positions: none are added here by default.
-O(T^2), and additive holds O(T^2 H) numbers. The cache holds every past key and
-value.
+and o_t = sum_s softmax_s(e_ts) v_s; see `ops.softmax.score_functions`. Both
+come from recurrent translators, which knew positions: none are added here by
+default. O(T^2), and additive holds O(T^2 H) numbers. The cache holds every past
+key and value.
 """
 
 import jax.numpy as jnp
@@ -16,8 +16,9 @@ from efficient_attn import sharding
 from efficient_attn.config import ConfigError, choose
 from efficient_attn.layers.mixers.softmax.attention import Attention
 from efficient_attn.layers.param import fan_in_normal, param, use
-from efficient_attn.ops import masks, score_functions
-from efficient_attn.ops.logits import attend_logits
+from efficient_attn.ops import masks
+from efficient_attn.ops.softmax import score_functions
+from efficient_attn.ops.softmax.logits import attend_logits
 
 # Options of attention that have no place here, with their harmless values.
 REFUSED = {

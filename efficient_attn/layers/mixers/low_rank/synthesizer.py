@@ -4,9 +4,10 @@
 
 F is a network of one hidden layer ('dense'), a product of two smaller ones
 ('factorized_dense'), or does not look at x at all ('random', and
-'factorized_random' of rank `rank`); see `ops.synthesizer`. Entry s of F is the
-weight of token s, for at most `max_len` tokens: positions are absolute. A
-causal model masks the tokens after t. The cache holds past values. O(T^2).
+'factorized_random' of rank `rank`); see `ops.low_rank.synthesizer`. Entry s of
+F is the weight of token s, for at most `max_len` tokens: positions are
+absolute. A causal model masks the tokens after t. The cache holds past values.
+O(T^2).
 """
 
 import math
@@ -19,8 +20,8 @@ from efficient_attn import sharding
 from efficient_attn.config import ConfigError, choose
 from efficient_attn.layers.cache import append, refuse_segments
 from efficient_attn.layers.param import Projection, fan_in_normal, param, use
-from efficient_attn.ops import synthesizer as ops
-from efficient_attn.ops.logits import attend_logits, heads_first
+from efficient_attn.ops.low_rank import synthesizer as ops
+from efficient_attn.ops.softmax.logits import attend_logits, heads_first
 
 KINDS = ('dense', 'factorized_dense', 'random', 'factorized_random')
 

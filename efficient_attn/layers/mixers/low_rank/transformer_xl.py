@@ -3,11 +3,11 @@
   o_t = sum_s softmax_s(((q_t + u) . k_s + (q_t + w) . r_{t-s}) / sqrt(H)) v_s
 
 with learned u, w for each head and r_d = W_R sinusoid(d); see
-`ops.relative_attention`. A token sees itself and the `mem_len` tokens before
-it. The paper's recurrence over segments is a sequence of calls with a cache:
-it holds the last `mem_len` keys and values, instead of hidden states that every
-call would project again, and no gradient flows into it. An encoder sees all
-tokens of its segment, in both directions and at a cost of O(T^2).
+`ops.softmax.relative_attention`. A token sees itself and the `mem_len` tokens
+before it. The paper's recurrence over segments is a sequence of calls with a
+cache: it holds the last `mem_len` keys and values, instead of hidden states
+that every call would project again, and no gradient flows into it. An encoder
+sees all tokens of its segment, in both directions and at a cost of O(T^2).
 """
 
 import jax
@@ -17,7 +17,7 @@ from flax import nnx
 from efficient_attn import sharding
 from efficient_attn.layers.param import Projection, fan_in_normal, param, use
 from efficient_attn.layers.qkv import QKV
-from efficient_attn.ops import relative_attention as ops
+from efficient_attn.ops.softmax import relative_attention as ops
 
 # The layouts of the leaves of `ops.Memory` by rank.
 MEMORY = {1: 'B', 4: 'BSNH'}

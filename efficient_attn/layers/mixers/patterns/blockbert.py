@@ -15,7 +15,7 @@ from efficient_attn import sharding
 from efficient_attn.config import ConfigError, choose
 from efficient_attn.layers.mixers.patterns.encoder import Encoder
 from efficient_attn.ops import masks
-from efficient_attn.ops.attention import attention
+from efficient_attn.ops.softmax.attention import attention
 
 
 class BlockBERT(Encoder):

@@ -17,7 +17,7 @@ from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixers.softmax.attention import Attention
 from efficient_attn.layers.param import param, use
 from efficient_attn.ops import masks
-from efficient_attn.ops.normalizers import entmax, normalized_attention
+from efficient_attn.ops.softmax.normalizers import entmax, normalized_attention
 
 
 class Entmax(Attention):

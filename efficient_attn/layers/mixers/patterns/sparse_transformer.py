@@ -16,7 +16,7 @@ from efficient_attn import sharding
 from efficient_attn.config import ConfigError, choose
 from efficient_attn.layers.mixers.softmax.attention import Attention
 from efficient_attn.ops import masks
-from efficient_attn.ops.factorized_attention import (
+from efficient_attn.ops.softmax.factorized_attention import (
   fixed_attention,
   strided_attention,
 )

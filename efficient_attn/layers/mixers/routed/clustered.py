@@ -4,9 +4,9 @@
 
 and, with `top_k` > 0, improved: every query weighs the `top_k` keys that its
 cluster weighs most by itself, within the weight that the cluster gives them
-together; see `ops.clustered_attention`. The clusters are those of Lloyd's
-algorithm on `num_bits` signs of random projections, drawn from `seed` once.
-O(T num_clusters + T top_k).
+together; see `ops.routed.clustered_attention`. The clusters are those of
+Lloyd's algorithm on `num_bits` signs of random projections, drawn from `seed`
+once. O(T num_clusters + T top_k).
 """
 
 import functools
@@ -15,7 +15,7 @@ import jax
 
 from efficient_attn.layers.cache import refuse_cache, refuse_segments
 from efficient_attn.layers.mixers.routed.heads import GroupedHeads, shard
-from efficient_attn.ops.clustered_attention import (
+from efficient_attn.ops.routed.clustered_attention import (
   clustered_attention,
   hamming_clusters,
 )

@@ -25,8 +25,8 @@ from efficient_attn.layers.mixers.routed.heads import (
 )
 from efficient_attn.layers.norm import LayerNorm
 from efficient_attn.layers.param import Projection
-from efficient_attn.ops.dsa import dsa_attention
 from efficient_attn.ops.positions import rotary
+from efficient_attn.ops.routed.dsa import dsa_attention
 
 
 class DSA(GroupedHeads):

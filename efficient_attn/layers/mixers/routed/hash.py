@@ -25,7 +25,7 @@ from efficient_attn.layers.mixers.routed.heads import (
   shard,
 )
 from efficient_attn.layers.param import fan_in_normal, param, use
-from efficient_attn.ops import hash_attention as ops
+from efficient_attn.ops.routed import hash_attention as ops
 
 
 class Signature(nnx.Module):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from efficient_attn.layers.cache import extend, refuse_segments
 from efficient_attn.layers.mixers.routed.heads import GroupedHeads, shard
-from efficient_attn.ops.moba import moba_attention
+from efficient_attn.ops.routed.moba import moba_attention
 
 
 class MoBA(GroupedHeads):

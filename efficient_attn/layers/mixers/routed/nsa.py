@@ -3,9 +3,9 @@
   o_t = sum_c g^c_t Attention(q_t, K^c, V^c),   g_t = sigmoid(W_g x_t) per head
 
 over c = compressed tokens, selected blocks and a window, each with keys and
-values of its own; see `ops.nsa`. The sizes are the published ones. The paper
-leaves open the MLPs: here one hidden layer of 2 H for the keys and one for the
-values, shared by the heads; that of the gates: here one layer; and the
+values of its own; see `ops.routed.nsa`. The sizes are the published ones. The
+paper leaves open the MLPs: here one hidden layer of 2 H for the keys and one
+for the values, shared by the heads; that of the gates: here one layer; and the
 positions: here rotary in the selected and the window branch, while the
 compressed one has the places inside a block only. The cache holds every past
 key and value of the selected branch, the compressed ones, and the last few of
@@ -19,11 +19,11 @@ from flax import nnx
 from efficient_attn.layers.cache import extend, refuse_segments
 from efficient_attn.layers.mixers.routed.heads import GroupedHeads, shard
 from efficient_attn.layers.param import Projection, fan_in_normal, param, use
-from efficient_attn.ops import nsa
+from efficient_attn.ops.routed import nsa
 
 
 class Compress(nnx.Module):
-  """The parameters that `ops.nsa.compress` uses."""
+  """The parameters that `ops.routed.nsa.compress` uses."""
 
   def __init__(self, size: int, head_dim: int, *, rngs: nnx.Rngs):
     init, hidden = fan_in_normal(), 2 * head_dim

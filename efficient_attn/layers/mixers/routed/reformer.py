@@ -3,14 +3,14 @@
   o_t = sum_s softmax_s(q_t . q_s / |q_s|) v_s
 
 over the other tokens s that share a hash bucket with t in one of `num_hashes`
-rounds, in chunks of `chunk_size` and the chunk before; see `ops.lsh_attention`
-for how these chunks differ from the published ones, which leak the future. The
-paper advises num_buckets = 2 T / chunk_size, as a tuple of factors if it is
-large. O(T log T + num_hashes T chunk_size). The rotations are drawn from `seed`
-and never change; the paper draws new ones for every batch. Tokens are hashed
-without their positions, which are rotary here (the paper adds axial embeddings
-to the model's input). The cache holds the key, the value and the buckets of
-every past token.
+rounds, in chunks of `chunk_size` and the chunk before; see
+`ops.routed.lsh_attention` for how these chunks differ from the published ones,
+which leak the future. The paper advises num_buckets = 2 T / chunk_size, as a
+tuple of factors if it is large. O(T log T + num_hashes T chunk_size). The
+rotations are drawn from `seed` and never change; the paper draws new ones for
+every batch. Tokens are hashed without their positions, which are rotary here
+(the paper adds axial embeddings to the model's input). The cache holds the key,
+the value and the buckets of every past token.
 """
 
 import functools
@@ -24,7 +24,7 @@ from efficient_attn.layers.cache import append, extend, refuse_segments
 from efficient_attn.layers.mixers.routed.heads import Routed, shard
 from efficient_attn.layers.norm import l2_normalize
 from efficient_attn.layers.param import Projection
-from efficient_attn.ops.lsh_attention import lsh_attention, lsh_buckets
+from efficient_attn.ops.routed.lsh_attention import lsh_attention, lsh_buckets
 
 
 class Reformer(Routed):

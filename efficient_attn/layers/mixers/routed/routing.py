@@ -6,7 +6,8 @@ with queries and keys layer-normed without weights and clustered by centroids mu
 per head. An encoder balances the clusters as published, `cluster_size` queries
 and keys each. That choice looks ahead, so a decoder takes the nearest centroid,
 in chunks of `cluster_size` and the chunk before, with keys that are the queries
-(as published); see `ops.routing_attention`. O(T num_clusters + T cluster_size).
+(as published); see `ops.routed.routing_attention`. O(T num_clusters + T
+cluster_size).
 
 The paper moves mu by an average over steps, which is state; here mu is a
 parameter that learns from sum_t |x_t - mu_t|^2 / 2, which is added to the
@@ -23,8 +24,8 @@ import jax.numpy as jnp
 from efficient_attn.layers.cache import append, extend, refuse_segments
 from efficient_attn.layers.mixers.routed.heads import Routed, attach, shard
 from efficient_attn.layers.param import Projection, param, use
-from efficient_attn.ops import routing_attention as ops
-from efficient_attn.ops.lsh_attention import bucket_attention
+from efficient_attn.ops.routed import routing_attention as ops
+from efficient_attn.ops.routed.lsh_attention import bucket_attention
 
 
 class Routing(Routed):

@@ -8,8 +8,8 @@ an encoder takes the mean of q over blocks of queries, a decoder single queries,
 its own block and those before it, as SeerAttention-R (2506.08889). The gate
 learns from the divergence of its softmax over the chosen blocks from the weight
 of the attention on them, which is added to the gradient of the model's loss;
-see `ops.seer`. O(T top_k block_size) and O(T^2 / block_size) for the gate. The
-cache holds every past key and value, and the pools of every block.
+see `ops.routed.seer`. O(T top_k block_size) and O(T^2 / block_size) for the
+gate. The cache holds every past key and value, and the pools of every block.
 """
 
 import functools
@@ -26,7 +26,7 @@ from efficient_attn.layers.mixers.routed.heads import (
 from efficient_attn.layers.param import fan_in_normal, param, use
 from efficient_attn.ops.pooling import block_means
 from efficient_attn.ops.positions import rotary
-from efficient_attn.ops.seer import pools, seer_attention
+from efficient_attn.ops.routed.seer import pools, seer_attention
 
 
 class Seer(GroupedHeads):
@@ -112,8 +112,8 @@ class Seer(GroupedHeads):
 def pool_on(old, key, blocks, length, block_size):
   """Adds keys [B, T, K, H] of `blocks` to pools [B, I, K, 3, H].
 
-  Returns the pools as `ops.seer.pools` does, zeros for blocks of no token, and
-  as they are kept, with sums in place of means.
+  Returns the pools as `ops.routed.seer.pools` does, zeros for blocks of no
+  token, and as they are kept, with sums in place of means.
   """
   key = key.astype(old.dtype)
   top = old[..., 0, :].at[:, blocks].max(key)

@@ -7,8 +7,8 @@ with i the block of t, and z_i the mean of the inputs of block i; in a decoder
 that of all inputs up to the block's first. (The paper takes sums; the scale of
 a mean does not grow with the length.) P is balanced by `iterations` of Sinkhorn
 in an encoder, a softmax over the blocks before in a decoder; see
-`ops.sinkhorn_attention`. No Gumbel noise. R_i has `max_blocks` entries, so a
-sequence has at most that many blocks.
+`ops.routed.sinkhorn_attention`. No Gumbel noise. R_i has `max_blocks` entries,
+so a sequence has at most that many blocks.
 
 O(T block_size) and O(T^2 / block_size) for the mixtures, which decoding
 computes anew for every token. The cache holds every past key and value, the R
@@ -29,7 +29,7 @@ from efficient_attn.layers.mixers.routed.heads import (
 )
 from efficient_attn.layers.param import Projection
 from efficient_attn.ops.pooling import block_means
-from efficient_attn.ops.sinkhorn_attention import (
+from efficient_attn.ops.routed.sinkhorn_attention import (
   earlier,
   sinkhorn,
   sinkhorn_attention,

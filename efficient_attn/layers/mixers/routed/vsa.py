@@ -4,8 +4,9 @@
 
 The coarse branch is attention between means over the cubes of a `grid` of
 tokens; the fine one is attention to the tokens of the `top_k` cubes that the
-coarse one weighs most; see `ops.vsa`. Without a grid the tokens are one line,
-cut into blocks of as many as a cube has. O(T top_k cube) and O((T / cube)^2).
+coarse one weighs most; see `ops.routed.vsa`. Without a grid the tokens are one
+line, cut into blocks of as many as a cube has. O(T top_k cube) and O((T /
+cube)^2).
 """
 
 import functools
@@ -14,7 +15,7 @@ import math
 from efficient_attn.layers.cache import refuse_cache, refuse_segments
 from efficient_attn.layers.mixers.routed.heads import GroupedHeads, shard
 from efficient_attn.layers.param import Projection
-from efficient_attn.ops.vsa import cut, vsa_attention
+from efficient_attn.ops.routed.vsa import cut, vsa_attention
 
 
 class VSA(GroupedHeads):

@@ -17,7 +17,7 @@ from efficient_attn.layers.norm import l2_normalize
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import NormedOutput, run_op
-from efficient_attn.ops.delta_rule import delta_rule
+from efficient_attn.ops.recurrent.delta_rule import delta_rule
 
 
 class DeltaNet(nnx.Module):

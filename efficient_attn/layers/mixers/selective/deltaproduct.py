@@ -22,7 +22,7 @@ from efficient_attn.layers.norm import l2_normalize
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import GatedOutput, run_op
-from efficient_attn.ops.delta_product import delta_product
+from efficient_attn.ops.recurrent.delta_product import delta_product
 
 
 class DeltaProduct(nnx.Module):

@@ -21,7 +21,7 @@ from efficient_attn.layers.decay import time_step_bias
 from efficient_attn.layers.headwise import split_heads
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
-from efficient_attn.ops.selective_scan import selective_scan
+from efficient_attn.ops.recurrent.selective_scan import selective_scan
 
 
 class Mamba(nnx.Module):

@@ -18,7 +18,7 @@ from efficient_attn.layers.decay import time_step_bias
 from efficient_attn.layers.head_norm import JointRMSNorm
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
-from efficient_attn.ops.linear_attention import linear_attention
+from efficient_attn.ops.recurrent.linear_attention import linear_attention
 
 
 class Mamba2(nnx.Module):

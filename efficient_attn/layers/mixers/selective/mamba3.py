@@ -18,7 +18,7 @@ from efficient_attn.layers.decay import time_step_bias
 from efficient_attn.layers.norm import RMSNorm
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
-from efficient_attn.ops.trapezoid import trapezoidal_scan
+from efficient_attn.ops.recurrent.trapezoid import trapezoidal_scan
 
 MIN_RATE = 1e-4
 

@@ -20,7 +20,7 @@ from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.norm import l2_normalize
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import GatedOutput, NormedOutput, run_op
-from efficient_attn.ops.mesa import mesa
+from efficient_attn.ops.recurrent.mesa import mesa
 
 SMALLEST_RIDGE = 0.25
 

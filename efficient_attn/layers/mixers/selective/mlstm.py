@@ -22,7 +22,7 @@ from efficient_attn.layers.param import (
   use,
 )
 from efficient_attn.layers.recurrence import run_op
-from efficient_attn.ops.mlstm import mlstm
+from efficient_attn.ops.recurrent.mlstm import mlstm
 
 
 class MLSTM(nnx.Module):

@@ -24,7 +24,7 @@ from efficient_attn.layers.norm import l2_normalize
 from efficient_attn.layers.param import LowRank, Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.layers.token_shift import token_shift
-from efficient_attn.ops.dplr import dplr
+from efficient_attn.ops.recurrent.dplr import dplr
 
 INPUTS = ('r', 'w', 'k', 'v', 'a', 'g')
 

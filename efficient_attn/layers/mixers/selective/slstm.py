@@ -18,7 +18,7 @@ from efficient_attn.layers.headwise import Headwise, split_heads
 from efficient_attn.layers.norm import LayerNorm
 from efficient_attn.layers.param import param, use
 from efficient_attn.layers.recurrence import run_op
-from efficient_attn.ops.slstm import slstm
+from efficient_attn.ops.recurrent.slstm import slstm
 
 
 class SLSTM(nnx.Module):

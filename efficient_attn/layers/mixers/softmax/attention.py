@@ -31,8 +31,8 @@ from efficient_attn.layers.norm import RMSNorm, l2_normalize
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.ops import masks, scores
-from efficient_attn.ops.attention import attention
 from efficient_attn.ops.positions import rotary
+from efficient_attn.ops.softmax.attention import attention
 
 # Whether queries and keys are rotated.
 POSITIONS = {'none': False, 'rotary': True, 'alibi': False, 't5': False}

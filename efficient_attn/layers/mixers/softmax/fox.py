@@ -21,7 +21,7 @@ from efficient_attn.layers.param import Projection
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import GatedOutput
 from efficient_attn.ops import chunks, masks, scores
-from efficient_attn.ops.attention import attention
+from efficient_attn.ops.softmax.attention import attention
 
 
 class FoX(nnx.Module):

@@ -18,7 +18,7 @@ from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.norm import l2_normalize
 from efficient_attn.layers.param import LowRank, Projection
 from efficient_attn.layers.qkv import QKV
-from efficient_attn.ops.path_attention import Past, path_attention
+from efficient_attn.ops.softmax.path_attention import Past, path_attention
 
 
 class PaTH(nnx.Module):

@@ -9,7 +9,11 @@ from flax import nnx
 
 from efficient_attn.layers.param import param, use
 from efficient_attn.layers.recurrence import run_op
-from efficient_attn.ops.fast_weights import FastState, fast_weights, fresh_state
+from efficient_attn.ops.recurrent.fast_weights import (
+  FastState,
+  fast_weights,
+  fresh_state,
+)
 
 
 class FastMLP(nnx.Module):

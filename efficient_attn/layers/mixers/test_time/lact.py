@@ -32,9 +32,9 @@ from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops import masks
-from efficient_attn.ops.attention import attention
-from efficient_attn.ops.lact import fresh_state, lact
 from efficient_attn.ops.positions import rotary
+from efficient_attn.ops.recurrent.lact import fresh_state, lact
+from efficient_attn.ops.softmax.attention import attention
 
 BASE_RATE = 0.001
 

@@ -11,7 +11,7 @@ pattern of two mixers.
 """
 
 from efficient_attn.layers.mixers.ungated.kernel import Kernel
-from efficient_attn.ops import feature_maps
+from efficient_attn.ops.recurrent import feature_maps
 
 
 class Based(Kernel):

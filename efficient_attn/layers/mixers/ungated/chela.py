@@ -25,8 +25,8 @@ from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.norm import RMSNorm
 from efficient_attn.layers.param import Projection, fan_in_normal, param, use
 from efficient_attn.layers.recurrence import run_op
-from efficient_attn.ops.diagonal_scan import diagonal_scan
-from efficient_attn.ops.linear_attention import linear_attention
+from efficient_attn.ops.recurrent.diagonal_scan import diagonal_scan
+from efficient_attn.ops.recurrent.linear_attention import linear_attention
 
 
 class Chela(nnx.Module):

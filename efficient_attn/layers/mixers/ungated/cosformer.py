@@ -11,7 +11,7 @@ known before the call, and nothing may be longer than M.
 
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixers.ungated.kernel import Kernel
-from efficient_attn.ops import feature_maps
+from efficient_attn.ops.recurrent import feature_maps
 
 
 class CosFormer(Kernel):

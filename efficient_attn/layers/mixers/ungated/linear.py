@@ -6,7 +6,7 @@ o_t = S_t^T phi(q_t) / (z_t . phi(q_t))        phi(x) = elu(x) + 1
 
 from efficient_attn.config import choose
 from efficient_attn.layers.mixers.ungated.kernel import Kernel
-from efficient_attn.ops.feature_maps import FEATURE_MAPS
+from efficient_attn.ops.recurrent.feature_maps import FEATURE_MAPS
 
 
 class Linear(Kernel):

@@ -12,7 +12,7 @@ from flax import nnx
 
 from efficient_attn.layers.mixers.ungated.based import Based
 from efficient_attn.layers.norm import LayerNorm
-from efficient_attn.ops import feature_maps
+from efficient_attn.ops.recurrent import feature_maps
 
 
 class ReBased(Based):

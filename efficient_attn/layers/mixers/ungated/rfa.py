@@ -18,7 +18,7 @@ from flax import nnx
 
 from efficient_attn.layers.mixers.ungated.kernel import Kernel
 from efficient_attn.layers.param import Projection, param, use
-from efficient_attn.ops import feature_maps
+from efficient_attn.ops.recurrent import feature_maps
 
 
 class RFA(Kernel):

@@ -16,7 +16,7 @@ from efficient_attn import sharding
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixers.ungated.kernel import Kernel
 from efficient_attn.layers.param import fan_in_normal, param, use
-from efficient_attn.ops.short_conv import short_conv
+from efficient_attn.ops.recurrent.short_conv import short_conv
 
 
 class SLA(Kernel):

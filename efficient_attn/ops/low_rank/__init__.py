@@ -1,0 +1,1 @@
+"""Attention with fewer logits than pairs of tokens, or with learned ones."""

@@ -1,0 +1,1 @@
+"""Ops with a state: linear attention, delta rules, scans, fast weights."""

@@ -1,0 +1,141 @@
+"""The delta rule: a write first erases what its key already recalls.
+
+  S' = diag(alpha_t) S_{t-1}
+  S_t = S' + beta_t k_t (v_t - S'^T (e_t * k_t))^T,    o_t = scale * S_t^T q_t
+
+with S in R^{H x V} per head. The gate alpha_t = exp(log_decay_t) and the
+erase strength e_t tell the methods apart:
+
+  no gate            DeltaNet (2102.11174, 2406.06484)
+  scalar gate        Gated DeltaNet (2412.06464); with e a scalar: Comba
+                     (2506.02475)
+  channel gate       Kimi Delta Attention (2510.26692)
+  e in R^H           GDN-2 (2605.22791): beta = 1, e = b, v = w * v
+
+In a chunk of C tokens the updates u_t = beta_t (v_t - S'^T (e_t * k_t)) obey
+(I + L) U = beta (V - decayed (E * K) S_0), where L are the decayed scores of
+e * k against k below the diagonal, times beta: one triangular system in
+float32 (`triangular`), the rest are the products of linear attention on U.
+Time O(T C (H + V + C) + T H V) per head, state O(H V).
+"""
+
+import functools
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from efficient_attn.ops import shapes
+from efficient_attn.ops.recurrent import forms, gates, matrix_state, triangular
+
+
+def delta_rule(
+  q: Float[Array, 'B T K H'],
+  k: Float[Array, 'B T K H'],
+  v: Float[Array, 'B T N V'],
+  beta: Float[Array, 'B T N'],
+  *,
+  log_decay: Float[Array, '...'] | None = None,
+  erase: Float[Array, 'B T N H'] | None = None,
+  scale: float | int | None = None,
+  initial_state: Float[Array, 'B N H V'] | None = None,
+  segment_ids: Int[Array, 'B T'] | None = None,
+  read: str = 'inclusive',
+  bidirectional: bool = False,
+  form: str | None = None,
+  chunk_size: int = 64,
+  implementation: str | None = None,
+) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B N H V'] | None]:
+  """S' = diag(alpha) S; S = S' + beta k (v - S'^T (e * k))^T; o = S^T q.
+
+  Args:
+    q: queries.
+    k: keys, used as given: the state stays bounded while
+      beta * (e * k) . k <= 2, so mixers normalise them to |k| = 1.
+    v: values; value head n reads query and key head n // (N // K).
+    beta: strength of the write, 0 to 1, or to 2 for negative eigenvalues.
+    log_decay: the gate, <= 0; its shape says which: [N] constant per head,
+      [B, T, N] per token, [B, T, N, H] per key channel.
+    erase: e, the strength of erasing per key channel; None is 1.
+    scale: factor on the output; None is H ** -0.5.
+    initial_state: the state before token 0, part of the first segment.
+    segment_ids: the state is reset at every token whose id differs from the
+      id of the token before it.
+    read: 'inclusive' reads S_t, 'exclusive' S_{t-1} before the gate.
+    bidirectional: the sum of the op on the sequence and on the reversed one.
+    form: 'chunkwise', 'recurrent', 'parallel' (one chunk, T x T scores) or
+      None for what is fastest here, see `choose_form`.
+    chunk_size: tokens per chunk, a power of two.
+    implementation: None or 'xla'.
+
+  Returns:
+    out: [B, T, N, V] in the dtype of v.
+    state: S [B, N, H, V] after the last token; float32 (float64 for float64
+      inputs). None when `bidirectional`.
+
+  Raises:
+    ValueError: shapes, dtypes or options that do not fit, and the remedy.
+  """
+  shapes.check_qkv(q, k, v)
+  shapes.check_read(read)
+  forms.check(form, implementation, 'delta_rule')
+  batch, length, heads, _ = v.shape
+  shapes.check_shapes(
+    {
+      'beta': (beta, (batch, length, heads)),
+      'erase': (erase, (batch, length, heads, k.shape[-1])),
+    }
+  )
+  shapes.check_floating('beta', beta)
+  inclusive = read == 'inclusive'
+  return matrix_state.run(
+    functools.partial(_step, inclusive=inclusive),
+    functools.partial(_chunk, inclusive=inclusive),
+    keys=(q, k),
+    values=(v, beta[..., None], erase),
+    log_decay=log_decay,
+    scale=scale,
+    initial_state=initial_state,
+    segment_ids=segment_ids,
+    bidirectional=bidirectional,
+    form=form,
+    chunk_size=chunk_size,
+  )
+
+
+def _step(state, token, *, inclusive):
+  (q, k), (v, beta, erase), gate = token
+  q, k, v, beta = (x.astype(state.dtype) for x in (q, k, v, beta))
+  before = state
+  if gate is not None:
+    state = jnp.exp(gate)[..., None] * state
+  eraser = k if erase is None else erase.astype(state.dtype) * k
+  known = matrix_state.contract('...h,...hv->...v', eraser, state)
+  update = beta * (v - known)
+  state = state + k[..., None] * update[..., None, :]
+  read = state if inclusive else before
+  return state, matrix_state.contract('...h,...hv->...v', q, read)
+
+
+def _chunk(state, tokens, marks, *, inclusive):
+  (q, k), (v, beta, erase), gate = tokens
+  dtype = state.dtype
+  operand = shapes.operand(dtype, q, k, v)
+  dot = matrix_state.products(operand, dtype)
+  decay = gates.ChunkDecay(gate, operand=operand, dtype=dtype)
+  q, k, v, beta = (x.astype(dtype) for x in (q, k, v, beta))
+  eraser = k if erase is None else erase.astype(dtype) * k
+
+  overlap = beta * decay.scores(eraser, k)
+  overlap = matrix_state.causal(overlap, marks, diagonal=False)
+  known = dot('...ih,...hv->...iv', eraser * decay.before(), state)
+  update = triangular.solve_unit_lower(
+    overlap, beta * (v - matrix_state.kept(known, marks, 'reads'))
+  )
+  scores = decay.scores(q, k, inclusive=inclusive)
+  scores = matrix_state.causal(scores, marks, diagonal=inclusive)
+  past = dot('...ih,...hv->...iv', q * decay.before(inclusive=inclusive), state)
+  out = dot('...ij,...jv->...iv', scores, update)
+  out = out + matrix_state.kept(past, marks, 'reads')
+  write = matrix_state.kept(k * decay.after(), marks, 'writes')
+  state = matrix_state.carried(decay.total() * state, marks)
+  return state + dot('...jh,...jv->...hv', write, update), out

@@ -1,0 +1,131 @@
+"""Diagonal plus low rank transitions, the normal form of the delta family.
+
+  S_t = diag(alpha_t) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T
+  o_t = scale * S_t^T q_t
+
+with S in R^{H x V} per head: RWKV-7 (2503.14456) with a = -kappa and
+b = kappa * strength; every delta rule is the case a = alpha * e * k,
+b = -beta k with values beta v.
+
+In a chunk what the rank-one terms recall, y_t = a_t^T S_{t-1}, obeys
+(I - L_ab) Y = decayed A S_0 + L_ak V with L the decayed scores below the
+diagonal. Time O(T C (H + V + C) + T H V) per head, state O(H V).
+"""
+
+import functools
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from efficient_attn.ops import shapes
+from efficient_attn.ops.recurrent import forms, gates, matrix_state, triangular
+
+
+def dplr(
+  q: Float[Array, 'B T K H'],
+  k: Float[Array, 'B T K H'],
+  v: Float[Array, 'B T N V'],
+  a: Float[Array, 'B T K H'],
+  b: Float[Array, 'B T K H'],
+  *,
+  log_decay: Float[Array, '...'] | None = None,
+  scale: float | int | None = None,
+  initial_state: Float[Array, 'B N H V'] | None = None,
+  segment_ids: Int[Array, 'B T'] | None = None,
+  read: str = 'inclusive',
+  bidirectional: bool = False,
+  form: str | None = None,
+  chunk_size: int = 64,
+  implementation: str | None = None,
+) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B N H V'] | None]:
+  """S_t = diag(alpha) S_{t-1} + b (a^T S_{t-1}) + k v^T; o_t = scale S_t^T q.
+
+  Args:
+    q: queries.
+    k: keys of the additive write.
+    v: values; value head n reads query and key head n // (N // K).
+    a: what the rank-one term reads, before the gate of its token.
+    b: where it writes; the state stays bounded while |diag(alpha) + b a^T|
+      does.
+    log_decay: see `delta_rule`.
+    scale: see `delta_rule`.
+    initial_state: see `delta_rule`.
+    segment_ids: see `delta_rule`.
+    read: see `delta_rule`.
+    bidirectional: see `delta_rule`.
+    form: see `delta_rule`.
+    chunk_size: see `delta_rule`.
+    implementation: see `delta_rule`.
+
+  Returns:
+    out: [B, T, N, V] in the dtype of v.
+    state: S [B, N, H, V] after the last token; float32 (float64 for float64
+      inputs). None when `bidirectional`.
+
+  Raises:
+    ValueError: shapes, dtypes or options that do not fit, and the remedy.
+  """
+  shapes.check_qkv(q, k, v)
+  shapes.check_read(read)
+  shapes.check_shapes({'a': (a, k.shape), 'b': (b, k.shape)})
+  shapes.check_floating('a', a)
+  shapes.check_floating('b', b)
+  forms.check(form, implementation, 'dplr')
+  inclusive = read == 'inclusive'
+  return matrix_state.run(
+    functools.partial(_step, inclusive=inclusive),
+    functools.partial(_chunk, inclusive=inclusive),
+    keys=(q, k, a, b),
+    values=(v,),
+    log_decay=log_decay,
+    scale=scale,
+    initial_state=initial_state,
+    segment_ids=segment_ids,
+    bidirectional=bidirectional,
+    form=form,
+    chunk_size=chunk_size,
+  )
+
+
+def _step(state, token, *, inclusive):
+  (q, k, a, b), (v,), gate = token
+  q, k, a, b, v = (x.astype(state.dtype) for x in (q, k, a, b, v))
+  before = state
+  recalled = matrix_state.contract('...h,...hv->...v', a, state)
+  if gate is not None:
+    state = jnp.exp(gate)[..., None] * state
+  state = state + b[..., None] * recalled[..., None, :]
+  state = state + k[..., None] * v[..., None, :]
+  read = state if inclusive else before
+  return state, matrix_state.contract('...h,...hv->...v', q, read)
+
+
+def _chunk(state, tokens, marks, *, inclusive):
+  (q, k, a, b), (v,), gate = tokens
+  dtype = state.dtype
+  operand = shapes.operand(dtype, q, k, a, b, v)
+  dot = matrix_state.products(operand, dtype)
+  decay = gates.ChunkDecay(gate, operand=operand, dtype=dtype)
+  q, k, a, b, v = (x.astype(dtype) for x in (q, k, a, b, v))
+
+  def scores(x, y, *, inclusive):
+    found = decay.scores(x, y, inclusive=inclusive)
+    return matrix_state.causal(found, marks, diagonal=inclusive)
+
+  def past(x, *, inclusive):
+    x = x * decay.before(inclusive=inclusive)
+    found = dot('...ih,...hv->...iv', x, state)
+    return matrix_state.kept(found, marks, 'reads')
+
+  inside = dot('...ij,...jv->...iv', scores(a, k, inclusive=False), v)
+  recalled = triangular.solve_unit_lower(
+    -scores(a, b, inclusive=False), past(a, inclusive=False) + inside
+  )
+  out = past(q, inclusive=inclusive)
+  state = matrix_state.carried(decay.total() * state, marks)
+  for key, value in ((b, recalled), (k, v)):
+    read = scores(q, key, inclusive=inclusive)
+    out = out + dot('...ij,...jv->...iv', read, value)
+    write = matrix_state.kept(key * decay.after(), marks, 'writes')
+    state = state + dot('...jh,...jv->...hv', write, value)
+  return state, out

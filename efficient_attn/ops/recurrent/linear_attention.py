@@ -1,0 +1,186 @@
+"""Additive linear attention: one recurrence for a dozen methods.
+
+  S_t = diag(alpha_t) S_{t-1} + k_t v_t^T,      o_t = scale * S_t^T q_t,
+
+with S in R^{H x V} per head and alpha_t = exp(log_decay_t):
+
+  none           linear attention (2006.16236), with normalize=True
+  [N]            RetNet (2307.08621), Lightning attention (2405.17381)
+  [B, T, N]      Mamba-2 (2405.21060), mLSTM without its stabiliser
+  [B, T, N, H]   GLA (2312.06635), HGRN-2 (2404.07904), RWKV-6 (2404.05892)
+
+Time is O(T C (H + V) + T H V) per head for chunks of C, the state O(H V).
+`form='recurrent'` is the definition; all forms give the same numbers.
+"""
+
+import functools
+from typing import TypeAlias
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from efficient_attn.ops import shapes
+from efficient_attn.ops.recurrent import forms, gates, linear_state
+
+LogDecay: TypeAlias = (
+  Float[Array, 'N'] | Float[Array, 'B T N'] | Float[Array, 'B T N H']
+)
+Memory: TypeAlias = Float[Array, 'B N H V']
+NormalizedMemory: TypeAlias = tuple[Memory, Float[Array, 'B N H']]
+
+
+def linear_attention(
+  q: Float[Array, 'B T K H'],
+  k: Float[Array, 'B T K H'],
+  v: Float[Array, 'B T N V'],
+  *,
+  log_decay: LogDecay | None = None,
+  bonus: Float[Array, 'N H'] | None = None,
+  normalize: bool = False,
+  scale: float | int | None = None,
+  initial_state: Memory | NormalizedMemory | None = None,
+  segment_ids: Int[Array, 'B T'] | None = None,
+  read: str = 'inclusive',
+  bidirectional: bool = False,
+  form: str | None = None,
+  chunk_size: int = 64,
+  implementation: str | None = None,
+) -> tuple[Float[Array, 'B T N V'], Memory | NormalizedMemory | None]:
+  """S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t.
+
+  Args:
+    q: queries.
+    k: keys, used as given.
+    v: values; value head n reads query and key head n // (N // K).
+    log_decay: the gate, <= 0; its shape says which: [N] constant per head,
+      [B, T, N] per token, [B, T, N, H] per key channel. It decays S_{t-1}
+      before the write. Very negative values and -inf are exact resets.
+    bonus: RWKV's u, the weight of the current token in an exclusive read.
+    normalize: divide o_t by q_t . z_t, where z is the same recurrence with
+      ones for values (`scale` cancels). Where q_t . z_t is zero, o_t is zero.
+    scale: factor on the output; None is H ** -0.5.
+    initial_state: the state before token 0, part of the first segment.
+    segment_ids: the state is reset at every token whose id differs from the
+      id of the token before it.
+    read: 'inclusive' reads S_t. 'exclusive' reads S_{t-1} as it was before
+      the gate of token t, as RWKV-6 does:
+      o_t = scale * (S_{t-1}^T q_t + (q_t . (bonus * k_t)) v_t).
+    bidirectional: every token reads every token of its segment: the op on
+      the sequence, plus the op on the reversed sequence, less the diagonal
+      counted twice. A pair (i, j) decays by the gates of (j, i] for j < i and
+      of [i, j) for j > i, in an exclusive read by those strictly between.
+      Normalisation divides the sum of both directions.
+    form: 'chunkwise' (O(T), matrix products), 'recurrent' (token by token,
+      for decoding and as the definition) or 'parallel' (T x T scores). None
+      takes what is fastest here, see `choose_form`.
+    chunk_size: tokens per chunk, a power of two.
+    implementation: None or 'xla'.
+
+  Returns:
+    out: [B, T, N, V] in the dtype of v.
+    state: S [B, N, H, V] after the last token, or the pair (S, z) with z
+      [B, N, H] when `normalize`; float32 (float64 for float64 inputs). None
+      when `bidirectional`.
+  """
+  _check(q, k, v, bonus, initial_state, segment_ids, normalize)
+  _check_options(read, bidirectional, bonus, initial_state)
+  forms.check(form, implementation, 'linear_attention')
+  batch, length, kv_heads, channels = k.shape
+  heads = v.shape[2]
+  dtype = shapes.accumulator(q, k, v, log_decay, initial_state)
+  gate = gates.expand_log_decay(
+    log_decay, (batch, length, heads, channels), dtype
+  )
+
+  values, state = v, initial_state
+  if normalize:
+    values = jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
+    if initial_state is not None:
+      memory, z = initial_state
+      state = jnp.concatenate([memory, z[..., None].astype(memory.dtype)], -1)
+  if state is None:
+    state = jnp.zeros((batch, heads, channels, values.shape[-1]), dtype)
+  state = shapes.group(state.astype(dtype), kv_heads, axis=1)
+  values = shapes.group(values, kv_heads, axis=2)
+  if gate is not None:
+    gate = shapes.group(gate, kv_heads, axis=2)
+
+  inclusive = read == 'inclusive'
+  run = functools.partial(
+    forms.run,
+    functools.partial(linear_state.step, inclusive=inclusive),
+    functools.partial(linear_state.chunk, inclusive=inclusive),
+    form=form,
+    chunk_size=chunk_size,
+  )
+  tokens = q, k, values, gate
+  out, state = run(tokens, state, segment_ids=segment_ids)
+  own = _own_token(q, k, values, bonus, read, dtype)
+  if bidirectional:
+    tokens, segment_ids = forms.reversed_tokens((tokens, segment_ids))
+    backward, _ = run(tokens, jnp.zeros_like(state), segment_ids=segment_ids)
+    out = out + jnp.flip(backward, 1)
+    if read == 'inclusive':
+      out = out - own
+  if bonus is not None:
+    out = out + own
+
+  out = out.reshape(batch, length, heads, -1)
+  state = state.reshape(batch, heads, *state.shape[3:])
+  if normalize:
+    out, norm = out[..., :-1], out[..., -1:]
+    out = jnp.where(norm == 0, 0, out / jnp.where(norm == 0, 1, norm))
+    state = state[..., :-1], state[..., -1]
+  else:
+    out = out * (channels**-0.5 if scale is None else scale)
+  return out.astype(v.dtype), None if bidirectional else state
+
+
+def _own_token(q, k, v, bonus, read, dtype):
+  """What a token reads of itself: (q . k) v, or (q . (bonus * k)) v."""
+  if bonus is None and read == 'exclusive':
+    return None
+  q, k, v = (x.astype(dtype) for x in (q, k, v))
+  if bonus is None:
+    weight = jnp.sum(q * k, -1)[..., None]
+  else:
+    bonus = shapes.group(bonus.astype(dtype), q.shape[2], axis=0)
+    weight = jnp.einsum('btkh,kgh->btkg', q * k, bonus)
+  return weight[..., None] * v
+
+
+def _check(q, k, v, bonus, initial_state, segment_ids, normalize):
+  """The shapes and dtypes of the arrays, with the axis that is wrong."""
+  shapes.check_qkv(q, k, v)
+  batch, length, _, channels = k.shape
+  heads = v.shape[2]
+  wanted = {
+    'bonus': (bonus, (heads, channels)),
+    'segment_ids': (segment_ids, (batch, length)),
+  }
+  memory = (batch, heads, channels, v.shape[-1])
+  if normalize and initial_state is not None:
+    if not isinstance(initial_state, tuple) or len(initial_state) != 2:
+      raise ValueError(
+        'initial_state must be the pair (S, z) with normalize=True: pass the '
+        'state a normalised call returned.'
+      )
+    wanted['initial_state[0]'] = (initial_state[0], memory)
+    wanted['initial_state[1]'] = (initial_state[1], memory[:-1])
+  elif initial_state is not None:
+    if isinstance(initial_state, tuple):
+      raise ValueError(
+        'initial_state is a tuple, but normalize=False: pass the array S.'
+      )
+    wanted['initial_state'] = (initial_state, memory)
+  shapes.check_shapes(wanted)
+
+
+def _check_options(read, bidirectional, bonus, initial_state):
+  shapes.check_read(read)
+  if bonus is not None and read != 'exclusive':
+    raise ValueError(
+      'bonus is the weight of the current token where the read leaves it out: '
+      "pass read='exclusive'."
+    )
+  shapes.check_directions(bidirectional, initial_state)

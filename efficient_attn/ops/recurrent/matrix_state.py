@@ -1,0 +1,136 @@
+"""Running ops whose state is an H x V matrix per value head.
+
+What `delta_rule` and `dplr` share: the accumulator's dtype, gates of every
+kind, grouped value heads, the empty state, both directions and the scale.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from efficient_attn.ops import shapes
+from efficient_attn.ops.recurrent import forms, gates
+
+
+def run(
+  step: Callable,
+  chunk: Callable,
+  *,
+  keys: Sequence[Array],
+  values: Sequence[Array | None],
+  log_decay: Array | None,
+  scale: float | int | None,
+  initial_state: Array | None,
+  segment_ids: Array | None,
+  bidirectional: bool,
+  form: str | None,
+  chunk_size: int,
+) -> tuple[Array, Array | None]:
+  """Runs the recurrence over tokens (keys, values, gate).
+
+  Args:
+    step: see `forms.run`; keys arrive as [B, K, 1, H], values as
+      [B, K, G, X] and the gate as [B | 1, K, G, H | 1], the state as
+      [B, K, G, H, V].
+    chunk: the same with C tokens, [B, K, G, C, X].
+    keys: [B, T, K, H], shared by the G = N / K value heads of a group.
+    values: [B, T, N, X] or None; the first are the values of the state.
+    log_decay: any kind of gate, see `gates.expand_log_decay`.
+    scale: factor on the output; None is H ** -0.5.
+    initial_state: [B, N, H, V] or None for zeros.
+    segment_ids: see `forms.run`.
+    bidirectional: adds the same op on the reversed sequence.
+    form: see `forms.run`.
+    chunk_size: see `forms.run`.
+
+  Returns:
+    out: [B, T, N, V] in the dtype of the values.
+    state: [B, N, H, V], None when bidirectional.
+  """
+  batch, length, kv_heads, channels = keys[0].shape
+  heads, width = values[0].shape[2:]
+  shapes.check_directions(bidirectional, initial_state)
+  memory = (batch, heads, channels, width)
+  shapes.check_shapes(
+    {
+      'initial_state': (initial_state, memory),
+      'segment_ids': (segment_ids, (batch, length)),
+    }
+  )
+  dtype = shapes.accumulator(keys, values, log_decay, initial_state)
+  gate = gates.expand_log_decay(
+    log_decay, (batch, length, heads, channels), dtype
+  )
+
+  def by_group(x):
+    return None if x is None else shapes.group(x, kv_heads, axis=2)
+
+  tokens = (
+    [k[:, :, :, None] for k in keys],
+    [by_group(v) for v in values],
+    by_group(gate),
+  )
+  state = initial_state
+  if state is None:
+    state = jnp.zeros(memory, dtype)
+  state = shapes.group(state.astype(dtype), kv_heads, axis=1)
+
+  def execute(tokens, segment_ids):
+    return forms.run(
+      step,
+      chunk,
+      tokens,
+      state,
+      segment_ids=segment_ids,
+      form=form,
+      chunk_size=chunk_size,
+    )
+
+  out, last = execute(tokens, segment_ids)
+  if bidirectional:
+    backward, _ = execute(*forms.reversed_tokens((tokens, segment_ids)))
+    out = out + jnp.flip(backward, 1)
+  out = out.reshape(batch, length, heads, width)
+  out = out * (channels**-0.5 if scale is None else scale)
+  state = None if bidirectional else last.reshape(memory)
+  return out.astype(values[0].dtype), state
+
+
+def contract(spec: str, x: Array, y: Array) -> Array:
+  """An einsum of one token, in full precision."""
+  return jnp.einsum(spec, x, y, precision=jax.lax.Precision.HIGHEST)
+
+
+def products(operand: jnp.dtype, dtype: jnp.dtype) -> Callable:
+  """An einsum with operands of one dtype and sums of another."""
+
+  def dot(spec, x, y):
+    return jnp.einsum(
+      spec, x.astype(operand), y.astype(operand), preferred_element_type=dtype
+    )
+
+  return dot
+
+
+def causal(scores: Array, marks: forms.Marks | None, *, diagonal: bool):
+  """Keeps scores [B, K, G, C, C] of the past of the same segment."""
+  mask = jnp.tri(scores.shape[-1], k=0 if diagonal else -1, dtype=bool)
+  if marks is not None:
+    mask &= marks.same[:, None, None]
+  return jnp.where(mask, scores, 0)
+
+
+def kept(x: Array, marks: forms.Marks | None, which: str) -> Array:
+  """Keeps rows of `x` [B, K, G, C, X] by marks.reads or marks.writes."""
+  if marks is None:
+    return x
+  return jnp.where(getattr(marks, which)[:, None, None, :, None], x, 0)
+
+
+def carried(state: Array, marks: forms.Marks | None) -> Array:
+  """Keeps states [B, K, G, H, V] where no segment begins in the chunk."""
+  if marks is None:
+    return state
+  return jnp.where(marks.keeps[:, None, None, None, None], state, 0)

@@ -1,0 +1,1 @@
+"""Attention to keys that are chosen by what the tokens hold."""

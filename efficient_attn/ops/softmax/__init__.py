@@ -1,0 +1,1 @@
+"""Softmax attention: its forms, its parts, and what is made of it."""

@@ -1,0 +1,360 @@
+"""Softmax attention one tile at a time: O(T) memory forward and backward.
+
+Online softmax (Milakov & Gimelshein 2018; Rabe & Staats 2021). For the tiles j
+of one block of query rows,
+
+    m' = max(m, max_j s_j)     p_j = exp(s_j - m')     a = exp(m - m')
+    l' = a l + sum p_j         o' = a o + p_j v_j
+
+and at the end out = o / l, lse = m + log l. The backward pass recomputes p
+from lse; with d = rowsum(do * out) - dlse,
+
+    dv_j += p^T do   ds = p * (do v_j^T - d)   dq += ds k_j   dk_j += ds^T q
+
+The mask's block map gives, at trace time, the list of tiles that hold
+anything. One `lax.scan` walks that list, so its trip count is static and a tile
+that admits nothing costs nothing. What only run time can tell to be empty, as
+with packed segments, is skipped by a `lax.cond`. Time O(visited tiles), memory
+O(T + S). Reference: `attention_reference`. First-order reverse mode only.
+
+The list goes block of queries by block of queries, as in FlashAttention-2 (Dao
+2023), and m, l, o of one block are at hand; with order='key' it goes by blocks
+of keys, as in FlashAttention (Dao et al. 2022), and each tile reads and writes
+them.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from efficient_attn.ops import masks, scores
+from efficient_attn.ops.softmax.attention_tiles import (
+  add_at,
+  by_keys,
+  choose_tiles,
+  locate,
+  put_rows,
+  take_cols,
+  take_rows,
+)
+
+ORDERS = ('query', 'key')
+
+
+def attention_blockwise(
+  query: Float[Array, 'B T N H'],
+  key: Float[Array, 'B S K H'],
+  value: Float[Array, 'B S K V'],
+  *,
+  mask: masks.Mask | None = None,
+  bias: scores.Score | None = None,
+  scale: float | None = None,
+  logits_soft_cap: float | None = None,
+  sinks: Float[Array, 'N'] | None = None,
+  block_q: int | None = None,
+  block_k: int | None = None,
+  order: str = 'query',
+) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']]:
+  """Attention that never holds more than a tile of logits.
+
+  Args:
+    query: queries.
+    key: keys.
+    value: values.
+    mask: which keys each query may attend to; None admits all.
+    bias: what is added to the scaled and capped logits.
+    scale: factor of the logits, H**-0.5 by default.
+    logits_soft_cap: c in c tanh(logits / c).
+    sinks: one logit per head that joins the denominator.
+    block_q: most rows of a tile; None for what suits the mask.
+    block_k: most columns of a tile; None for what suits the mask.
+    order: the outer loop, over blocks of queries ('query', FlashAttention-2)
+      or of keys ('key', FlashAttention).
+
+  Returns:
+    The output in the query's dtype, and the log of the softmax denominator in
+    at least float32; 0 and -inf where a row attends to nothing.
+  """
+  B, T, N, H = query.shape
+  S, K, V = value.shape[1:]
+  if order not in ORDERS:
+    raise ValueError(f'order = {order!r}: pass one of {ORDERS}.')
+  block_q, block_k, tiles = choose_tiles(mask, T, S, block_q, block_k)
+  if order == 'key':
+    tiles = by_keys(tiles)
+  # Where only some tiles are full the mask is applied to those too: on a CPU
+  # that is free, and a `lax.cond` around it would stop a GPU at every tile.
+  if not (tiles[:, 2] == masks.PARTIAL).any():
+    mask = None
+  corner = jnp.arange(block_q), jnp.arange(block_k)
+  options = _Options(
+    block_q=block_q,
+    block_k=block_k,
+    scale=H**-0.5 if scale is None else scale,
+    soft_cap=logits_soft_cap,
+    order=order,
+    tiles=tiles.tobytes(),
+    shared=bool(T % block_q or (tiles[:, 1] > S - block_k).any()),
+    run_time=mask is not None and mask.maybe(*corner) is not True,
+  )
+  out, lse = _attend(
+    options,
+    query.transpose(0, 2, 1, 3).reshape(B, K, N // K, T, H),
+    key.transpose(0, 2, 1, 3),
+    value.transpose(0, 2, 1, 3),
+    mask,
+    bias,
+    None if sinks is None else sinks.reshape(K, N // K),
+  )
+  out = out.reshape(B, N, T, V).transpose(0, 2, 1, 3)
+  return out, lse.reshape(B, N, T).transpose(0, 2, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+  """What is static about a call, beside shapes and the form of the mask."""
+
+  block_q: int
+  block_k: int
+  scale: float
+  soft_cap: float | None
+  order: str
+  tiles: bytes  # of `tile_schedule`: numpy arrays have no hash
+  shared: bool  # whether a tile sticks out
+  run_time: bool  # whether the mask decides at run time what is empty
+
+  def schedule(self):
+    return np.frombuffer(self.tiles, np.int32).reshape(-1, 4)
+
+
+def _unless_empty(options, mask, tile, visit, skip, operand):
+  """`visit(operand)`, or `skip(operand)` when run time shows no pair."""
+  if not options.run_time:
+    return visit(operand)
+  maybe = mask.maybe(tile.rows, tile.cols)
+  return lax.cond(maybe, visit, skip, operand)
+
+
+def _dot(pattern, a, b):
+  stats = jnp.promote_types(a.dtype, jnp.float32)
+  return jnp.einsum(pattern, a, b, preferred_element_type=stats)
+
+
+def _logits(options, q, k, mask, bias, tile, turned=False):
+  """Logits [B, K, G * R, C] of one tile, and d(capped) / d(scaled).
+
+  `turned` to [B, K, C, G * R], in which three of the five matmuls of the
+  backward pass need no transpose, and two of those of [G * R, C].
+  """
+  K, rows = q.shape[1:3]
+  R, C = tile.rows.size, tile.cols.size
+
+  def folded(x):  # [#B, #N, R, C] -> broadcastable to the logits
+    heads = K
+    if x.shape[1] == 1:
+      x, heads = jnp.broadcast_to(x, (x.shape[0], rows // R, R, C)), 1
+    x = x.reshape(x.shape[0], heads, rows, C)
+    return x.swapaxes(2, 3) if turned else x
+
+  if turned:
+    s = options.scale * _dot('bkch,bkrh->bkcr', k, q)
+  else:
+    s = options.scale * _dot('bkrh,bkch->bkrc', q, k)
+  slope = None
+  if options.soft_cap is not None:
+    capped = jnp.tanh(s / options.soft_cap)
+    s, slope = options.soft_cap * capped, 1 - capped * capped
+  if bias is not None:
+    s = s + folded(bias.tile(tile.rows, tile.cols)).astype(s.dtype)
+  if mask is not None:
+    s = jnp.where(folded(mask.tile(tile.rows, tile.cols)), s, -jnp.inf)
+  if tile.own is not None:
+    s = jnp.where(folded(tile.own), s, -jnp.inf)
+  return s, slope
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(options, q, k, v, mask, bias, sinks):
+  """[B,K,G,T,H] [B,K,S,H] [B,K,S,V] -> out [B,K,G,T,V], lse [B,K,G,T]."""
+  B, K, G, T, _ = q.shape
+  stats = jnp.promote_types(q.dtype, jnp.float32)
+  # A sink is a key that every row has seen before the first tile: logit sink,
+  # value 0.
+  if sinks is None:
+    m, l = jnp.full((K, G, 1), -jnp.inf, stats), 0.0
+  else:
+    m, l = sinks.astype(stats)[..., None], 1.0
+  start = (
+    jnp.broadcast_to(m, (B, K, G, T)),
+    jnp.full((B, K, G, T), l, stats),
+    jnp.zeros((B, K, G, T, v.shape[-1]), stats),
+  )
+  loop = _by_queries if options.order == 'query' else _by_keys
+  return loop(options, q, k, v, mask, bias, start)
+
+
+def _absorb(options, q, k, v, mask, bias, tile, running):
+  """(m, l, o) of the rows of a tile, after its keys."""
+
+  def visit(running):
+    m, l, acc = running
+    s, _ = _logits(
+      options, take_rows(q, tile), take_cols(k, tile), mask, bias, tile
+    )
+    top = jnp.maximum(m, jnp.max(s, axis=-1))
+    anchor = jnp.where(top == -jnp.inf, 0, top)
+    p = jnp.exp(s - anchor[..., None])
+    decay = jnp.exp(m - anchor)
+    pv = _dot('bkrc,bkcv->bkrv', p.astype(v.dtype), take_cols(v, tile))
+    l = l * decay + jnp.sum(p, axis=-1)
+    return top, l, acc * decay[..., None] + pv
+
+  return _unless_empty(options, mask, tile, visit, lambda x: x, running)
+
+
+def _finish(m, l, acc, dtype):
+  """The output and the log denominator of rows that have seen every key."""
+  nothing = l == 0
+  total = jnp.where(nothing, 1, l)
+  out = (acc / total[..., None]).astype(dtype)
+  return out, jnp.where(nothing, -jnp.inf, m + jnp.log(total))
+
+
+def _put(rows, running, tile):
+  """(m, l, o) of all rows [B, K, G, T, ...] with those of a tile's rows."""
+  T, R = rows[0].shape[3], tile.rows.size
+
+  def put(total, new):
+    new = new.reshape(*total.shape[:3], R, *total.shape[4:])
+    return put_rows(total, new, tile, T % R != 0)
+
+  return jax.tree.map(put, rows, running)
+
+
+def _by_queries(options, q, k, v, mask, bias, start):
+  """The loop of FlashAttention-2: (m, l, o) of one block stay at hand."""
+  B, K, G, T, _ = q.shape
+  S, R, C = k.shape[2], options.block_q, options.block_k
+  fresh = jax.tree.map(
+    lambda x: x[:, :, :, :R].reshape(B, K, G * R, *x.shape[4:]), start
+  )
+
+  def step(carry, entry):
+    running, rows = carry
+    first = entry[3]
+    tile = locate(R, C, *entry[:2], T, S, options.shared)
+    # Not through a factor 0: what another row holds may not be finite.
+    running = jax.tree.map(
+      lambda new, old: jnp.where(first, new, old), fresh, running
+    )
+    running = _absorb(options, q, k, v, mask, bias, tile, running)
+    # Written at every tile: the last one of a row block is the one that stays.
+    return (running, _put(rows, running, tile)), None
+
+  (_, rows), _ = lax.scan(step, (fresh, start), options.schedule())
+  return _finish(*rows, q.dtype)
+
+
+def _by_keys(options, q, k, v, mask, bias, start):
+  """The loop of FlashAttention: a tile reads and writes (m, l, o) of its rows.
+
+  Rows that a tile shares with the block before it see no key twice, and keep
+  what they hold.
+  """
+  T, S = q.shape[3], k.shape[2]
+  R, C = options.block_q, options.block_k
+
+  def step(rows, entry):
+    tile = locate(R, C, *entry[:2], T, S, options.shared)
+    running = jax.tree.map(lambda x: take_rows(x, tile), rows)
+    running = _absorb(options, q, k, v, mask, bias, tile, running)
+    return _put(rows, running, tile), None
+
+  rows, _ = lax.scan(step, start, options.schedule())
+  return _finish(*rows, q.dtype)
+
+
+def _attend_forward(options, q, k, v, mask, bias, sinks):
+  out, lse = _attend(options, q, k, v, mask, bias, sinks)
+  return (out, lse), (q, k, v, mask, bias, sinks, out, lse)
+
+
+def _attend_backward(options, residuals, cotangents):
+  q, k, v, mask, bias, sinks, out, lse = residuals
+  dout, dlse = cotangents
+  B, K, G, T, _ = q.shape
+  S, R, C = k.shape[2], options.block_q, options.block_k
+  stats = lse.dtype
+
+  nothing = lse == -jnp.inf
+  # As a dot: XLA sums short rows on a CPU twenty times slower.
+  delta = _dot('bkgtv,bkgtv->bkgt', dout, out) - dlse
+  delta = jnp.where(nothing, 0, delta)
+  lse = jnp.where(nothing, 0, lse)
+
+  def step(carry, entry):
+    dq, dk, dv, dbias = carry
+    tile = locate(R, C, *entry[:2], T, S, options.shared)
+
+    def visit(dbias):
+      qi, doi = take_rows(q, tile), take_rows(dout, tile)
+      kj, vj = take_cols(k, tile), take_cols(v, tile)
+      s, slope = _logits(options, qi, kj, mask, bias, tile, turned=True)
+      p = jnp.exp(s - take_rows(lse, tile)[..., None, :])
+      dp = _dot('bkcv,bkrv->bkcr', vj, doi)
+      ds = p * (dp - take_rows(delta, tile)[..., None, :])
+      if bias is not None:
+        full = ds.swapaxes(2, 3).reshape(B, K * G, R, C)
+        dbias = bias.accumulate(dbias, tile.rows, tile.cols, full)
+      if slope is not None:
+        ds = ds * slope
+      ds = (options.scale * ds).astype(q.dtype)
+      dqi = _dot('bkcr,bkch->bkrh', ds, kj).reshape(B, K, G, R, -1)
+      dkj = _dot('bkcr,bkrh->bkch', ds, qi)
+      dvj = _dot('bkcr,bkrv->bkcv', p.astype(v.dtype), doi)
+      return dqi, dkj, dvj, dbias
+
+    def skip(dbias):
+      zeros = (
+        jnp.zeros((B, K, G, R, q.shape[-1]), stats),
+        jnp.zeros((B, K, C, k.shape[-1]), stats),
+        jnp.zeros((B, K, C, v.shape[-1]), stats),
+      )
+      return *zeros, dbias
+
+    dqi, dkj, dvj, dbias = _unless_empty(
+      options, mask, tile, visit, skip, dbias
+    )
+    dq = add_at(dq, dqi, tile.row_start, axis=3)
+    dk = add_at(dk, dkj, tile.col_start, axis=2)
+    dv = add_at(dv, dvj, tile.col_start, axis=2)
+    return (dq, dk, dv, dbias), None
+
+  def zeros(x):
+    inexact = jnp.issubdtype(x.dtype, jnp.inexact)
+    return jnp.zeros(x.shape, stats if inexact else x.dtype)
+
+  carry = jax.tree.map(zeros, (q, k, v, bias))
+  (dq, dk, dv, dbias), _ = lax.scan(step, carry, options.schedule())
+
+  def cotangent(x, dx):
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+      return dx.astype(x.dtype)
+    return np.zeros(x.shape, jax.dtypes.float0)
+
+  dsinks = None
+  if sinks is not None:
+    p = jnp.exp(sinks.astype(stats)[..., None] - lse)
+    dsinks = -jnp.sum(jnp.where(nothing, 0, p * delta), axis=(0, 3))
+  primal = (q, k, v, bias, sinks)
+  found = (dq, dk, dv, dbias, dsinks)
+  dq, dk, dv, dbias, dsinks = jax.tree.map(cotangent, primal, found)
+  return dq, dk, dv, None, dbias, dsinks
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
