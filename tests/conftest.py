@@ -13,6 +13,12 @@ os.environ.setdefault('PJRT_NPROC', '16')
 import jax
 import pytest
 
+from efficient_attn.quick import QUICK
+
+# Also what the scripts under test compile; see tests/optimized.py.
+flags = [f'--{name}={str(value).lower()}' for name, value in QUICK.items()]
+os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *flags])
+
 jax.config.update('jax_num_cpu_devices', 8)
 
 # Many tests compile the same program: compile it once for all workers.

@@ -16,7 +16,6 @@ from efficient_attn.config import ConfigError, LMConfig
 from efficient_attn.decode.eviction import POLICIES, Evicting, evict
 from efficient_attn.decode.generate import generate
 from efficient_attn.layers.mixers.softmax.attention import Attention
-from efficient_attn.quick import QUICK
 from tests.launch.scripts import ROOT
 
 NAMES = sorted(POLICIES)
@@ -66,7 +65,7 @@ def logits_of(name):
       return model(tokens)[0]
     return [decode(evict(model, name, n), tokens) for n in (6, 24)]
 
-  return jax.jit(run, compiler_options=QUICK)(plain(), TOKENS)
+  return jax.jit(run)(plain(), TOKENS)
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -187,7 +186,7 @@ def test_holds_exactly_what_the_policy_says(name):
       positions = jnp.concatenate([cache['position'][None], positions])
       return mixer.project(x, None, None), y, positions, last['length']
 
-    run = jax.jit(run, compiler_options=QUICK)
+    run = jax.jit(run)
     arrays, y, positions, length = run(mixer, x)
     assert length == T and positions.shape == (35, 2, budget, 2)
     for b in range(2):

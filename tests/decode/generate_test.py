@@ -10,7 +10,6 @@ from efficient_attn.config import LMConfig
 from efficient_attn.decode.generate import generate
 from efficient_attn.decode.sampling import sample
 from efficient_attn.layers.mixers import MIXERS
-from efficient_attn.quick import QUICK
 
 PROMPT = jax.random.randint(jax.random.key(3), (2, 5), 0, 32)
 
@@ -55,7 +54,7 @@ def test_greedy_equals_uncached(mixer):
   )
   # One compilation serves every step: what follows a token cannot change it.
   tokens = jnp.pad(PROMPT, ((0, 0), (0, length)))
-  forward = jax.jit(lambda tokens: model(tokens)[0], compiler_options=QUICK)
+  forward = jax.jit(lambda tokens: model(tokens)[0])
   for t in range(PROMPT.shape[1], tokens.shape[1]):
     tokens = tokens.at[:, t].set(forward(tokens)[:, t - 1].argmax(-1))
   np.testing.assert_array_equal(found, tokens[:, PROMPT.shape[1] :])
@@ -66,7 +65,7 @@ def test_sampled_equals_uncached():
   key, length = jax.random.key(5), 12
   found = generate(model, PROMPT, key, length=length, temperature=0.9, top_k=9)
   tokens = jnp.pad(PROMPT, ((0, 0), (0, length)))
-  forward = jax.jit(lambda tokens: model(tokens)[0], compiler_options=QUICK)
+  forward = jax.jit(lambda tokens: model(tokens)[0])
   for t, step_key in enumerate(jax.random.split(key, length), PROMPT.shape[1]):
     logits = forward(tokens)[:, t - 1]
     new = sample(logits, step_key, temperature=0.9, top_k=9)

@@ -8,11 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from efficient_attn.quick import QUICK
-
 OUTPUTS, GRADIENTS = 1e-5, 1e-4
 # Optimising the programs would take longer than running them.
-jit = functools.partial(jax.jit, compiler_options=QUICK)
+jit = functools.partial(jax.jit)
 
 
 def inputs(length, batch=2, seed=0):

@@ -14,7 +14,6 @@ import pytest
 from efficient_attn.ops.recurrent.delta_rule import delta_rule
 from efficient_attn.ops.recurrent.mlstm import mlstm
 from efficient_attn.ops.recurrent.wkv4 import wkv4
-from efficient_attn.quick import QUICK
 
 torch = pytest.importorskip('torch')
 pytest.importorskip('transformers')
@@ -38,7 +37,7 @@ def to_torch(*arrays):
 
 def run(op, *args, **options):
   """Jits an op; arrays among its options are constants, which cost nothing."""
-  op = jax.jit(functools.partial(op, **options), compiler_options=QUICK)
+  op = jax.jit(functools.partial(op, **options))
   return op(*args)
 
 

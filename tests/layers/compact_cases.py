@@ -8,10 +8,9 @@ import numpy as np
 from flax import nnx
 
 from efficient_attn.layers.mixers import build_mixer
-from efficient_attn.quick import QUICK
 
 B, T, D, N = 2, 11, 32, 4
-jit = functools.partial(jax.jit, compiler_options=QUICK)
+jit = functools.partial(jax.jit)
 
 
 def fill(build, dtype):

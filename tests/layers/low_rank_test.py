@@ -14,13 +14,12 @@ from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixers import MIXERS, build_mixer, mixer_options
 from efficient_attn.layers.mixers.low_rank import LOW_RANK
 from efficient_attn.models import cost, jit_init
-from efficient_attn.quick import QUICK
 from tests.oracles import attention as attention_oracle
 from tests.oracles import low_rank as oracle
 
 B, T, D, N = 2, 11, 16, 4
 H = D // N
-jit = functools.partial(jax.jit, compiler_options=QUICK)
+jit = functools.partial(jax.jit)
 
 
 def recipe(name, d_model=D, causal=None, **options):

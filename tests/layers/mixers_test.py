@@ -14,7 +14,6 @@ from efficient_attn import sharding
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixers import MIXERS, build_mixer, mixer_options
 from efficient_attn.models import jit_init
-from efficient_attn.quick import QUICK
 
 B, T, D, N = 2, 24, 32, 4
 
@@ -163,16 +162,16 @@ def run(mixer, x, segment_ids=None):
 
 # On a CPU a call without gradients takes the recurrent form of an op, one with
 # gradients the chunkwise form: `evaluated` and `trained` differ in that.
-evaluated = jax.jit(run, compiler_options=QUICK)
+evaluated = jax.jit(run)
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@functools.partial(jax.jit)
 def trained(mixer, x, cache=None):
   y, _, cache = jax.vjp(lambda x: mixer(x, cache=cache), x, has_aux=True)
   return y if cache is None else (y, cache)
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@functools.partial(jax.jit)
 @functools.partial(jax.value_and_grad, argnums=(0, 1))
 def gradients(mixer, x, weight):
   """Of the weighted sum of the outputs, to the parameters and the inputs."""
@@ -234,7 +233,7 @@ def test_packed_equals_separate(name, options):
   index = np.minimum(cuts[:-1, None] + np.arange(longest), T - 1)
   counts = np.arange(longest) < np.array(lengths)[:, None]
 
-  @functools.partial(jax.jit, compiler_options=QUICK)
+  @functools.partial(jax.jit)
   @functools.partial(jax.value_and_grad, argnums=(0, 1))
   def packed(mixer, x):
     return jnp.sum(run(mixer, x, jnp.asarray(ids)) * weight)

@@ -11,13 +11,11 @@ from flax import nnx
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError
 from efficient_attn.ops import masks
-from efficient_attn.quick import QUICK
 from tests.layers.built import built
 from tests.oracles import attention as oracle
 from tests.oracles import patterns
 
 B, T, D, N = 2, 24, 32, 4
-quick = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def make(name, *, causal=True, **options):
@@ -29,7 +27,7 @@ def inputs(length=T, seed=7):
 
 
 def run(mixer, x, **options):
-  return quick(lambda x: mixer(x, **options)[0])(x)
+  return jax.jit(lambda x: mixer(x, **options)[0])(x)
 
 
 def tile_order(height, width, tile):
@@ -227,7 +225,7 @@ def test_duo_gates_mix_full_and_streaming():
   def loss(params):
     return jnp.sum(nnx.merge(graphdef, params)(x)[0] ** 2)
 
-  gradient = quick(jax.grad(loss))(params)['alpha'][...]
+  gradient = jax.jit(jax.grad(loss))(params)['alpha'][...]
   assert (gradient != 0).all()  # also of the one that is clipped
 
 
@@ -250,7 +248,7 @@ def test_duo_as_deployed():
   assert sizes[1] - sizes[0] == 2 * 100 * 2 * 8
   assert sizes[0] == 2 * (100 * 2 * 8 + 2 * (3 + 4) * 8) + 1
 
-  @quick
+  @jax.jit
   def step(x, cache):
     return mixer(x, cache=cache)
 
@@ -276,8 +274,8 @@ def test_adaptive_span_learns_its_span():
   def loss(params):
     return jnp.sum(jnp.sin(nnx.merge(graphdef, params)(x)[0]))
 
-  gradient = quick(jax.grad(loss))(params)['span'][...]
-  loss = quick(loss)
+  gradient = jax.jit(jax.grad(loss))(params)['span'][...]
+  loss = jax.jit(loss)
   for n in range(N):
     values = []
     for step in (1e-2, -1e-2):
@@ -319,7 +317,7 @@ def test_dam():
 
   # With noise every diagonal has a gradient, without it those that are left.
   for key, size in ((None, 9 * N - 2), (jax.random.key(0), 9 * N)):
-    grad = quick(jax.grad(functools.partial(loss, key=key)))
+    grad = jax.jit(jax.grad(functools.partial(loss, key=key)))
     assert np.count_nonzero(grad(params)['alpha'][...]) == size
   noisy = [loss(params, jax.random.key(i)) for i in (0, 0, 1)]
   assert noisy[0] == noisy[1] != noisy[2]
@@ -336,14 +334,14 @@ def test_entmax_weighs_less_than_everything():
     return jnp.sum(seen * mixer(x)[0])
 
   # A token without weight changes nothing.
-  gradient = quick(jax.grad(loss))(x)
+  gradient = jax.jit(jax.grad(loss))(x)
   quiet = np.all(gradient == 0, axis=-1).sum()
   assert 0 < quiet < B * (T - 1)
 
   def value(params):
     return jnp.sum(jnp.sin(nnx.merge(graphdef, params)(x)[0]))
 
-  assert (quick(jax.grad(value))(params)['alpha'][...] != 0).all()
+  assert (jax.jit(jax.grad(value))(params)['alpha'][...] != 0).all()
 
 
 def test_cosine_attention_has_a_temperature_of_at_most_a_hundred():

@@ -12,7 +12,6 @@ from flax import nnx
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixers import build_mixer
 from efficient_attn.layers.mixers.routed.heads import attach
-from efficient_attn.quick import QUICK
 from tests.oracles import routed as oracle
 from tests.oracles import routed_clusters as clusters
 
@@ -46,7 +45,7 @@ def inputs(seed=0, length=T):
   return rng.standard_normal((B, length, D)).astype(np.float32)
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@functools.partial(jax.jit)
 def run(mixer, x):
   return mixer(x)[0]
 
@@ -324,7 +323,7 @@ def test_what_chooses_learns_from_its_own_loss(name, monkeypatch):
     y, _ = nnx.merge(graphdef, params)(x)
     return scale * jnp.sum(y * x), losses[0]
 
-  gradient = jax.jit(jax.grad(objective, has_aux=True), compiler_options=QUICK)
+  gradient = jax.jit(jax.grad(objective, has_aux=True))
 
   def chooses(path):
     return any(part in str(key) for key in path)
@@ -363,7 +362,7 @@ def test_grouped_heads_decode(name):
     y, cache = mixer(token[:, None], cache=cache)
     return cache, y[:, 0]
 
-  @functools.partial(jax.jit, compiler_options=QUICK)
+  @functools.partial(jax.jit)
   def decode(x):
     cache = mixer.init_cache(B, T, x.dtype)
     return jax.lax.scan(step, cache, x.swapaxes(0, 1))[1].swapaxes(0, 1)

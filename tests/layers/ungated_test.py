@@ -15,7 +15,6 @@ from flax import nnx
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixers import build_mixer
 from efficient_attn.layers.mixers.ungated.lightning import log_decays
-from efficient_attn.quick import QUICK
 from tests.layers.built import built
 from tests.oracles import feature_maps as oracle
 
@@ -42,9 +41,7 @@ def make(name, *, causal=True, noise=0.1, **options):
 
 
 def run(mixer, x, ids=None):
-  call = jax.jit(
-    lambda mixer, x, ids: mixer(x, segment_ids=ids)[0], compiler_options=QUICK
-  )
+  call = jax.jit(lambda mixer, x, ids: mixer(x, segment_ids=ids)[0])
   with jax.enable_x64(True):
     return np.asarray(call(*jax.tree.map(jnp.asarray, (mixer, x, ids))))
 
@@ -240,7 +237,7 @@ def test_random_features_approach_softmax(name):
 def test_projections_are_not_trained(name):
   mixer, x = make(name), inputs()
 
-  @functools.partial(jax.jit, compiler_options=QUICK)
+  @functools.partial(jax.jit)
   @jax.grad
   def grad(mixer, x):
     return jnp.sum(mixer(x)[0] ** 2)

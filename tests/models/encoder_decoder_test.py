@@ -12,7 +12,6 @@ from flax import nnx
 from efficient_attn.config import ConfigError, LMConfig
 from efficient_attn.models import jit_init
 from efficient_attn.models.encoder_decoder import EncoderDecoder
-from efficient_attn.quick import QUICK
 
 B, S, T, VOCAB = 2, 7, 9, 32
 BASE = dict(
@@ -44,7 +43,7 @@ def build(**changes):
   return jit_init(recipe(**changes))(KEYS[2])
 
 
-jit = functools.partial(jax.jit, compiler_options=QUICK)
+jit = functools.partial(jax.jit)
 
 
 @jit

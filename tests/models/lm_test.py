@@ -12,7 +12,6 @@ from flax import nnx
 from efficient_attn import models
 from efficient_attn.config import ConfigError, LMConfig
 from efficient_attn.models import cost
-from efficient_attn.quick import QUICK
 
 B, T, VOCAB = 2, 12, 64
 
@@ -30,7 +29,7 @@ def build(**changes):
   return models.init(LMConfig(**BASE | changes), jax.random.key(0))
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@functools.partial(jax.jit)
 def call(model, tokens, cache=None, key=None):
   return model(tokens, cache=cache, key=key)
 

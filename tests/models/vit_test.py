@@ -9,7 +9,6 @@ from efficient_attn import models
 from efficient_attn.config import ConfigError, ViTConfig
 from efficient_attn.layers.mixers import MIXERS
 from efficient_attn.models.vit import patches
-from efficient_attn.quick import QUICK
 
 IMAGE = jax.random.normal(jax.random.key(0), (3, 8, 8, 1))
 
@@ -19,7 +18,7 @@ def build(**changes):
   return models.init(config, jax.random.key(0))
 
 
-call = jax.jit(lambda model, image: model(image), compiler_options=QUICK)
+call = jax.jit(lambda model, image: model(image))
 
 
 def features(model):
@@ -53,9 +52,7 @@ def test_every_patch_reaches_the_logits(mixer, pooling):
   model = features(build(pattern=(mixer,), pooling=pooling, mixers=options))
   logits = call(model, IMAGE)
   assert logits.shape == (3, 10) and logits.dtype == jnp.float32
-  gradient = jax.jit(
-    jax.grad(lambda image: model(image)[:, 0].sum()), compiler_options=QUICK
-  )(IMAGE)
+  gradient = jax.jit(jax.grad(lambda image: model(image)[:, 0].sum()))(IMAGE)
   assert (np.abs(patches(gradient, 2)).max(axis=-1) > 0).all()
 
 

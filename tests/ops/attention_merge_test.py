@@ -10,7 +10,6 @@ import pytest
 from efficient_attn.ops import masks
 from efficient_attn.ops.softmax.attention import attention
 from efficient_attn.ops.softmax.attention_merge import merge, split_attention
-from efficient_attn.quick import QUICK
 from tests.ops.attention_cases import make_arrays
 from tests.oracles import attention as oracle
 
@@ -74,7 +73,7 @@ def test_every_split_is_exact(x64, kind):
       grad(functools.partial(split, j))(*arrays) for j in range(1, S + 1)
     ]
 
-  expected, found = jax.jit(run, compiler_options=QUICK)(*arrays)
+  expected, found = jax.jit(run)(*arrays)
   cap = dict(scale=0.7, cap=1.5)
   for x, y in zip(
     expected[0][1], oracle.attention(*arrays, seen, **cap), strict=True
@@ -108,7 +107,7 @@ def test_merge_is_associative_and_takes_sinks(x64):
 
   everything = np.ones((B, N, T, S), bool)
   expected = oracle.attention(q, k, v, everything, sinks=np.asarray(sinks))
-  for found in jax.jit(run, compiler_options=QUICK)(q, k, v):
+  for found in jax.jit(run)(q, k, v):
     for x, y in zip(found, expected, strict=True):
       np.testing.assert_allclose(x, y, rtol=1e-12)
 

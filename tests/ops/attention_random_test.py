@@ -16,12 +16,10 @@ from hypothesis import strategies as st
 from efficient_attn.ops import masks
 from efficient_attn.ops.softmax.attention_blockwise import attention_blockwise
 from efficient_attn.ops.softmax.attention_reference import attention_reference
-from efficient_attn.quick import QUICK
 
 B, H, V = 2, 4, 3
 # T, S, N, K
 SHAPES = [(13, 7, 4, 2), (1, 16, 4, 1), (12, 12, 2, 2), (5, 11, 3, 3)]
-quick = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 # What is drawn are plans, (constructor, arguments): hypothesis wants no code
@@ -135,7 +133,7 @@ def gradients(op):
   return jax.value_and_grad(loss, has_aux=True)
 
 
-reference = quick(gradients(attention_reference))
+reference = jax.jit(gradients(attention_reference))
 
 
 def as_float64(result):
@@ -159,9 +157,9 @@ def check(data):
     tensors = [jnp.asarray(x) for x in tensors]
     # Not an argument of the program: its arrays of numpy stay known.
     grad = gradients(blockwise)
-    found = as_float64(quick(lambda tensors: grad(tensors, mask))(tensors))
+    found = as_float64(jax.jit(lambda tensors: grad(tensors, mask))(tensors))
     # As an array, so that all masks share the program of the reference.
-    dense = np.array(quick(lambda: mask.dense(T, S))())
+    dense = np.array(jax.jit(lambda: mask.dense(T, S))())
     dense = masks.Dense(jnp.asarray(np.broadcast_to(dense, (B, N, T, S))))
     plain = as_float64(reference(tensors, dense))
   with jax.enable_x64(True):

@@ -12,7 +12,6 @@ from efficient_attn.ops.softmax.attention_blockwise import (
   attention_blockwise,
 )
 from efficient_attn.ops.softmax.attention_reference import attention_reference
-from efficient_attn.quick import QUICK
 from tests.ops.attention_cases import (
   EXTRAS,
   MASKS,
@@ -21,6 +20,7 @@ from tests.ops.attention_cases import (
   make_data,
   make_extras,
 )
+from tests.optimized import optimized
 from tests.oracles import attention as oracle
 
 BLOCK = 4
@@ -75,7 +75,7 @@ def run(name, *case):
 
   grad = jax.value_and_grad(f, argnums=(0, 1, 2, 3), has_aux=True)
   # Most of the time of this file goes to compiling.
-  grad = jax.jit(grad, compiler_options=QUICK)
+  grad = jax.jit(grad)
   (_, out), gradients = grad(q, k, v, leaves)
   return out, gradients
 
@@ -201,7 +201,7 @@ def test_causality_is_bitwise(name, mask):
   q, k, v = make_arrays(T, T)
   data = make_data(2, 4, T, T)
   expression = expressions(data)[mask]
-  op = jax.jit(IMPLEMENTATIONS[name])
+  op = optimized(IMPLEMENTATIONS[name])
   base = op(q, k, v, mask=expression)
   for cut in range(1, T, 3):
     after = np.arange(T)[None, :, None, None] >= cut
@@ -267,8 +267,8 @@ def test_bfloat16_error_is_at_most_twice_that_of_the_reference():
       out, _ = op(*arrays, mask=mask)
       return jnp.sum(jnp.sin(out.astype(jnp.promote_types(out.dtype, 'f4'))))
 
-    gradients = jax.jit(jax.grad(f, argnums=(0, 1, 2)))(*arrays)
-    found = [*jax.jit(op)(*arrays, mask=mask), *gradients]
+    gradients = optimized(jax.grad(f, argnums=(0, 1, 2)))(*arrays)
+    found = [*optimized(op)(*arrays, mask=mask), *gradients]
     return [np.asarray(x, np.float64) for x in found]
 
   with jax.enable_x64(True):
@@ -362,7 +362,7 @@ def test_sharded_is_unsharded():
 
   def gradients(op):
     argnums = (0, 1, 2, 4, 5)
-    return jax.jit(jax.grad(lambda *x: jnp.sum(op(*x) ** 2), argnums))
+    return optimized(jax.grad(lambda *x: jnp.sum(op(*x) ** 2), argnums))
 
   arrays = (q, k, v, ids, sinks, slopes)
   expected = gradients(op)(*arrays)

@@ -7,7 +7,7 @@ import numpy as np
 
 from efficient_attn.ops.recurrent.delta_rule import delta_rule
 from efficient_attn.ops.recurrent.dplr import dplr
-from tests.ops.linear_attention_cases import QUICK, assert_close, to_jax
+from tests.ops.linear_attention_cases import assert_close, to_jax
 from tests.oracles import delta_rule as oracle
 
 OPS = {'delta': delta_rule, 'erase': delta_rule, 'dplr': dplr}
@@ -67,12 +67,12 @@ def cotangents(length=LENGTH, seed=6):
   )
 
 
-@functools.partial(jax.jit, static_argnames=STATIC, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames=STATIC)
 def apply(arrays, segment_ids=None, *, op, form='chunkwise', **options):
   return OPS[op](**arrays, segment_ids=segment_ids, form=form, **options)
 
 
-@functools.partial(jax.jit, static_argnames=STATIC, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames=STATIC)
 def vjp(arrays, cotangents, segment_ids=None, *, op, **options):
   def call(arrays):
     return OPS[op](**arrays, segment_ids=segment_ids, **options)

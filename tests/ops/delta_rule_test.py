@@ -31,6 +31,7 @@ from tests.ops.delta_rule_cases import (
   vjp,
 )
 from tests.ops.linear_attention_cases import assert_close, to_jax
+from tests.optimized import optimized
 
 
 @pytest.mark.parametrize('op, gate', CASES)
@@ -155,7 +156,7 @@ def test_causality_is_bitwise(op, gate):
   if gate != 'none':
     other['log_decay'] *= 1000
 
-  @jax.jit
+  @optimized
   def call(arrays, ids):
     return OPS[op](**arrays, segment_ids=ids, form='chunkwise', chunk_size=16)[
       0

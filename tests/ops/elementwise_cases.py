@@ -10,7 +10,6 @@ from efficient_attn.ops.recurrent.diagonal_scan import diagonal_scan
 from efficient_attn.ops.recurrent.selective_scan import selective_scan
 from efficient_attn.ops.recurrent.slstm import slstm
 from efficient_attn.ops.recurrent.wkv4 import wkv4
-from efficient_attn.quick import QUICK
 from tests.oracles import elementwise as oracles
 
 CHUNK = 4
@@ -102,9 +101,7 @@ def expected(name, arrays, segment_ids=None):
   return oracle(**arrays, **given, segment_ids=segment_ids)
 
 
-@functools.partial(
-  jax.jit, static_argnames=('name', 'form'), compiler_options=QUICK
-)
+@functools.partial(jax.jit, static_argnames=('name', 'form'))
 def vjp(name, arrays, cotangents, segment_ids, form):
   """Output, state and the gradient of every array."""
 

@@ -15,16 +15,16 @@ from efficient_attn.ops.recurrent.wkv4 import wkv4
 from tests.ops.elementwise_cases import (
   CHUNK,
   FORMS,
-  QUICK,
   assert_close,
   call,
   expected,
   make,
   to_jax,
 )
+from tests.optimized import optimized
 
 LENGTH = 4 * CHUNK + 1
-EXACT = functools.partial(jax.jit, compiler_options=QUICK)
+EXACT = functools.partial(jax.jit)
 
 
 def gates(kind, shape):
@@ -48,7 +48,7 @@ def test_hard_gates_are_exact(kind):
 
   for form in FORMS['diagonal']:
 
-    @jax.jit
+    @optimized
     def run(arrays, form=form):
       def loss(arrays):
         result = call('diagonal', arrays, form=form)
@@ -124,7 +124,7 @@ def test_zero_order_hold_near_zero(dtype):
       )
       return jnp.sum(y), y
 
-    grad, y = jax.jit(jax.grad(weight, has_aux=True))(jnp.asarray(z))
+    grad, y = optimized(jax.grad(weight, has_aux=True))(jnp.asarray(z))
   eps = np.finfo(dtype).eps
   safe = np.where(z == 0, 1, z)
   wanted = np.where(z == 0, 1, np.expm1(safe) / safe)
@@ -155,7 +155,7 @@ def test_wkv4_of_keys_up_to_200(gate):
   wanted, (above, below) = expected('wkv4', arrays, ids)
   for form in FORMS['wkv4']:
 
-    @jax.jit
+    @optimized
     def run(arrays, form=form):
       def loss(arrays):
         out, state = wkv4(
@@ -183,7 +183,7 @@ def test_slstm_of_gates_up_to_200():
     arrays[name] = arrays[name].astype(np.float32)
   wanted, _ = expected('slstm', arrays, ids)
 
-  @jax.jit
+  @optimized
   def run(arrays):
     def loss(arrays):
       out, _ = slstm(**arrays, segment_ids=jnp.asarray(ids))
@@ -203,7 +203,7 @@ def test_bfloat16_tokens_float32_state(name):
   arrays = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), arrays)
   exact = jax.tree.map(lambda x: np.asarray(x, np.float64), arrays)
   for form in FORMS[name][:2]:
-    out, state = jax.jit(functools.partial(call, name, form=form))(arrays)
+    out, state = optimized(functools.partial(call, name, form=form))(arrays)
     assert out.dtype == jnp.bfloat16
     wanted, memory = expected(name, exact)
     # One rounding of the output; sums and states are float32.

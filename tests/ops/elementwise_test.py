@@ -13,7 +13,6 @@ from tests.ops.elementwise_cases import (
   CASES,
   CHUNK,
   FORMS,
-  QUICK,
   assert_close,
   call,
   expected,
@@ -22,6 +21,7 @@ from tests.ops.elementwise_cases import (
   to_jax,
   vjp,
 )
+from tests.optimized import optimized
 
 every_case = pytest.mark.parametrize(
   'name',
@@ -45,7 +45,7 @@ def test_forms_agree_with_the_loops_and_their_differences(name, length):
 def test_every_length(name):
   cases = [make(name, n) for n in (2, CHUNK - 1, CHUNK, CHUNK + 1, 17)]
 
-  @functools.partial(jax.jit, compiler_options=QUICK)
+  @functools.partial(jax.jit)
   def run(cases):
     return [
       call(name, arrays, segment_ids=ids, form=FORMS[name][:2][-1])
@@ -91,8 +91,7 @@ def test_packed_equals_separate(name):
   with jax.enable_x64(True):
     arrays = to_jax(arrays)
     results = [
-      jax.jit(jax.grad(f, has_aux=True), compiler_options=QUICK)(arrays)
-      for f in (packed, separate)
+      jax.jit(jax.grad(f, has_aux=True))(arrays) for f in (packed, separate)
     ]
   assert_close(*results, 1e-11)
 
@@ -107,7 +106,7 @@ def test_state_continues_at_every_cut(name, form):
   op, given = CASES[name]
   chunk = {} if name == 'slstm' else {'chunk_size': CHUNK}
 
-  @functools.partial(jax.jit, compiler_options=QUICK)
+  @functools.partial(jax.jit)
   def run(arrays, ids):
     results = []
     for cut in range(1, length):
@@ -146,7 +145,7 @@ def test_causal_to_the_bit(name):
     for key, x in arrays.items()
   }
   for form in FORMS[name]:
-    run = jax.jit(functools.partial(call, name, form=form))
+    run = optimized(functools.partial(call, name, form=form))
     a, b = (run(to_jax(x), segment_ids=ids)[0] for x in (arrays, changed))
     assert (a[:, :6] == b[:, :6]).all()
     assert (a[:, 6:] != b[:, 6:]).any()
@@ -161,7 +160,7 @@ def test_vmap_and_second_derivatives(name):
     out, _ = call(name, arrays, segment_ids=jnp.asarray(ids), form=form)
     return jnp.sum(out**3)
 
-  @functools.partial(jax.jit, compiler_options=QUICK)
+  @functools.partial(jax.jit)
   def second(arrays):
     return [
       jax.jvp(jax.grad(functools.partial(loss, form)), (arrays,), (direction,))
@@ -190,7 +189,7 @@ def test_vmap_and_second_derivatives(name):
     for other in others:
       assert_close(other, first, 1e-9)
     axes = jax.tree.map(lambda b: 0 if b else None, is_batched(arrays))
-    mapped = jax.jit(jax.vmap(run, (axes, 0)), compiler_options=QUICK)
+    mapped = jax.jit(jax.vmap(run, (axes, 0)))
     assert_close(
       mapped(arrays, jnp.asarray(ids)), expected(name, arrays, ids), 1e-12
     )

@@ -18,7 +18,6 @@ import pytest
 
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
 from efficient_attn.ops.recurrent.slots import slot_attention
-from efficient_attn.quick import QUICK
 
 T, D, C = 32, 6, 8
 CHUNKS = T // C
@@ -73,7 +72,6 @@ def chunkwise(
 @functools.partial(
   jax.jit,
   static_argnames=('form', 'read'),
-  compiler_options=QUICK,
 )
 def linear(q, k, v, log_decay, form, read):
   return linear_attention(

@@ -11,9 +11,9 @@ from efficient_attn.ops.softmax.factorized_attention import (
   fixed_attention,
   strided_attention,
 )
-from efficient_attn.quick import QUICK
 from tests.ops.attention_blockwise_test import equations
 from tests.ops.attention_cases import make_arrays
+from tests.optimized import optimized
 
 STRIDE, SUMMARY = 4, 2
 OPS = {
@@ -51,7 +51,7 @@ def test_parts_are_the_whole(T):
       def everything(tensors):
         return [case_of(*case)(tensors) for case in cases]
 
-      return jax.jit(everything, compiler_options=QUICK)(tensors)
+      return jax.jit(everything)(tensors)
 
     found = run(lambda kind, causal, *x, **o: OPS[kind](*x, causal=causal, **o))
     expected = run(definition)
@@ -64,7 +64,7 @@ def test_parts_are_the_whole(T):
 @pytest.mark.parametrize('kind', sorted(OPS))
 def test_causal_to_the_bit(kind):
   q, k, v = make_arrays(14, 14)
-  op = jax.jit(functools.partial(OPS[kind], causal=True))
+  op = optimized(functools.partial(OPS[kind], causal=True))
   base = op(q, k, v)
   for cut in (1, 4, 6, 13):
     later = np.arange(14)[None, :, None, None] >= cut

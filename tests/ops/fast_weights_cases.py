@@ -8,7 +8,6 @@ import numpy as np
 
 from efficient_attn.ops.recurrent.fast_weights import FastState, fast_weights
 from efficient_attn.ops.recurrent.lact import LactState, lact
-from efficient_attn.quick import QUICK
 from tests.oracles import fast_weights as oracle
 
 CHUNK = 4
@@ -121,9 +120,7 @@ def call(kind, arrays, state=None, ids=None, **options):
 
 
 STATIC = ('kind', 'form', 'chunk_size', 'bidirectional')
-apply = functools.partial(
-  jax.jit, static_argnames=STATIC, compiler_options=QUICK
-)(call)
+apply = functools.partial(jax.jit, static_argnames=STATIC)(call)
 
 
 def without_count(state):
@@ -131,7 +128,7 @@ def without_count(state):
   return None if state is None else tuple(state)[:-1]
 
 
-@functools.partial(jax.jit, static_argnames=STATIC, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames=STATIC)
 def vjp(kind, arrays, cotangents, state=None, ids=None, **options):
   """Output, state, and the gradients of every array and of the state."""
 

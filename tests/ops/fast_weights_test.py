@@ -17,7 +17,6 @@ from tests.ops.fast_weights_cases import (
   CHUNK,
   HEADS,
   KINDS,
-  QUICK,
   apply,
   assert_close,
   call,
@@ -29,6 +28,7 @@ from tests.ops.fast_weights_cases import (
   vjp,
   without_count,
 )
+from tests.optimized import optimized
 from tests.oracles import fast_weights as oracle
 
 LENGTH = 13
@@ -139,7 +139,7 @@ def test_causality_is_bitwise(kind):
   arrays, _ = make(kind, LENGTH, dtype=np.float32)
   other, _ = make(kind, LENGTH, seed=3, dtype=np.float32)
   ids, other_ids = segments(LENGTH), segments(LENGTH, seed=3)
-  run = jax.jit(lambda arrays, ids: call(kind, arrays, ids=ids)[0])
+  run = optimized(lambda arrays, ids: call(kind, arrays, ids=ids)[0])
   out = np.asarray(run(arrays, ids))
   for cut in (1, 3, 4, 5, 8, 12):
 
@@ -276,7 +276,7 @@ def test_orthogonalize():
   rng = np.random.default_rng(0)
   g = rng.standard_normal((2, 5, 3))
   with jax.enable_x64(True):
-    run = jax.jit(orthogonalize, compiler_options=QUICK)
+    run = jax.jit(orthogonalize)
     for x in (g, g.swapaxes(-2, -1)):
       actual = np.asarray(run(x))
       expected = np.stack([oracle.newton_schulz(y) for y in x])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from efficient_attn.ops.recurrent import feature_maps
+from tests.optimized import optimized
 from tests.oracles import feature_maps as oracle
 
 
@@ -135,7 +136,7 @@ def errors(w, *, hyperbolic=False):
   """Relative errors of the estimates of exp(X . Y), one per projection."""
   phi = functools.partial(feature_maps.positive_random, hyperbolic=hyperbolic)
 
-  @jax.jit
+  @optimized
   @jax.vmap
   def estimate(w):
     return phi(jnp.float32(X), w) @ phi(jnp.float32(Y), w)

@@ -10,8 +10,8 @@ import pytest
 from efficient_attn.ops import masks, scores
 from efficient_attn.ops.softmax.attention_blockwise import attention_blockwise
 from efficient_attn.ops.softmax.attention_reference import attention_reference
-from efficient_attn.quick import QUICK
 from tests.ops.attention_cases import make_arrays
+from tests.optimized import optimized
 from tests.oracles import attention as oracle
 from tests.oracles import forget
 
@@ -48,7 +48,7 @@ def test_hard_gates_do_not_blur_the_spans_between_them(value):
   finite = np.maximum(log_forget, -1e30)
   expected = np.exp(forget.spans(finite, size)) * np.tri(size)
   score = scores.Forget(jnp.asarray(log_forget))
-  tile = jax.jit(score.tile)
+  tile = optimized(score.tile)
   for i in range(0, size, block):
     for j in range(0, i + 1, block):
       found = tile(i + jnp.arange(block), j + jnp.arange(block))
@@ -77,7 +77,7 @@ def run(name):
       return jnp.sum(weight * out), out
 
     grad = jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)
-    grad = jax.jit(grad, compiler_options=QUICK)
+    grad = jax.jit(grad)
     arrays = (q, k, v, jnp.asarray(gates((2, T, 4))))
     (_, out), gradients = grad(*arrays)
   return weight, arrays, out, gradients
@@ -115,7 +115,7 @@ def test_implementations_agree_in_gradients():
 def test_causality_is_bitwise(name):
   arrays = (*make_arrays(T, T), jnp.asarray(gates((2, T, 4)), jnp.float32))
 
-  @jax.jit
+  @optimized
   def op(q, k, v, log_forget):
     bias = scores.Forget(log_forget)
     return IMPLEMENTATIONS[name](q, k, v, mask=masks.Causal(), bias=bias)[0]

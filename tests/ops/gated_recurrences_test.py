@@ -11,7 +11,6 @@ import pytest
 from efficient_attn.ops.recurrent.mlstm import mlstm
 from efficient_attn.ops.recurrent.slots import slot_attention
 from efficient_attn.ops.recurrent.trapezoid import trapezoidal_scan
-from efficient_attn.quick import QUICK
 from tests.oracles import gated as oracles
 
 CHUNK, LENGTH = 4, 17
@@ -96,7 +95,6 @@ def cast(tree, dtype=None):
 @functools.partial(
   jax.jit,
   static_argnames=('name', 'form', 'chunk_size'),
-  compiler_options=QUICK,
 )
 def apply(arrays, segment_ids=None, *, name, **options):
   return OPS[name][0](**arrays, segment_ids=segment_ids, **options)
@@ -105,7 +103,6 @@ def apply(arrays, segment_ids=None, *, name, **options):
 @functools.partial(
   jax.jit,
   static_argnames=('name', 'form', 'chunk_size'),
-  compiler_options=QUICK,
 )
 def vjp(arrays, cotangents, segment_ids=None, *, name, **options):
   """Output, state and the gradient of every array."""
@@ -325,7 +322,7 @@ def test_vmap_and_second_order(name):
 
     def compile(form, transform):
       call = transform(functools.partial(curvature, form=form))
-      return jax.jit(call, compiler_options=QUICK)
+      return jax.jit(call)
 
     stack = jnp.stack([arrays['v'], 2 * arrays['v']])
     one = compile('recurrent', lambda f: f)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
-from efficient_attn.quick import QUICK
 from tests.oracles import linear_attention as oracle
 
 CHUNK = 4
@@ -89,14 +88,14 @@ STATIC = (
 # For checks of the algebra in float64: half the time to compile.
 
 
-@functools.partial(jax.jit, static_argnames=STATIC, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames=STATIC)
 def apply(arrays, segment_ids=None, form='chunkwise', **options):
   return linear_attention(
     **arrays, segment_ids=segment_ids, form=form, **options
   )
 
 
-@functools.partial(jax.jit, static_argnames=STATIC, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames=STATIC)
 def vjp(arrays, cotangents, segment_ids=None, **options):
   """Output, state and the gradient of every array."""
 

@@ -20,6 +20,7 @@ from tests.ops.linear_attention_cases import (
   to_jax,
   vjp,
 )
+from tests.optimized import optimized
 from tests.oracles import linear_attention as oracle
 
 
@@ -72,11 +73,11 @@ def test_span_decays_are_accurate_in_float32(hard):
   for i in range(size):
     for j in range(i + 1):
       expected[:, i, j] = np.exp(gate[:, j + 1 : i + 1].sum(1, np.float64))
-  spans, _, _ = jax.jit(gates.span_sums)(jnp.asarray(gate))
+  spans, _, _ = optimized(gates.span_sums)(jnp.asarray(gate))
   assert spans.max() <= 0
   np.testing.assert_allclose(np.tril(np.exp(spans)), expected, atol=3e-7)
   ones = jnp.ones((4, size, 1))
-  scores, _, _ = jax.jit(gates.decayed_scores)(
+  scores, _, _ = optimized(gates.decayed_scores)(
     ones, ones, jnp.asarray(gate)[..., None]
   )
   np.testing.assert_allclose(scores, expected, atol=3e-7)

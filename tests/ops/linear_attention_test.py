@@ -28,6 +28,7 @@ from tests.ops.linear_attention_cases import (
   to_jax,
   vjp,
 )
+from tests.optimized import optimized
 from tests.oracles import linear_attention as oracle
 
 CASES = [
@@ -96,7 +97,7 @@ def test_causality_is_bitwise(gate, form, read):
     other['log_decay'] = arrays['log_decay']
   if gate in ('scalar', 'channel'):
     other['log_decay'] *= 1000
-  call = jax.jit(
+  call = optimized(
     lambda arrays, ids: linear_attention(
       **arrays, segment_ids=ids, read=read, form=form, chunk_size=16
     )[0]
@@ -288,7 +289,7 @@ def test_sharded_over_batch_and_heads_equals_whole():
     check_vma=False,
   )
   expected = apply(arrays, chunk_size=4)
-  assert_close(jax.jit(sharded)(arrays), expected, 1e-6)
+  assert_close(optimized(sharded)(arrays), expected, 1e-6)
 
 
 ERRORS = {

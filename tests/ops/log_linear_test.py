@@ -11,7 +11,7 @@ import pytest
 from efficient_attn.ops.recurrent import forms
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
 from efficient_attn.ops.recurrent.log_linear import log_linear_attention
-from efficient_attn.quick import QUICK
+from tests.optimized import optimized
 from tests.oracles import log_linear as oracle
 
 B, K, N, H, V = 2, 1, 2, 3, 4
@@ -58,7 +58,7 @@ def call(form, chunk_size=CHUNK):
     out, pull, after = jax.vjp(run, arrays, memory, has_aux=True)
     return *out, after, pull(weight)
 
-  return jax.jit(vjp, compiler_options=QUICK)
+  return jax.jit(vjp)
 
 
 def close(x, y, tolerance=1e-12):
@@ -112,7 +112,7 @@ def test_lengths_and_chunk_sizes():
   cases = {(T, CHUNK): (make(T), make_ids(T)) for T in lengths}
   cases |= {(13, C): (make(13), make_ids(13)) for C in (1, 2, 8)}
 
-  @functools.partial(jax.jit, compiler_options=QUICK)
+  @functools.partial(jax.jit)
   def run(arrays):
     return {
       (T, C): log_linear_attention(
@@ -138,7 +138,7 @@ def test_state_continues_at_every_cut(form):
   expected = oracle.log_linear_attention(**arrays, segment_ids=ids)
 
   # One program for all cuts: what is behind the cut is a segment of its own.
-  @functools.partial(jax.jit, compiler_options=QUICK)
+  @functools.partial(jax.jit)
   @functools.partial(jax.vmap, in_axes=(0, None, 0))
   def run(cut, arrays, state):
     rolled = {n: jnp.roll(x, -cut, axis=1) for n, x in arrays.items()}
@@ -211,7 +211,7 @@ def test_equal_scales_are_linear_attention():
   arrays = make(13)
   arrays['level_scales'] = np.full_like(arrays['level_scales'], 0.7)
 
-  @functools.partial(jax.jit, compiler_options=QUICK)
+  @functools.partial(jax.jit)
   def run(level_scales, **arrays):
     out, (memory, _) = log_linear_attention(
       **arrays,
@@ -253,7 +253,7 @@ def test_causality_is_bitwise(form):
   arrays, other = make(T, dtype=np.float32), make(T, seed=5, dtype=np.float32)
   other['log_decay'] *= 1000
   ids, other_ids = make_ids(T), make_ids(T, seed=4)
-  op = jax.jit(
+  op = optimized(
     lambda arrays, ids: log_linear_attention(
       **arrays, segment_ids=ids, form=form, chunk_size=CHUNK
     )[0]

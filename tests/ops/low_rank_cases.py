@@ -8,11 +8,9 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 
-from efficient_attn.quick import QUICK
-
 STEP = 1e-5
 # Optimising these programs would take longer than running them.
-jit = functools.partial(jax.jit, compiler_options=QUICK)
+jit = functools.partial(jax.jit)
 
 
 def normal(seed, **shapes):

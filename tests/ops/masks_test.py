@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from efficient_attn.ops import masks
-from efficient_attn.quick import QUICK
 from tests.ops.attention_cases import MASKS, expressions, make_data
 from tests.oracles import attention as oracle
 
@@ -54,7 +53,6 @@ EXACT = [
 
 
 # Op by op this file would take several times as long.
-quick = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def test_every_rule_has_an_expression():
@@ -88,8 +86,8 @@ def evaluated(T, S, traced):
 
   found = {name: expressions(make_data(B, N, T, S))[name] for name in NAMES}
   if traced:
-    return quick(evaluate)(found)
-  return quick(lambda: evaluate(found))()
+    return jax.jit(evaluate)(found)
+  return jax.jit(lambda: evaluate(found))()
 
 
 @pytest.mark.parametrize('traced', [False, True])

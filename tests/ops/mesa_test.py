@@ -10,7 +10,7 @@ import pytest
 
 from efficient_attn.ops.recurrent import forms
 from efficient_attn.ops.recurrent.mesa import mesa
-from efficient_attn.quick import QUICK
+from tests.optimized import optimized
 from tests.oracles import mesa as oracle
 
 B, K, N, H, V = 2, 1, 2, 3, 4
@@ -56,7 +56,7 @@ def call(form, chunk_size=CHUNK):
     result, pull = jax.vjp(run, arrays)
     return *result, pull(weight)[0]
 
-  return jax.jit(vjp, compiler_options=QUICK)
+  return jax.jit(vjp)
 
 
 def close(x, y, tolerance=1e-10):
@@ -107,7 +107,7 @@ def test_lengths():
   cases = {T: make(T) for T in (1, 2, CHUNK - 1, CHUNK, CHUNK + 1)}
   ids = {T: make_ids(T) for T in cases}
 
-  @functools.partial(jax.jit, compiler_options=QUICK)
+  @functools.partial(jax.jit)
   def run(cases, ids):
     return {
       T: mesa(**arrays, segment_ids=ids[T], form='chunkwise', chunk_size=CHUNK)
@@ -137,7 +137,7 @@ def test_state_continues_at_every_cut(form):
     states[cut] = tuple(np.where(fresh, 0, s) for s in state)
     parts[cut] = tail, ids[:, cut:]
 
-  @functools.partial(jax.jit, compiler_options=QUICK)
+  @functools.partial(jax.jit)
   def run(parts, states):
     return {
       cut: mesa(
@@ -184,7 +184,7 @@ def test_causality_is_bitwise(form):
   arrays, other = make(T, dtype=np.float32), make(T, seed=5, dtype=np.float32)
   other['log_decay'] *= 1000
   ridge = jnp.asarray(arrays.pop('ridge'))
-  op = jax.jit(
+  op = optimized(
     lambda arrays: mesa(**arrays, ridge=ridge, form=form, chunk_size=CHUNK)[0]
   )
   out = op(arrays)
@@ -231,7 +231,7 @@ def test_more_channels_than_steps():
   expected, _ = oracle.mesa(**arrays)
   arrays = {n: jnp.asarray(x, jnp.float32) for n, x in arrays.items()}
 
-  @functools.partial(jax.jit, compiler_options=QUICK, static_argnums=1)
+  @functools.partial(jax.jit, static_argnums=1)
   def error(arrays, steps):
     out, _ = mesa(**arrays, num_steps=steps, form='parallel')
     return jnp.max(jnp.abs(out - expected.astype(np.float32)))
@@ -258,7 +258,7 @@ def test_second_derivatives():
   )
   step = random_like(arrays)
 
-  @functools.partial(jax.jit, compiler_options=QUICK, static_argnums=1)
+  @functools.partial(jax.jit, static_argnums=1)
   def product(arrays, form):
     grad = jax.grad(functools.partial(loss, form=form))
     return jax.jvp(grad, (arrays,), (step,))[1]

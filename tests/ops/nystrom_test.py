@@ -14,6 +14,7 @@ from efficient_attn.ops.low_rank.nystrom import (
 )
 from efficient_attn.ops.pooling import mean_pool, repeat
 from tests.ops.low_rank_cases import check, jit, normal, place, unchecked
+from tests.optimized import optimized
 from tests.oracles import low_rank as oracle
 
 B, N, H, V = 2, 2, 3, 4
@@ -77,7 +78,7 @@ def test_iterations_approach_the_inverse():
 
 def test_bfloat16_is_as_good_as_its_inputs():
   data = {k: x.astype(jnp.bfloat16) for k, x in arrays(24).items()}
-  call = jax.jit(functools.partial(nystrom_attention, num_landmarks=8))
+  call = optimized(functools.partial(nystrom_attention, num_landmarks=8))
   out = call(**data)
   assert out.dtype == jnp.bfloat16
   wide = {k: np.asarray(x, np.float64) for k, x in data.items()}

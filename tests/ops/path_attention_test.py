@@ -13,8 +13,8 @@ from efficient_attn.ops.softmax.path_attention import (
   Past,
   path_attention,
 )
-from efficient_attn.quick import QUICK
 from tests.ops.attention_blockwise_test import equations
+from tests.optimized import optimized
 from tests.oracles import path_attention as oracle
 
 B, N, H, V = 2, 2, 3, 4
@@ -73,7 +73,7 @@ def call(form, chunk_size=CHUNK):
     out, pull, state = jax.vjp(out, arrays, has_aux=True)
     return out, pull(weight)[0], state
 
-  return jax.jit(vjp, compiler_options=QUICK)
+  return jax.jit(vjp)
 
 
 def close(x, y, tolerance):
@@ -116,7 +116,7 @@ def test_forms_agree_in_outputs_and_gradients(form, forget, segments):
 def test_lengths():
   cases = {T: (make(T), make_ids(T)) for T in (1, 2, CHUNK - 1, CHUNK)}
 
-  @functools.partial(jax.jit, compiler_options=QUICK)
+  @functools.partial(jax.jit)
   def run(cases):
     return {
       T: path_attention(
@@ -154,7 +154,7 @@ def test_the_past_continues(form, cut):
   head = {n: x[:, :cut] for n, x in arrays.items()}
   tail = {n: x[:, cut:] for n, x in arrays.items()}
 
-  @functools.partial(jax.jit, compiler_options=QUICK)
+  @functools.partial(jax.jit)
   def run(tail, past):
     return path_attention(
       **tail, initial_state=past, form=form, chunk_size=CHUNK
@@ -204,7 +204,7 @@ def test_causality_is_bitwise(form):
   T = 13
   arrays, other = make(T, dtype=np.float32), make(T, seed=5, dtype=np.float32)
   other['log_forget'] *= 1000
-  op = jax.jit(
+  op = optimized(
     lambda arrays: path_attention(**arrays, form=form, chunk_size=CHUNK)[0]
   )
   out = op(arrays)
@@ -256,7 +256,7 @@ def test_memory_is_linear_in_the_length():
 
 def test_bfloat16_and_the_default_form():
   arrays = jax.tree.map(jnp.asarray, make(9, dtype=np.float32))
-  op = jax.jit(lambda arrays: path_attention(**arrays), compiler_options=QUICK)
+  op = jax.jit(lambda arrays: path_attention(**arrays))
   exact, _ = op(arrays)
   half = {n: jnp.asarray(x, jnp.bfloat16) for n, x in arrays.items()}
   found, state = op(half)

@@ -9,9 +9,6 @@ import pytest
 
 from efficient_attn.ops import masks
 from efficient_attn.ops.softmax.attention_tiles import choose_tiles
-from efficient_attn.quick import QUICK
-
-quick = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def admitted(mask, T):
@@ -145,8 +142,8 @@ def test_packed_counts_from_the_start_of_a_segment():
   }
   for name, rule in rules.items():
     packed = masks.packed(rule, ids)
-    dense = np.array(quick(lambda packed=packed: packed.dense(13, 13))())
-    whole = np.asarray(quick(lambda rule=rule: rule.dense(13, 13))())
+    dense = np.array(jax.jit(lambda packed=packed: packed.dense(13, 13))())
+    whole = np.asarray(jax.jit(lambda rule=rule: rule.dense(13, 13))())
     for start, stop in ((0, 5), (5, 6), (6, 13)):
       alone = whole[..., : stop - start, : stop - start]
       found = dense[..., start:stop, start:stop]

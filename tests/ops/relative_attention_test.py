@@ -20,6 +20,7 @@ from efficient_attn.ops.softmax.relative_attention import (
   transformer_xl,
 )
 from tests.ops.low_rank_cases import check, jit, normal, place, unchecked
+from tests.optimized import optimized
 from tests.oracles import low_rank as oracle
 
 B, N, H, V, D = 2, 2, 3, 4, 6
@@ -223,7 +224,7 @@ def test_causal_to_the_bit(name):
       ).items()
     }
 
-  @jax.jit  # optimised, as in training
+  @optimized  # optimised, as in training
   def run(data):
     if name == 'compressive':
       return compressive_attention(**data, **SIZES)[0]

@@ -9,7 +9,6 @@ import pytest
 
 from efficient_attn.ops.routed import lsh_attention as lsh
 from efficient_attn.ops.routed import nsa, vsa
-from efficient_attn.quick import QUICK
 from tests.ops.routed_cases import (
   CASES,
   QKV,
@@ -20,6 +19,7 @@ from tests.ops.routed_cases import (
   make,
   to_jax,
 )
+from tests.optimized import optimized
 from tests.oracles import attention as attention_oracle
 
 CAUSAL = [name for name in CASES if CASES[name].causal]
@@ -38,7 +38,7 @@ def test_outputs_and_gradients(name):
   expected = case.oracle(arrays)
   weight = rng.standard_normal(expected.shape)
 
-  @functools.partial(jax.jit, compiler_options=QUICK)
+  @functools.partial(jax.jit)
   def run(arrays):
     out, pull = jax.vjp(case.op, arrays)
     return out, pull(jnp.asarray(weight))[0]
@@ -69,7 +69,7 @@ def test_compressed_tokens_in_parts(monkeypatch):
   case = CASES['nsa']
   arrays = make(case)
   with jax.enable_x64(True):
-    out = jax.jit(case.op, compiler_options=QUICK)(to_jax(arrays))
+    out = jax.jit(case.op)(to_jax(arrays))
   close(out, case.oracle(arrays))
 
 
@@ -85,7 +85,7 @@ def test_the_whole_budget_is_attention():
     **a, cubes=vsa.cut((30,), (8,)), top_k=4
   )
 
-  @functools.partial(jax.jit, compiler_options=QUICK)
+  @functools.partial(jax.jit)
   def run(arrays):
     return {name: whole[name].op(a) for name, a in arrays.items()}
 
@@ -108,7 +108,7 @@ def test_one_bucket_is_attention_to_all_others():
   key = query / np.linalg.norm(query, axis=-1, keepdims=True)
   ids = np.zeros((B, T, N, 2), np.int32)
 
-  @functools.partial(jax.jit, compiler_options=QUICK, static_argnums=4)
+  @functools.partial(jax.jit, static_argnums=4)
   def run(query, key, value, ids, causal):
     return [
       lsh.lsh_attention(
@@ -145,7 +145,7 @@ def test_what_follows_changes_no_bit():
     for seed in (0, 1)
   )
 
-  @jax.jit
+  @optimized
   def run(arrays):
     return {name: CASES[name].op(a) for name, a in arrays.items()}
 
@@ -174,7 +174,7 @@ def test_published_chunks_of_reformer_look_ahead():
   other = ids.copy()
   other[:, cut:] = 0
 
-  @functools.partial(jax.jit, compiler_options=QUICK)
+  @functools.partial(jax.jit)
   def run(query, value, ids):
     args = query, query, value, ids
     return [
@@ -195,7 +195,7 @@ def test_queries_from_an_offset_on():
   arrays = {name: make(CASES[name]) for name in names}
   rng = np.random.default_rng(2)
 
-  @functools.partial(jax.jit, compiler_options=QUICK)
+  @functools.partial(jax.jit)
   def run(arrays, offset):
     return {name: CASES[name].op(a, offset) for name, a in arrays.items()}
 

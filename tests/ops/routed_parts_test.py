@@ -34,7 +34,6 @@ from efficient_attn.ops.routed.sinkhorn_attention import (
   sinkhorn_attention,
 )
 from efficient_attn.ops.softmax.attention import attention
-from efficient_attn.quick import QUICK
 from tests.ops.routed_cases import (
   BLOCK,
   CASES,
@@ -47,6 +46,7 @@ from tests.ops.routed_cases import (
   make,
   to_jax,
 )
+from tests.optimized import optimized
 from tests.oracles import routed as oracle
 from tests.oracles import routed_clusters as clusters
 
@@ -73,7 +73,7 @@ def test_losses_of_what_chooses():
       'hash': hash_attention(**a | bits, top_k=5)[1],
     }
 
-  @functools.partial(jax.jit, compiler_options=QUICK)
+  @functools.partial(jax.jit)
   def run(arrays):
     out, pull = jax.vjp(losses, arrays)
     return out, pull(to_jax(weights))[0]
@@ -116,7 +116,7 @@ def test_seer_learns_from_the_weight_of_blocks():
   a = make(case)
   gate_key = np.random.default_rng(8).standard_normal((B, 6, K, 3))
 
-  @functools.partial(jax.jit, compiler_options=QUICK)
+  @functools.partial(jax.jit)
   def run(a, gate_key):
     return seer.seer_attention(
       **a, gate_key=gate_key, block_size=BLOCK, top_k=6, causal=False
@@ -144,10 +144,10 @@ def test_pools_of_blocks():
 
 def test_bits_of_signs():
   x = np.random.default_rng(0).standard_normal((3, 40)).astype(np.float32)
-  words = jax.jit(pack)(x)
+  words = optimized(pack)(x)
   assert words.shape == (3, 2) and words.dtype == jnp.uint32
-  found = jax.jit(lambda words: unpack(words, 40, jnp.float32))(words)
-  np.testing.assert_array_equal(found, jax.jit(signs)(x))
+  found = optimized(lambda words: unpack(words, 40, jnp.float32))(words)
+  np.testing.assert_array_equal(found, optimized(signs)(x))
   np.testing.assert_array_equal(found, np.where(x > 0, 1, -1))
 
 
@@ -157,7 +157,7 @@ def test_hash_buckets_and_the_cost_of_hashing():
   x = rng.standard_normal((B, 9, N, H))
   rotations = [rng.standard_normal((N, 2, H, c)) for c in (1, 3)]
 
-  @functools.partial(jax.jit, compiler_options=QUICK)
+  @functools.partial(jax.jit)
   def run(x, rotations):
     return [lsh.lsh_buckets(x, rotations[i:]) for i in range(3)]
 
@@ -192,7 +192,7 @@ def test_clusters_and_the_bound_of_their_weights():
   projections = rng.standard_normal((N, H, 16))
   key = rng.standard_normal((B, T, N, H))
 
-  @functools.partial(jax.jit, compiler_options=QUICK)
+  @functools.partial(jax.jit)
   def run(query, key, projections):
     ids = hamming_clusters(query, projections, num_clusters=C, iterations=3)
     eye = jnp.broadcast_to(jnp.eye(T)[:, None], (B, T, N, T))
@@ -221,7 +221,7 @@ def test_routing_of_tokens():
   x = rng.standard_normal((B, 7, N, H))
   mu = rng.standard_normal((N, 3, H))
 
-  @functools.partial(jax.jit, compiler_options=QUICK)
+  @functools.partial(jax.jit)
   def run(x, mu):
     loss, pull = jax.vjp(clustering_loss, x, mu)
     return normalize(x), nearest(x, mu), loss, *pull(jnp.ones_like(loss))
@@ -242,7 +242,7 @@ def test_routing_of_tokens():
 def test_orders_of_blocks():
   logits = np.random.default_rng(0).standard_normal((2, 5, 5))
 
-  @functools.partial(jax.jit, compiler_options=QUICK)
+  @functools.partial(jax.jit)
   def run(logits, first):
     return sinkhorn(logits, 20), earlier(logits[:, :2], first)
 

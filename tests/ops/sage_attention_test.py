@@ -24,10 +24,13 @@ from efficient_attn.ops.softmax.sage_attention import (
   sage_attention,
   sage_logits,
 )
+from tests.optimized import OPTIONS, optimized
 from tests.oracles import quantization as oracle
 
-# Not `QUICK`, whose emitter drops some roundings to 8 bits and back.
-ROUNDED = {'xla_backend_optimization_level': 0}
+# Other emitters drop some roundings to 8 bits and back.
+rounded = functools.partial(
+  jax.jit, compiler_options=OPTIONS | {'xla_backend_optimization_level': 0}
+)
 
 
 def relative(found, wanted):
@@ -54,7 +57,7 @@ def test_rounding_against_the_table_of_numbers(form):
   x = np.concatenate([values, middles, *beside, random, [1e9]])
   x = np.float32(np.concatenate([x, -x]))
   np.testing.assert_array_equal(
-    jax.jit(round_to, static_argnums=1)(x, form), oracle.nearest(x, form)
+    rounded(round_to, static_argnums=1)(x, form), oracle.nearest(x, form)
   )
 
 
@@ -90,9 +93,9 @@ def test_groups_share_a_scale():
     ('e4m3', 13, 1, False),
   ):
     group = (rows, None if columns == 21 else columns)
-    found = fake_quant(
-      jnp.asarray(x), form, group, scale_format='e4m3' if micro else None
-    )
+    scales = 'e4m3' if micro else None
+    quant = functools.partial(fake_quant, scale_format=scales)
+    found = rounded(quant, static_argnums=(1, 2))(x, form, group)
     wanted = oracle.quantise(x.astype(float), form, rows, columns, micro)
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
@@ -104,12 +107,11 @@ T, S, H = 130, 70, 20
 def small():
   q, k, v = make(T, S, N=4, K=2, H=H, bias=2.0)
   seen = np.arange(S) <= np.arange(T)[:, None] - 40
-  found = jax.jit(
+  found = rounded(
     lambda *x: {
       name: sage_attention(*x, recipe=name, mask=masks.Causal(-40))
       for name in RECIPES
     },
-    compiler_options=ROUNDED,
   )(q, k, v)
   return (q, k, v), seen, found
 
@@ -161,7 +163,7 @@ def error(name, **changes):
   q, k, v = make(bias=5.0)
   q = q + make(seed=1, bias=5.0)[1].mean(1, keepdims=True)
   recipe = dataclasses.replace(RECIPES[name], **changes)
-  run = jax.jit(functools.partial(sage_attention, recipe=recipe))
+  run = optimized(functools.partial(sage_attention, recipe=recipe))
   return relative(run(q, k, v), attention(q, k, v))
 
 

@@ -15,6 +15,7 @@ from efficient_attn.ops.softmax import score_functions
 from efficient_attn.ops.softmax.attention import attention
 from efficient_attn.ops.softmax.logits import attend_logits
 from tests.ops.low_rank_cases import check, jit, normal, place, unchecked
+from tests.optimized import optimized
 from tests.oracles import low_rank as oracle
 
 B, T, S, N, H, G, A, V = 2, 5, 7, 2, 3, 4, 6, 3
@@ -86,7 +87,7 @@ def test_extreme_logits():
     out = attend_logits(logits, value, mask=mask)
     return out.sum(), out
 
-  (_, out), gradients = jax.jit(
+  (_, out), gradients = optimized(
     jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
   )(logits, value)
   expected = oracle.from_logits(logits.astype(np.float64), value, mask)

@@ -10,7 +10,6 @@ import pytest
 from efficient_attn.ops import masks, scores
 from efficient_attn.ops.softmax.attention_blockwise import attention_blockwise
 from efficient_attn.ops.softmax.attention_reference import attention_reference
-from efficient_attn.quick import QUICK
 from tests.ops.attention_blockwise_test import equations
 from tests.ops.attention_cases import make_arrays
 
@@ -97,7 +96,6 @@ def expressions():
 
 NAMES = sorted(expressions())
 # Op by op the tests below would take several times as long.
-quick = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 @functools.cache
@@ -122,7 +120,7 @@ def evaluated():
   def everything(expressions):
     return {name: evaluate(score) for name, score in expressions.items()}
 
-  return quick(everything)(expressions())
+  return jax.jit(everything)(expressions())
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -233,7 +231,7 @@ def test_decoding_sees_the_rows_of_the_whole():
   }
   offset = jnp.array([6, 2])
 
-  @quick
+  @jax.jit
   def both(found):
     return {
       name: (
@@ -276,7 +274,7 @@ def test_gradients_of_tables():
           for name, bias in biases.items()
         }
 
-      return jax.jit(all_of_them, compiler_options=QUICK)
+      return jax.jit(all_of_them)
 
     reference = gradients(attention_reference)
     found, expected = gradients(tiled)(biases), reference(biases)

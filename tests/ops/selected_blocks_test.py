@@ -19,7 +19,6 @@ from efficient_attn.ops.routed.selected_blocks import (
 )
 from efficient_attn.ops.routed.selected_tiles import deal
 from efficient_attn.ops.routed.selected_tokens import token_attention
-from efficient_attn.quick import QUICK
 
 B, T, S, N, H, V, C = 2, 11, 18, 4, 3, 5, 4
 # Kv heads, choices, and whether blocks are lists of tokens.
@@ -109,7 +108,7 @@ def test_outputs_and_gradients(K, M, lists, budget, monkeypatch):
     out, lse, parts = found
     return (out, jnp.where(lse == -jnp.inf, 0, lse)), (lse, parts)
 
-  @functools.partial(jax.jit, compiler_options=QUICK)
+  @functools.partial(jax.jit)
   def run(arrays):
     (out, _), pull, more = jax.vjp(op, arrays, has_aux=True)
     return out, *more, pull(jax.tree.map(jnp.asarray, weights))[0]
@@ -146,7 +145,7 @@ def test_vmap_is_a_loop():
 
     return jax.value_and_grad(loss)({n: x[n] for n in arrays})
 
-  @functools.partial(jax.jit, compiler_options=QUICK)
+  @functools.partial(jax.jit)
   def run(x, y):
     both = jax.tree.map(lambda *a: jnp.stack(a), x, y)
     loop = jax.tree.map(lambda *a: jnp.stack(a), f(x), f(y))
@@ -161,7 +160,6 @@ def test_half_precision():
     functools.partial(
       block_attention, blocks=jnp.asarray(blocks), block_size=C
     ),
-    compiler_options=QUICK,
   )
   exact = {n: jnp.asarray(a, jnp.float32) for n, a in arrays.items()}
   out, lse, _ = op(**{n: a.astype(jnp.bfloat16) for n, a in exact.items()})
@@ -177,7 +175,7 @@ def test_dealing():
     ids = rng.integers(-1, number, things).astype(np.int32)
     count = (things + number * (rows - 1)) // rows
     run = functools.partial(deal, number=number, rows=rows, count=count)
-    found = jax.jit(run, compiler_options=QUICK)(jnp.asarray(ids))
+    found = jax.jit(run)(jnp.asarray(ids))
     target, source, owner, first = map(np.asarray, found)
     assert (target[ids < 0] == count * rows).all()
     assert (np.sort(source[source >= 0]) == np.flatnonzero(ids >= 0)).all()
@@ -241,7 +239,7 @@ def test_tokens_in_chunks(monkeypatch):
   arrays = [rng.standard_normal((B, 7, 2, H)) for _ in range(3)]
   table = rng.standard_normal((B, 2, 7, 7))
 
-  @functools.partial(jax.jit, compiler_options=QUICK, static_argnums=2)
+  @functools.partial(jax.jit, static_argnums=2)
   def run(arrays, table, budget):
     monkeypatch.setattr(selected_tokens, 'BUDGET', budget)
 

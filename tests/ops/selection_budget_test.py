@@ -10,7 +10,6 @@ import pytest
 from efficient_attn.ops import masks
 from efficient_attn.ops.selection import SELECTORS, retained_mass
 from efficient_attn.ops.softmax.attention import attention
-from efficient_attn.quick import QUICK
 from tests.ops import selection_cases as cases
 
 SHARES = (0.1, 0.25, 0.5, 1.0)
@@ -55,7 +54,7 @@ def run(name):
     return results, (out, attention(q, k, v, mask=base))
 
   arrays = (jnp.asarray(x, jnp.float32) for x in make())
-  return jax.jit(kept, compiler_options=QUICK)(*arrays)
+  return jax.jit(kept)(*arrays)
 
 
 @pytest.mark.parametrize('name', MASKS)
@@ -106,7 +105,7 @@ def changed(name):
     differs = (dense[1:] != dense[:1]).any((1, 3))
     return jnp.where(differs.any(-1), jnp.argmax(differs, axis=-1), S)
 
-  return np.asarray(jax.jit(rows, compiler_options=QUICK)(q, k))
+  return np.asarray(jax.jit(rows)(q, k))
 
 
 @pytest.mark.parametrize('name', CAUSAL)
@@ -136,7 +135,7 @@ def test_a_step_of_decoding_reads_what_the_prompt_read(name):
       dense = mask.dense(T, 32)
       return dense if bias is None else jnp.where(dense, bias.dense(T, 32), 9)
 
-    rows = jax.jit(rows, compiler_options=QUICK)
+    rows = jax.jit(rows)
     np.testing.assert_allclose(
       rows(q[:, -3:], k), rows(q, k)[:, :, -3:], rtol=1e-12
     )
@@ -151,7 +150,7 @@ def test_selection_is_not_differentiated():
     mask, bias = held or select(row, 0.25, 32, q, k, v)
     return jnp.sum(attention(q, k, v, mask=mask, bias=bias) ** 2)
 
-  grad = jax.jit(jax.grad(loss, (0, 1, 2)), compiler_options=QUICK)
+  grad = jax.jit(jax.grad(loss, (0, 1, 2)))
   held = select(row, 0.25, 32, q, k, v)
   for x, y in zip(grad(q, k, v), grad(q, k, v, held), strict=True):
     np.testing.assert_allclose(x, y, atol=1e-5)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from efficient_attn.ops.selection import SELECTORS, blocks, tokens
-from efficient_attn.quick import QUICK
 from tests.oracles import selection as oracle
 from tests.oracles import selection_video as video_oracle
 
@@ -91,7 +90,7 @@ def found(name, options, T):
     mask = jnp.broadcast_to(mask.dense(T, S), (1, N, T, S))
     return mask if bias is None else (mask, bias.dense(T, S))
 
-  result = jax.jit(run, compiler_options=QUICK)(query, key, value)
+  result = jax.jit(run)(query, key, value)
   return jax.tree.map(lambda x: np.asarray(x)[0], result)
 
 
@@ -166,7 +165,7 @@ def test_xattention_sums_antidiagonals():
     return [blocks.antidiagonal_sums(query, key, s)[0] for s in strides]
 
   with jax.enable_x64(True):
-    run = jax.jit(run, compiler_options=QUICK)
+    run = jax.jit(run)
     results = run(query[None], key[None])
   for stride, result in zip(strides, results, strict=True):
     wanted = oracle.antidiagonal_sums(query, key, stride)

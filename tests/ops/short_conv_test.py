@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from efficient_attn.ops.recurrent.short_conv import short_conv
+from tests.optimized import optimized
 from tests.oracles import linear_attention as oracle
 
 TAPS, WIDTH = 4, 3
@@ -89,7 +90,7 @@ def test_split_equals_whole_at_every_cut(segments):
 def test_causality_is_bitwise():
   arrays, ids = make(13, dtype=np.float32)
   arrays = {name: jnp.asarray(x) for name, x in arrays.items()}
-  call = jax.jit(short_conv)
+  call = optimized(short_conv)
   y, _ = call(**arrays, segment_ids=ids)
   for cut in range(1, 13):
     x = arrays['x'].at[:, cut:].add(1)

@@ -7,7 +7,8 @@ import pytest
 
 from tests.ops import delta_rule_cases as delta
 from tests.ops import linear_attention_cases as linear
-from tests.ops.linear_attention_cases import QUICK, assert_close, to_jax
+from tests.ops.linear_attention_cases import assert_close, to_jax
+from tests.optimized import optimized
 
 pytestmark = pytest.mark.exhaustive
 
@@ -43,7 +44,7 @@ def programs(op):
     found = [apply(arrays, ids, 'chunkwise', size) for size in CHUNKS]
     return [*found, apply(arrays, ids, 'parallel')]
 
-  return [jax.jit(f, compiler_options=QUICK) for f in (gradients, outputs)]
+  return [jax.jit(f) for f in (gradients, outputs)]
 
 
 @pytest.mark.parametrize('op, gate', CASES)
@@ -81,7 +82,7 @@ def test_float32_and_bfloat16_at_length_4000(op, gate):
     arrays['b'] = -arrays['a'] * np.abs(arrays['b']).clip(0, 2)
   if gate == 'none' and op == 'linear':
     pytest.skip('an ungated sum of 4000 tokens has no scale to compare with')
-  run = jax.jit(
+  run = optimized(
     lambda a: OPS[op](**a, form='chunkwise', chunk_size=64),
   )
   for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)):
@@ -93,7 +94,7 @@ def test_float32_and_bfloat16_at_length_4000(op, gate):
     }
     exact = jax.tree.map(lambda x: np.asarray(x, np.float64), low)
     with jax.enable_x64(True):
-      expected = jax.jit(lambda a: OPS[op](**a, form='recurrent'))(
+      expected = optimized(lambda a: OPS[op](**a, form='recurrent'))(
         to_jax(exact)
       )
       expected = jax.tree.map(np.asarray, expected)

@@ -7,7 +7,6 @@ from jax.sharding import PartitionSpec as P
 from optax import contrib
 
 from efficient_attn.config import ConfigError, OptimizerConfig
-from efficient_attn.quick import QUICK
 from efficient_attn.train.optimizer import (
   OPTIMIZERS,
   SCHEDULES,
@@ -79,7 +78,7 @@ def train(optimizer, loss, params, steps):
     updates, state = optimizer.update(grads, state, params, obj_fn=loss)
     return optax.apply_updates(params, updates), state
 
-  step = jax.jit(step, donate_argnums=(0, 1), compiler_options=QUICK)
+  step = jax.jit(step, donate_argnums=(0, 1))
   params = jax.tree.map(jnp.copy, params)
   state = optimizer.init(params)
   types = jax.tree.map(jax.typeof, (params, state))
@@ -90,7 +89,7 @@ def train(optimizer, loss, params, steps):
 
 
 def first_update(optimizer, grads, params):
-  update = jax.jit(optimizer.update, compiler_options=QUICK)
+  update = jax.jit(optimizer.update)
   return update(grads, optimizer.init(params), params)[0]
 
 

@@ -9,7 +9,6 @@ import pytest
 
 from efficient_attn import config as configs
 from efficient_attn import sharding
-from efficient_attn.quick import QUICK
 from efficient_attn.train.loss import make_loss
 from efficient_attn.train.state import Architecture, first_state
 from efficient_attn.train.step import make_train_step
@@ -60,7 +59,7 @@ def after_a_step(weight, mesh='', **changes):
     mesh = sharding.make_mesh(mesh, jax.devices()[:4])
     with jax.set_mesh(mesh):
       return jax.jit(run)(jax.random.key(0), batch)
-  return jax.jit(run, compiler_options=QUICK)(jax.random.key(0), batch)
+  return jax.jit(run)(jax.random.key(0), batch)
 
 
 @pytest.fixture(scope='module')

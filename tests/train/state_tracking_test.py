@@ -19,6 +19,7 @@ from flax import nnx
 
 from efficient_attn import models
 from efficient_attn.config import LMConfig
+from tests.optimized import optimized
 
 SEEDS = 3
 PERMUTATIONS = list(itertools.permutations(range(3)))
@@ -139,7 +140,7 @@ def progress(name, negative_eigenvalues):
 
   keys = jax.random.split(jax.random.key(0), SEEDS)
   init = models.jit_init(jax.vmap(build))(keys)
-  return jax.tree.map(np.asarray, jax.jit(jax.vmap(train))(init, keys))
+  return jax.tree.map(np.asarray, optimized(jax.vmap(train))(init, keys))
 
 
 # Measured with 6 seeds. Negative eigenvalues: parity 0.96 to 1; S_3 four seeds
