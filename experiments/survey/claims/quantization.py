@@ -210,8 +210,9 @@ def _table(v) -> list:
       f'A decoder of {v["FP32"] / 4:.2f}B parameters with its scales: 32 bits '
       'an output channel (INT8), 16 bits a group (INT4), and as many for zero '
       'points; vectors in 16 bits. Bits per byte are those of the small '
-      f'attention model of R29, {v["FP32 bits per byte"]:.3f} in 32 bits, with '
-      'the interval of the difference over three seeds.',
+      'attention model of R29 on the first batches of its validation set, '
+      f'{v["FP32 bits per byte"]:.3f} in 32 bits, with the interval of the '
+      'difference over three seeds.',
       note=True,
     ),
   ]
