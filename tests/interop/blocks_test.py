@@ -5,6 +5,7 @@ Independent code with the same weights: the extra `oracle` installs it.
 
 import itertools
 
+import jax
 import numpy as np
 import pytest
 
@@ -43,7 +44,7 @@ def test_outputs(name):
   from tests.interop import compare
 
   p, x = pair(name), compare.inputs(T)
-  y, _ = compare.jit(p.ours)(x)
+  y, _ = jax.jit(p.ours)(x)
   with torch.no_grad():
     expected = p.theirs(torch.from_numpy(x))
   assert compare.difference(y, expected) < compare.OUTPUTS
@@ -63,7 +64,7 @@ def test_packed_segments(name):
 
   p, x = pair(name), compare.inputs(T)
   ids = np.repeat(np.arange(len(LENGTHS)), LENGTHS)[None].repeat(B, 0)
-  y, _ = compare.jit(p.ours)(x, segment_ids=ids)
+  y, _ = jax.jit(p.ours)(x, segment_ids=ids)
   cuts = itertools.pairwise(np.cumsum((0, *LENGTHS)))
   with torch.no_grad():
     expected = [p.theirs(torch.from_numpy(x[:, a:b])) for a, b in cuts]

@@ -9,8 +9,6 @@ import numpy as np
 import torch
 
 OUTPUTS, GRADIENTS = 1e-5, 1e-4
-# Optimising the programs would take longer than running them.
-jit = functools.partial(jax.jit)
 
 
 def inputs(length, batch=2, seed=0):
@@ -30,7 +28,7 @@ def check_gradients(pair, length):
   """The output, as it is in training, and the gradient of the input."""
   x, weight = inputs(length), inputs(length, seed=1)
 
-  @jit
+  @jax.jit
   @functools.partial(jax.grad, has_aux=True)
   def grad(x):
     y, _ = pair.ours(x)
@@ -47,7 +45,7 @@ def check_gradients(pair, length):
 def check_decoding(pair, length, cuts, batch=1):
   """The output of pieces that end at `cuts`, each side with its cache."""
   x = inputs(length, batch)
-  step = jit(lambda x, cache: pair.ours(x, cache=cache))
+  step = jax.jit(lambda x, cache: pair.ours(x, cache=cache))
   cache = pair.ours.init_cache(batch, length, jnp.float32)
   theirs = pair.new_cache()
   for a, b in itertools.pairwise((0, *cuts)):

@@ -21,7 +21,6 @@ pytest.importorskip('transformers')
 
 B, T, D, N = 2, 48, 32, 4
 CHUNK, ROUNDS = 6, 3
-jit = functools.partial(jax.jit)
 
 
 def inputs(seed=0):
@@ -74,7 +73,7 @@ def test_reformer(causal, factors):
   torch.sum(found.hidden_states * torch.from_numpy(weight)).backward()
   weights = [p.detach().numpy().T for p in theirs.parameters()]
 
-  @jit
+  @jax.jit
   @functools.partial(jax.grad, has_aux=True)
   def grad(x):
     query, value = ((x @ w).reshape(B, T, N, D // N) for w in weights)
@@ -161,5 +160,5 @@ def test_lightning_indexer():
       ),
       attn_mask=seen[:, None],
     )
-  y, _ = jit(ours)(x)
+  y, _ = jax.jit(ours)(x)
   close(y, expected.transpose(1, 2).reshape(B, T, D), 1e-5)

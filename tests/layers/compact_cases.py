@@ -1,7 +1,5 @@
 """Softmax mixers in float64 that take no time to make."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +8,6 @@ from flax import nnx
 from efficient_attn.layers.mixers import build_mixer
 
 B, T, D, N = 2, 11, 32, 4
-jit = functools.partial(jax.jit)
 
 
 def fill(build, dtype):

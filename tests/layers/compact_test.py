@@ -21,7 +21,6 @@ from tests.layers.compact_cases import (
   close,
   flat,
   inputs,
-  jit,
   make,
   values,
 )
@@ -72,7 +71,7 @@ def test_equations_with_and_without_cache(case):
   with jax.enable_x64(True):
     mixer, x = make(case.partition('-')[0], **options), inputs()
 
-    @jit
+    @jax.jit
     def run(x):
       cache, parts = mixer.init_cache(B, T + 2, x.dtype), []
       for a, b in itertools.pairwise((0, T - 1, T)):
@@ -89,7 +88,7 @@ def test_mla_absorbed_equals_expanded():
   with jax.enable_x64(True):
     x, weight = inputs(), inputs(seed=1)
 
-    @jit
+    @jax.jit
     @functools.partial(jax.grad, argnums=(0, 1), has_aux=True)
     def grads(mixer, x):
       y, _ = mixer(x)
@@ -249,7 +248,7 @@ def test_tpa_of_rank_one_is_mqa():
       constant(factors.heads.weight, 1.0)
       factors.dims.weight.set_value(p.weight[...])
     tpa.out.weight.set_value(mqa.out.weight[...])
-    expected, y = jit(lambda x: (mqa(x)[0], tpa(x)[0]))(x)
+    expected, y = jax.jit(lambda x: (mqa(x)[0], tpa(x)[0]))(x)
     assert close(y, expected)
 
 
@@ -263,7 +262,7 @@ def test_mfa_is_mqa_with_factorised_queries():
     for p, q in ((mqa.qkv.key, mfa.key), (mqa.qkv.value, mfa.value)):
       p.weight.set_value(q.weight[...][:, None])
     mqa.out.weight.set_value(mfa.out.weight[...])
-    expected, y = jit(lambda x: (mqa(x)[0], mfa(x)[0]))(x)
+    expected, y = jax.jit(lambda x: (mqa(x)[0], mfa(x)[0]))(x)
     assert close(y, expected)
 
 
@@ -287,7 +286,7 @@ def test_the_survey_misprints(case):
   oracle, options, misprint = MISPRINTS[case]
   with jax.enable_x64(True):
     mixer, x = make(case.partition('-')[0], **options), inputs()
-    y, _ = jit(mixer)(x)
+    y, _ = jax.jit(mixer)(x)
     p = values(mixer)
   assert close(y, oracle(p, x, heads=N))
   assert not close(y, oracle(p, x, heads=N, **misprint), 0.1)

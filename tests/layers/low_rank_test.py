@@ -1,6 +1,5 @@
 """Low-rank mixers against their papers' equations, and what they cost."""
 
-import functools
 import itertools
 import math
 
@@ -19,7 +18,6 @@ from tests.oracles import low_rank as oracle
 
 B, T, D, N = 2, 11, 16, 4
 H = D // N
-jit = functools.partial(jax.jit)
 
 
 def recipe(name, d_model=D, causal=None, **options):
@@ -60,7 +58,7 @@ def inputs(length=T):
 
 def run(mixer, x):
   with jax.enable_x64(True):
-    return np.asarray(jit(lambda mixer, x: mixer(x)[0])(mixer, x))
+    return np.asarray(jax.jit(lambda mixer, x: mixer(x)[0])(mixer, x))
 
 
 def value(p):
@@ -353,7 +351,7 @@ def test_transformer_xl_with_a_long_memory_is_causal_attention():
 def test_synthesizers_decode(kind):
   mixer = make('synthesizer', kind=kind, max_len=T + 1)
   x = inputs().astype(np.float32)
-  step = jit(lambda x, cache: mixer(x, cache=cache))
+  step = jax.jit(lambda x, cache: mixer(x, cache=cache))
   cache, parts = mixer.init_cache(B, T, jnp.float32), []
   for a, b in itertools.pairwise((0, 5, 6, T)):
     y, cache = step(x[:, a:b], cache)

@@ -98,8 +98,6 @@ every_case = pytest.mark.parametrize(
     for name, options in cases
   ],
 )
-# Optimising these programs would take longer than running them; that ops are
-# causal to the bit in optimised programs is tested with the ops.
 
 
 def make(name, options, causal=None):
@@ -165,13 +163,13 @@ def run(mixer, x, segment_ids=None):
 evaluated = jax.jit(run)
 
 
-@functools.partial(jax.jit)
+@jax.jit
 def trained(mixer, x, cache=None):
   y, _, cache = jax.vjp(lambda x: mixer(x, cache=cache), x, has_aux=True)
   return y if cache is None else (y, cache)
 
 
-@functools.partial(jax.jit)
+@jax.jit
 @functools.partial(jax.value_and_grad, argnums=(0, 1))
 def gradients(mixer, x, weight):
   """Of the weighted sum of the outputs, to the parameters and the inputs."""
@@ -233,7 +231,7 @@ def test_packed_equals_separate(name, options):
   index = np.minimum(cuts[:-1, None] + np.arange(longest), T - 1)
   counts = np.arange(longest) < np.array(lengths)[:, None]
 
-  @functools.partial(jax.jit)
+  @jax.jit
   @functools.partial(jax.value_and_grad, argnums=(0, 1))
   def packed(mixer, x):
     return jnp.sum(run(mixer, x, jnp.asarray(ids)) * weight)

@@ -45,7 +45,7 @@ def inputs(seed=0, length=T):
   return rng.standard_normal((B, length, D)).astype(np.float32)
 
 
-@functools.partial(jax.jit)
+@jax.jit
 def run(mixer, x):
   return mixer(x)[0]
 
@@ -362,7 +362,7 @@ def test_grouped_heads_decode(name):
     y, cache = mixer(token[:, None], cache=cache)
     return cache, y[:, 0]
 
-  @functools.partial(jax.jit)
+  @jax.jit
   def decode(x):
     cache = mixer.init_cache(B, T, x.dtype)
     return jax.lax.scan(step, cache, x.swapaxes(0, 1))[1].swapaxes(0, 1)

@@ -4,8 +4,6 @@ The whole mixer, from the input to the output, in float64 against numpy; the
 sequence is packed from segments of 5, 1 and 7 tokens.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -237,7 +235,7 @@ def test_random_features_approach_softmax(name):
 def test_projections_are_not_trained(name):
   mixer, x = make(name), inputs()
 
-  @functools.partial(jax.jit)
+  @jax.jit
   @jax.grad
   def grad(mixer, x):
     return jnp.sum(mixer(x)[0] ** 2)

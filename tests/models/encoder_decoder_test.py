@@ -43,10 +43,7 @@ def build(**changes):
   return jit_init(recipe(**changes))(KEYS[2])
 
 
-jit = functools.partial(jax.jit)
-
-
-@jit
+@jax.jit
 def forward(model, source, target, mask=None, key=None):
   memory = model.encode(source, source_mask=mask, key=key)
   logits, none = model(target, memory, source_mask=mask, key=key)
@@ -54,13 +51,13 @@ def forward(model, source, target, mask=None, key=None):
   return logits
 
 
-@jit
+@jax.jit
 def start(model, source, mask):
   memory = model.encode(source, source_mask=mask)
   return model.init_cache(memory, T, source_mask=mask)
 
 
-@jit
+@jax.jit
 def step(model, target, cache):
   return model(target, cache=cache)
 

@@ -1,6 +1,5 @@
 """The language model: cache, scan, norms, positions, counts."""
 
-import functools
 import itertools
 
 import jax
@@ -29,7 +28,7 @@ def build(**changes):
   return models.init(LMConfig(**BASE | changes), jax.random.key(0))
 
 
-@functools.partial(jax.jit)
+@jax.jit
 def call(model, tokens, cache=None, key=None):
   return model(tokens, cache=cache, key=key)
 

@@ -18,7 +18,6 @@ from tests.layers.compact_cases import (
   close,
   fill,
   inputs,
-  jit,
   make,
   values,
 )
@@ -31,7 +30,7 @@ def test_a_shared_layer_reads_the_keys_of_another():
     reader = make('attention', num_kv_heads=2, shared_kv=True)
     below, x = inputs(), inputs(seed=1)
 
-    @jit
+    @jax.jit
     def run(x, below):
       def read(below, x, **caches):
         cache, empty = caches.get('cache'), caches.get('empty')
@@ -81,7 +80,7 @@ def sharing(**changes):
 def test_a_model_that_shares_decodes_what_it_computes():
   model = sharing()
 
-  @jit
+  @jax.jit
   def run(model, tokens):
     cache, parts = model.init_cache(B, T), []
     for a, b in itertools.pairwise((0, 6, 7, T)):
@@ -105,7 +104,7 @@ def test_scanned_unrolled_rematerialised_and_packed_agree():
   unrolled = nnx.merge(nnx.graphdef(unrolled), params)
   ids = jnp.asarray(np.repeat([1, 2, 3], (4, 1, 6))[None].repeat(B, 0))
 
-  @jit
+  @jax.jit
   @functools.partial(jax.grad, has_aux=True)
   def grads(model, ids):
     y, _ = model(TOKENS, segment_ids=ids)
@@ -115,7 +114,7 @@ def test_scanned_unrolled_rematerialised_and_packed_agree():
   np.testing.assert_allclose(y, z, atol=1e-5)
   a, b = a.embed.table[...], b.embed.table[...]
   np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
-  last = jit(lambda m, t: m(t)[0])(scanned, TOKENS[:, 5:])
+  last = jax.jit(lambda m, t: m(t)[0])(scanned, TOKENS[:, 5:])
   np.testing.assert_allclose(y[:, 5:], last, atol=1e-5)
 
 
@@ -129,7 +128,7 @@ def test_an_encoder_shares_too():
   )
   model = fill(lambda: models.build(config, rngs=nnx.Rngs(0)), np.float32)
   image = jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
-  run = jit(model)
+  run = jax.jit(model)
   y = run(image)
   assert np.isfinite(y).all() and (y != run(image.at[:, -1].add(1))).any()
 
@@ -151,7 +150,7 @@ def test_sharing_halves_the_cache():
 
 def test_a_model_that_shares_is_sharded():
   model = sharing(num_layers=2, pattern=('attention', 'attention:shared'))
-  expected = jit(lambda m, t: m(t)[0])(model, TOKENS)
+  expected = jax.jit(lambda m, t: m(t)[0])(model, TOKENS)
   mesh = sharding.make_mesh('data=2,tensor=2', jax.devices()[:4])
   placed = jax.tree.map(
     lambda p: p.replace(
@@ -166,7 +165,7 @@ def test_a_model_that_shares_is_sharded():
     rows = jax.NamedSharding(mesh, sharding.activation_spec(('batch', None)))
     tokens = jax.device_put(TOKENS, rows)
     model = nnx.merge(nnx.graphdef(model), placed)
-    y = jit(lambda m, t: m(t)[0])(model, tokens)
+    y = jax.jit(lambda m, t: m(t)[0])(model, tokens)
   np.testing.assert_allclose(y, expected, atol=1e-5)
 
 

@@ -74,7 +74,6 @@ def run(name, *case):
     return loss(op, weights, q, k, v, mask, static | leaves)
 
   grad = jax.value_and_grad(f, argnums=(0, 1, 2, 3), has_aux=True)
-  # Most of the time of this file goes to compiling.
   grad = jax.jit(grad)
   (_, out), gradients = grad(q, k, v, leaves)
   return out, gradients

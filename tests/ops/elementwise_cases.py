@@ -14,7 +14,6 @@ from tests.oracles import elementwise as oracles
 
 CHUNK = 4
 BATCH, HEADS, CHANNELS, STATES = 2, 2, 3, 2
-# For checks of the algebra in float64: half the time to compile.
 
 # name: (op, options)
 CASES = {

@@ -24,7 +24,6 @@ from tests.ops.elementwise_cases import (
 from tests.optimized import optimized
 
 LENGTH = 4 * CHUNK + 1
-EXACT = functools.partial(jax.jit)
 
 
 def gates(kind, shape):
@@ -73,7 +72,7 @@ def test_no_decay_is_a_sum():
   x = arrays['x']
   with jax.enable_x64(True):
     for form in FORMS['diagonal']:
-      out, state = EXACT(
+      out, state = jax.jit(
         functools.partial(diagonal_scan, form=form, chunk_size=CHUNK)
       )(jnp.asarray(x), log_decay=jnp.zeros(x.shape[2:]))
       assert_close((out, state), (np.cumsum(x, 1), np.sum(x, 1)), 1e-13)
@@ -87,7 +86,7 @@ def test_one_state_of_mamba_is_a_diagonal_scan():
   with jax.enable_x64(True):
     x, dt, A, B, C = to_jax((x, dt, A, B, C))
 
-    @EXACT
+    @jax.jit
     def run(x, dt, A, B, C):
       h, state = diagonal_scan(
         dt * B[..., None] * x, log_decay=dt * A, form='recurrent'
@@ -140,7 +139,7 @@ def test_wkv4_without_decay_is_the_normalised_sum_of_exponentials():
   wanted = np.cumsum(weights * v, 1) / np.cumsum(weights, 1)
   with jax.enable_x64(True):
     for form in FORMS['wkv4']:
-      out, _ = EXACT(functools.partial(wkv4, form=form, chunk_size=CHUNK))(
+      out, _ = jax.jit(functools.partial(wkv4, form=form, chunk_size=CHUNK))(
         *to_jax((k, v)), log_decay=jnp.asarray(zeros), bonus=jnp.asarray(zeros)
       )
       assert_close(out, wanted, 1e-13)

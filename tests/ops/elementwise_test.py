@@ -45,7 +45,7 @@ def test_forms_agree_with_the_loops_and_their_differences(name, length):
 def test_every_length(name):
   cases = [make(name, n) for n in (2, CHUNK - 1, CHUNK, CHUNK + 1, 17)]
 
-  @functools.partial(jax.jit)
+  @jax.jit
   def run(cases):
     return [
       call(name, arrays, segment_ids=ids, form=FORMS[name][:2][-1])
@@ -106,7 +106,7 @@ def test_state_continues_at_every_cut(name, form):
   op, given = CASES[name]
   chunk = {} if name == 'slstm' else {'chunk_size': CHUNK}
 
-  @functools.partial(jax.jit)
+  @jax.jit
   def run(arrays, ids):
     results = []
     for cut in range(1, length):
@@ -160,7 +160,7 @@ def test_vmap_and_second_derivatives(name):
     out, _ = call(name, arrays, segment_ids=jnp.asarray(ids), form=form)
     return jnp.sum(out**3)
 
-  @functools.partial(jax.jit)
+  @jax.jit
   def second(arrays):
     return [
       jax.jvp(jax.grad(functools.partial(loss, form)), (arrays,), (direction,))

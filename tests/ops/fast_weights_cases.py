@@ -12,7 +12,6 @@ from tests.oracles import fast_weights as oracle
 
 CHUNK = 4
 BATCH, HEADS, CHANNELS = 2, 2, 3
-# For checks of the algebra in float64: half the time to compile.
 
 # name: (values, hidden, norm, bias, gates)
 FAST = {

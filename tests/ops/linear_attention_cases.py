@@ -85,7 +85,6 @@ STATIC = (
   'bidirectional',
   'scale',
 )
-# For checks of the algebra in float64: half the time to compile.
 
 
 @functools.partial(jax.jit, static_argnames=STATIC)

@@ -112,7 +112,7 @@ def test_lengths_and_chunk_sizes():
   cases = {(T, CHUNK): (make(T), make_ids(T)) for T in lengths}
   cases |= {(13, C): (make(13), make_ids(13)) for C in (1, 2, 8)}
 
-  @functools.partial(jax.jit)
+  @jax.jit
   def run(arrays):
     return {
       (T, C): log_linear_attention(
@@ -138,7 +138,7 @@ def test_state_continues_at_every_cut(form):
   expected = oracle.log_linear_attention(**arrays, segment_ids=ids)
 
   # One program for all cuts: what is behind the cut is a segment of its own.
-  @functools.partial(jax.jit)
+  @jax.jit
   @functools.partial(jax.vmap, in_axes=(0, None, 0))
   def run(cut, arrays, state):
     rolled = {n: jnp.roll(x, -cut, axis=1) for n, x in arrays.items()}
@@ -211,7 +211,7 @@ def test_equal_scales_are_linear_attention():
   arrays = make(13)
   arrays['level_scales'] = np.full_like(arrays['level_scales'], 0.7)
 
-  @functools.partial(jax.jit)
+  @jax.jit
   def run(level_scales, **arrays):
     out, (memory, _) = log_linear_attention(
       **arrays,

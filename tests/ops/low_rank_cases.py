@@ -1,7 +1,6 @@
 """An op against its oracle: outputs, and the gradient of every input."""
 
 import contextlib
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +8,6 @@ import jaxtyping
 import numpy as np
 
 STEP = 1e-5
-# Optimising these programs would take longer than running them.
-jit = functools.partial(jax.jit)
 
 
 def normal(seed, **shapes):
@@ -44,7 +41,7 @@ def check(op, oracle, arrays, *, tolerance=1e-11, slope=1e-7):
     return out, pull(weight)[0]
 
   with jax.enable_x64(True):
-    result = jit(run)(arrays)
+    result = jax.jit(run)(arrays)
   out, gradients = jax.tree.map(np.asarray, result)
   assert out.dtype == np.float64
   np.testing.assert_allclose(out, expected, rtol=0, atol=tolerance)

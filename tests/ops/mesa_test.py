@@ -107,7 +107,7 @@ def test_lengths():
   cases = {T: make(T) for T in (1, 2, CHUNK - 1, CHUNK, CHUNK + 1)}
   ids = {T: make_ids(T) for T in cases}
 
-  @functools.partial(jax.jit)
+  @jax.jit
   def run(cases, ids):
     return {
       T: mesa(**arrays, segment_ids=ids[T], form='chunkwise', chunk_size=CHUNK)
@@ -137,7 +137,7 @@ def test_state_continues_at_every_cut(form):
     states[cut] = tuple(np.where(fresh, 0, s) for s in state)
     parts[cut] = tail, ids[:, cut:]
 
-  @functools.partial(jax.jit)
+  @jax.jit
   def run(parts, states):
     return {
       cut: mesa(

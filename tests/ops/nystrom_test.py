@@ -13,7 +13,7 @@ from efficient_attn.ops.low_rank.nystrom import (
   nystrom_attention,
 )
 from efficient_attn.ops.pooling import mean_pool, repeat
-from tests.ops.low_rank_cases import check, jit, normal, place, unchecked
+from tests.ops.low_rank_cases import check, normal, place, unchecked
 from tests.optimized import optimized
 from tests.oracles import low_rank as oracle
 
@@ -55,7 +55,7 @@ def test_all_landmarks_are_softmax_attention(iterations):
   with jax.enable_x64(True):
     call = functools.partial(nystrom_attention, iterations=iterations)
     out, few = (
-      np.asarray(jit(functools.partial(call, num_landmarks=m))(**data))
+      np.asarray(jax.jit(functools.partial(call, num_landmarks=m))(**data))
       for m in (9, 3)
     )
   np.testing.assert_allclose(out, exact(**data), rtol=0, atol=1e-8)
@@ -66,7 +66,7 @@ def test_all_landmarks_are_softmax_attention(iterations):
 def test_iterations_approach_the_inverse():
   a = oracle.softmax(2 * normal(3, a=(2, 3, 8, 8))['a'])
 
-  @functools.partial(jit, static_argnums=1)
+  @functools.partial(jax.jit, static_argnums=1)
   def residual(a, iterations):
     return jnp.abs(a @ iterative_pinv(a, iterations) @ a - a).max()
 

@@ -116,7 +116,7 @@ def test_forms_agree_in_outputs_and_gradients(form, forget, segments):
 def test_lengths():
   cases = {T: (make(T), make_ids(T)) for T in (1, 2, CHUNK - 1, CHUNK)}
 
-  @functools.partial(jax.jit)
+  @jax.jit
   def run(cases):
     return {
       T: path_attention(
@@ -154,7 +154,7 @@ def test_the_past_continues(form, cut):
   head = {n: x[:, :cut] for n, x in arrays.items()}
   tail = {n: x[:, cut:] for n, x in arrays.items()}
 
-  @functools.partial(jax.jit)
+  @jax.jit
   def run(tail, past):
     return path_attention(
       **tail, initial_state=past, form=form, chunk_size=CHUNK

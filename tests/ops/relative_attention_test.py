@@ -19,7 +19,7 @@ from efficient_attn.ops.softmax.relative_attention import (
   relative_shift,
   transformer_xl,
 )
-from tests.ops.low_rank_cases import check, jit, normal, place, unchecked
+from tests.ops.low_rank_cases import check, normal, place, unchecked
 from tests.optimized import optimized
 from tests.oracles import low_rank as oracle
 
@@ -85,8 +85,8 @@ def test_rows_of_the_reference():
   rows = S - 1 - (S - T + np.arange(T)[:, None] - np.arange(S))
   with jax.enable_x64(True):
     arrays = data | biases | relative
-    out = jit(relative_attention)(**arrays)
-    same = jit(relative_attention)(**arrays, rows=rows)
+    out = jax.jit(relative_attention)(**arrays)
+    same = jax.jit(relative_attention)(**arrays, rows=rows)
   np.testing.assert_allclose(out, same, rtol=0, atol=1e-12)
 
 
@@ -109,7 +109,7 @@ def between(data, a, b):
 
 @functools.cache
 def xl_step():
-  return jit(functools.partial(transformer_xl, memory=MEMORY))
+  return jax.jit(functools.partial(transformer_xl, memory=MEMORY))
 
 
 @pytest.mark.parametrize('segments', [False, True])
@@ -162,7 +162,7 @@ def compressive_step():
     )
     return out, state, tail
 
-  return jit(step)
+  return jax.jit(step)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_without_entries_the_memory_is_the_segment_before():
     )
     return compressive_attention(**data, **sizes)[0], masked
 
-  np.testing.assert_allclose(*jit(both)(arrays(13, entries=6)), atol=1e-5)
+  np.testing.assert_allclose(*jax.jit(both)(arrays(13, entries=6)), atol=1e-5)
 
 
 @pytest.mark.parametrize('name', ['transformer_xl', 'compressive'])
@@ -252,7 +252,7 @@ def test_causal_to_the_bit(name):
 def test_no_gradient_into_the_memory():
   data = place(arrays(5))
 
-  @jit
+  @jax.jit
   @functools.partial(jax.value_and_grad, allow_int=True)
   def loss(state):
     out, _ = transformer_xl(**data, memory=MEMORY, initial_state=state)

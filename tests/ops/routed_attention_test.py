@@ -38,7 +38,7 @@ def test_outputs_and_gradients(name):
   expected = case.oracle(arrays)
   weight = rng.standard_normal(expected.shape)
 
-  @functools.partial(jax.jit)
+  @jax.jit
   def run(arrays):
     out, pull = jax.vjp(case.op, arrays)
     return out, pull(jnp.asarray(weight))[0]
@@ -85,7 +85,7 @@ def test_the_whole_budget_is_attention():
     **a, cubes=vsa.cut((30,), (8,)), top_k=4
   )
 
-  @functools.partial(jax.jit)
+  @jax.jit
   def run(arrays):
     return {name: whole[name].op(a) for name, a in arrays.items()}
 
@@ -174,7 +174,7 @@ def test_published_chunks_of_reformer_look_ahead():
   other = ids.copy()
   other[:, cut:] = 0
 
-  @functools.partial(jax.jit)
+  @jax.jit
   def run(query, value, ids):
     args = query, query, value, ids
     return [
@@ -195,7 +195,7 @@ def test_queries_from_an_offset_on():
   arrays = {name: make(CASES[name]) for name in names}
   rng = np.random.default_rng(2)
 
-  @functools.partial(jax.jit)
+  @jax.jit
   def run(arrays, offset):
     return {name: CASES[name].op(a, offset) for name, a in arrays.items()}
 

@@ -1,7 +1,5 @@
 """What the methods that choose their keys choose by, and what it costs."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -73,7 +71,7 @@ def test_losses_of_what_chooses():
       'hash': hash_attention(**a | bits, top_k=5)[1],
     }
 
-  @functools.partial(jax.jit)
+  @jax.jit
   def run(arrays):
     out, pull = jax.vjp(losses, arrays)
     return out, pull(to_jax(weights))[0]
@@ -116,7 +114,7 @@ def test_seer_learns_from_the_weight_of_blocks():
   a = make(case)
   gate_key = np.random.default_rng(8).standard_normal((B, 6, K, 3))
 
-  @functools.partial(jax.jit)
+  @jax.jit
   def run(a, gate_key):
     return seer.seer_attention(
       **a, gate_key=gate_key, block_size=BLOCK, top_k=6, causal=False
@@ -157,7 +155,7 @@ def test_hash_buckets_and_the_cost_of_hashing():
   x = rng.standard_normal((B, 9, N, H))
   rotations = [rng.standard_normal((N, 2, H, c)) for c in (1, 3)]
 
-  @functools.partial(jax.jit)
+  @jax.jit
   def run(x, rotations):
     return [lsh.lsh_buckets(x, rotations[i:]) for i in range(3)]
 
@@ -192,7 +190,7 @@ def test_clusters_and_the_bound_of_their_weights():
   projections = rng.standard_normal((N, H, 16))
   key = rng.standard_normal((B, T, N, H))
 
-  @functools.partial(jax.jit)
+  @jax.jit
   def run(query, key, projections):
     ids = hamming_clusters(query, projections, num_clusters=C, iterations=3)
     eye = jnp.broadcast_to(jnp.eye(T)[:, None], (B, T, N, T))
@@ -221,7 +219,7 @@ def test_routing_of_tokens():
   x = rng.standard_normal((B, 7, N, H))
   mu = rng.standard_normal((N, 3, H))
 
-  @functools.partial(jax.jit)
+  @jax.jit
   def run(x, mu):
     loss, pull = jax.vjp(clustering_loss, x, mu)
     return normalize(x), nearest(x, mu), loss, *pull(jnp.ones_like(loss))
@@ -242,7 +240,7 @@ def test_routing_of_tokens():
 def test_orders_of_blocks():
   logits = np.random.default_rng(0).standard_normal((2, 5, 5))
 
-  @functools.partial(jax.jit)
+  @jax.jit
   def run(logits, first):
     return sinkhorn(logits, 20), earlier(logits[:, :2], first)
 

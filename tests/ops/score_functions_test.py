@@ -14,7 +14,7 @@ from efficient_attn.ops.low_rank.lambda_layer import lambda_layer
 from efficient_attn.ops.softmax import score_functions
 from efficient_attn.ops.softmax.attention import attention
 from efficient_attn.ops.softmax.logits import attend_logits
-from tests.ops.low_rank_cases import check, jit, normal, place, unchecked
+from tests.ops.low_rank_cases import check, normal, place, unchecked
 from tests.optimized import optimized
 from tests.oracles import low_rank as oracle
 
@@ -43,7 +43,7 @@ def test_scores(name):
 
 
 def test_dot_products_are_attention():
-  @jit
+  @jax.jit
   def pairs(data, value, eye):
     dot = score_functions.dot(**data)
     return (

@@ -108,7 +108,7 @@ def test_outputs_and_gradients(K, M, lists, budget, monkeypatch):
     out, lse, parts = found
     return (out, jnp.where(lse == -jnp.inf, 0, lse)), (lse, parts)
 
-  @functools.partial(jax.jit)
+  @jax.jit
   def run(arrays):
     (out, _), pull, more = jax.vjp(op, arrays, has_aux=True)
     return out, *more, pull(jax.tree.map(jnp.asarray, weights))[0]
@@ -145,7 +145,7 @@ def test_vmap_is_a_loop():
 
     return jax.value_and_grad(loss)({n: x[n] for n in arrays})
 
-  @functools.partial(jax.jit)
+  @jax.jit
   def run(x, y):
     both = jax.tree.map(lambda *a: jnp.stack(a), x, y)
     loop = jax.tree.map(lambda *a: jnp.stack(a), f(x), f(y))
