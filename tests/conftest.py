@@ -16,8 +16,9 @@ import pytest
 from efficient_attn.quick import QUICK
 
 # Also what the scripts under test compile; see tests/optimized.py.
-flags = [f'--{name}={str(value).lower()}' for name, value in QUICK.items()]
-os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *flags])
+if os.environ['JAX_PLATFORMS'] == 'cpu':
+  flags = [f'--{name}={str(value).lower()}' for name, value in QUICK.items()]
+  os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *flags])
 
 jax.config.update('jax_num_cpu_devices', 8)
 
