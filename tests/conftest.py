@@ -25,7 +25,7 @@ jax.config.update('jax_num_cpu_devices', 8)
 # Many tests compile the same program: compile it once for all workers.
 cache = pathlib.Path(__file__).parents[1] / '.pytest_cache' / 'jax'
 jax.config.update('jax_compilation_cache_dir', str(cache))
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 
 
 @pytest.fixture(autouse=True, scope='module')
