@@ -55,12 +55,12 @@ CASES = [
 ]
 OPTIONS = [
   ('attention', dict(num_kv_heads=2, qk_norm=True, implementation='blockwise')),
-  ('gla', dict(chunk_size=16, conv_width=4)),
-  ('deltanet', dict(chunk_size=8, negative_eigenvalues=True, conv_width=0)),
-  ('attention', dict(num_kv_heads=1, gate='channel', sinks=True)),
 ]
 # Options for the exhaustive sweep.
 MORE = [
+  ('gla', dict(chunk_size=16, conv_width=4)),
+  ('deltanet', dict(chunk_size=8, negative_eigenvalues=True, conv_width=0)),
+  ('attention', dict(num_kv_heads=1, gate='channel', sinks=True)),
   ('attention', dict(position='alibi', logits_soft_cap=5.0)),
   ('attention', dict(gate='head', rotary_fraction=0.5)),
   ('attention', dict(position='t5')),

@@ -31,7 +31,7 @@ def features(model):
 
 # Both kinds of encoder, and softmax; that every row can be an encoder's mixer
 # is tested with the mixers.
-ENCODERS = ('attention', 'window', 'linear', 'kda', 'mamba', 'lact')
+ENCODERS = ('window', 'linear', 'mamba')
 OPTIONS = {'sinkhorn': dict(block_size=4)}  # divides 16 patches
 
 

@@ -149,7 +149,7 @@ def test_vit_on_every_mesh(changes, tmp_path):
     batch_size=8,
     log_every=1,
     model=dict(
-      name='vit', d_model=16, num_layers=2, num_heads=4, pattern=('gla',)
+      name='vit', d_model=16, num_layers=2, num_heads=4, pattern=('linear',)
     ),
     data=dict(name='digits', augment=True),
   )
