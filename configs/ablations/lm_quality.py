@@ -11,6 +11,14 @@ the others would have ten times its parameters.
 import ml_collections
 
 
+def words(arg: str) -> tuple[bool, bool]:
+  """Whether an argument has the words 'tiny' and 'state', and no others."""
+  found = set(filter(None, arg.split(',')))
+  if found - {'tiny', 'state'}:
+    raise ValueError(f'unknown argument {arg!r}: use tiny, state or tiny,state')
+  return 'tiny' in found, 'state' in found
+
+
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
   """The run that the study varies: bytes of the standard library by default."""
   config = ml_collections.ConfigDict()
@@ -18,19 +26,20 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.data = dict(name='text', seq_len=2048)
   config.optimizer = dict(warmup_steps=1000, weight_decay=0.1)
   config.update(steps=20_000, batch_size=128, eval_batches=200)
-  if arg.startswith('tiny'):
+  tiny, state = words(arg)
+  if tiny:
     config.model.update(d_model=64, num_layers=4, num_heads=4)
     config.data.seq_len = 128
     config.optimizer.warmup_steps = 20
     config.update(steps=200, batch_size=8, eval_batches=20)
-  if arg.endswith('state'):
+  if state:
     config.model.mixers = dict(attention=dict(num_kv_heads=1))
   return config
 
 
 def sweep(arg: str = '') -> dict:
   """What is compared."""
-  tiny = arg.startswith('tiny')
+  tiny, state = words(arg)
   patterns = {
     'attention': ('attention',),
     'gated_deltanet': ('gated_deltanet',),
@@ -41,7 +50,6 @@ def sweep(arg: str = '') -> dict:
   }
   if tiny:
     del patterns['kda'], patterns['3 kda : 1 attention']
-  state = arg.endswith('state')
   equal = 'decode state' if state else 'parameters'
   return dict(
     title=f'Language modelling at equal {equal}',

@@ -70,7 +70,7 @@ def shows_lm_quality(found):
 
 
 def shows_lm_quality_at_equal_state(found):
-  """With as large a state both recurrences are far better than attention."""
+  """With as large a state a gated delta rule is better than attention."""
   means = {name: statistics.fmean(v) for (_, name), v in found.items()}
   assert means['gated_deltanet'] < means['attention']
 

@@ -52,6 +52,11 @@ def test_config_builds(file):
 
 
 def test_unknown_arguments_are_refused():
-  for argument in ('gemma', 'samba,small'):
+  study = 'configs/ablations/lm_quality.py'
+  for file, argument in (
+    (HYBRID, 'gemma'),
+    (HYBRID, 'samba,small'),
+    (study, 'tiny,stat'),
+  ):
     with pytest.raises(ValueError, match='unknown argument'):
-      configs.load(str(ROOT / f'{HYBRID}:{argument}'))
+      configs.load(str(ROOT / f'{file}:{argument}'))

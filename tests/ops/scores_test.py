@@ -95,7 +95,6 @@ def expressions():
 
 
 NAMES = sorted(expressions())
-# Op by op the tests below would take several times as long.
 
 
 @functools.cache
