@@ -30,9 +30,11 @@ def main():
   args = parser.parse_args()
   os.chdir(ROOT)
   # A device a core is for runs that spread over them; it costs ops a thread.
-  many = args.suite in ('trainer', 'grid')
-  devices = cli.count_cores() if many else 1
-  cli.use_cpu_devices(devices)
+  many = args.suite in ('attention', 'grid', 'trainer')
+  cores = cli.count_cores()
+  if args.suite == 'attention':  # no collectives: no thread beside the devices
+    os.environ.setdefault('PJRT_NPROC', str(cores))
+  cli.use_cpu_devices(cores if many else 1)
   figures = importlib.import_module(SUITES[args.suite]).measure(args.rounds)
   record = dict(
     suite=args.suite,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from efficient_attn.ops import masks
+from efficient_attn.ops.softmax import attention_tiles
 from efficient_attn.ops.softmax.attention_blockwise import attention_blockwise
 from efficient_attn.ops.softmax.attention_reference import attention_reference
 from efficient_attn.ops.softmax.attention_tiles import (
@@ -30,17 +31,27 @@ def test_visited_tiles():
   np.testing.assert_array_equal(
     schedule,
     [
-      # block row, first column, kind, first of its row
-      [1, 0, masks.PARTIAL, 1],
-      [2, 0, masks.FULL, 1],
-      [2, 8, masks.PARTIAL, 0],
+      # block row, first column, kind
+      [1, 0, masks.PARTIAL],
+      [2, 0, masks.FULL],
+      [2, 8, masks.PARTIAL],
     ],
   )
 
 
+@pytest.fixture(params=['CORE', 'MACHINE'])
+def costs(request, monkeypatch):
+  """One virtual device a core, or one for all."""
+  found = getattr(attention_tiles, request.param)
+  monkeypatch.setattr(attention_tiles, 'costs_here', lambda: found)
+  return found
+
+
 @pytest.mark.parametrize('T, S', [(600, 600), (234, 1301), (1025, 1025)])
 @pytest.mark.parametrize('mask', [None, masks.Causal(), masks.Window(300, 9)])
-def test_tiles_of_its_own_choice_where_none_divides_the_length(T, S, mask):
+def test_tiles_of_its_own_choice_where_none_divides_the_length(
+  T, S, mask, costs
+):
   tiling = choose_tiles(mask, T, S)
   visits = np.zeros((T, S), int)
   for i, start, *_ in tiling.tiles:
@@ -103,33 +114,34 @@ def trace(mask, T, gradient=False):
 
 
 @pytest.mark.parametrize('gradient', [False, True])
-def test_trip_counts_are_static_and_empty_tiles_cost_nothing(gradient):
+def test_trip_counts_are_static_and_empty_tiles_cost_nothing(gradient, costs):
   T, ids = 2048, jnp.zeros((1, 2048), jnp.int32)
+  core = costs is attention_tiles.CORE
   cases = [
-    (None, 32, False),
-    (masks.Causal(), 20, False),
-    (masks.Window(256, 0), 8, False),
-    (masks.Causal() & masks.Segments(ids, ids), 20, True),
-    (masks.Causal(jnp.int32(0)), 32, True),
+    # full tiles, other tiles
+    (None, [64] if core else [32], False),
+    (masks.Causal(), [28, 8] if core else [12, 8], False),
+    (masks.Window(256, 0), [15, 30] if core else [8], False),
+    (masks.Causal() & masks.Segments(ids, ids), [36] if core else [20], True),
+    (masks.Causal(jnp.int32(0)), [64] if core else [32], True),
   ]
   for mask, trips, skips in cases:
     found = trace(mask, T, gradient)
     lengths = [e.params['length'] for e in found if e.primitive.name == 'scan']
-    assert lengths == [trips] * (2 if gradient else 1)
+    assert lengths == trips * (2 if gradient else 1)
     names = [e.primitive.name for e in found]
     assert 'while' not in names
     assert ('cond' in names) == skips
 
 
 @pytest.mark.parametrize('gradient', [False, True])
-def test_a_window_visits_tiles_in_proportion_to_its_pairs(gradient):
+def test_a_window_visits_tiles_in_proportion_to_its_pairs(gradient, costs):
   def visited(T, window):
     found = trace(masks.Window(window - 1, 0), T, gradient)
-    forward, *backward = (
-      e.params['length'] for e in found if e.primitive.name == 'scan'
-    )
-    assert backward == [forward] * gradient
-    return forward
+    trips = [e.params['length'] for e in found if e.primitive.name == 'scan']
+    forward = trips[: len(trips) // (1 + gradient)]
+    assert trips == forward * (1 + gradient)
+    return sum(forward)
 
   # O(T w / block^2): a window of w in tiles of 128 touches w / 128 + 1 of them.
   for T, window in ((8192, 128), (16384, 128), (16384, 256), (32768, 512)):

@@ -12,15 +12,15 @@ from lse; with d = rowsum(do * out) - dlse,
     dv_j += p^T do   ds = p * (do v_j^T - d)   dq += ds k_j   dk_j += ds^T q
 
 The mask's block map gives, at trace time, the list of tiles that hold
-anything. One `lax.scan` walks that list, so its trip count is static and a tile
-that admits nothing costs nothing. What only run time can tell to be empty, as
-with packed segments, is skipped by a `lax.cond`. Time O(visited tiles), memory
-O(T + S). Reference: `attention_reference`. First-order reverse mode only.
+anything. One `lax.scan` walks those that are full and need no mask, and one the
+rest, so the trip counts are static and a tile that admits nothing costs
+nothing. What only run time can tell to be empty, as with packed segments, is
+skipped by a `lax.cond`. Time O(visited tiles), memory O(T + S). Reference:
+`attention_reference`. First-order reverse mode only.
 
-The list goes block of queries by block of queries, as in FlashAttention-2 (Dao
-2023), and m, l, o of one block are at hand; with order='key' it goes by blocks
-of keys, as in FlashAttention (Dao et al. 2022), and each tile reads and writes
-them.
+The lists go block of queries by block of queries, as in FlashAttention-2 (Dao
+2023); with order='key' they go by blocks of keys, as in FlashAttention (Dao et
+al. 2022).
 """
 
 import dataclasses
@@ -87,17 +87,12 @@ def attention_blockwise(
   block_q, block_k, tiles = choose_tiles(mask, T, S, block_q, block_k)
   if order == 'key':
     tiles = by_keys(tiles)
-  # Where only some tiles are full the mask is applied to those too: on a CPU
-  # that is free, and a `lax.cond` around it would stop a GPU at every tile.
-  if not (tiles[:, 2] == masks.PARTIAL).any():
-    mask = None
   corner = jnp.arange(block_q), jnp.arange(block_k)
   options = _Options(
     block_q=block_q,
     block_k=block_k,
     scale=H**-0.5 if scale is None else scale,
     soft_cap=logits_soft_cap,
-    order=order,
     tiles=tiles.tobytes(),
     shared=bool(T % block_q or (tiles[:, 1] > S - block_k).any()),
     run_time=mask is not None and mask.maybe(*corner) is not True,
@@ -123,18 +118,22 @@ class _Options:
   block_k: int
   scale: float
   soft_cap: float | None
-  order: str
   tiles: bytes  # of `tile_schedule`: numpy arrays have no hash
   shared: bool  # whether a tile sticks out
   run_time: bool  # whether the mask decides at run time what is empty
 
-  def schedule(self):
-    return np.frombuffer(self.tiles, np.int32).reshape(-1, 4)
+  def passes(self, mask: masks.Mask | None):
+    """Yields the tiles that are full, without the mask, and then the rest."""
+    tiles = np.frombuffer(self.tiles, np.int32).reshape(-1, 3)
+    full = tiles[:, 2] == masks.FULL
+    for chosen, needed in ((tiles[full], None), (tiles[~full], mask)):
+      if len(chosen):
+        yield chosen, needed
 
 
 def _unless_empty(options, mask, tile, visit, skip, operand):
   """`visit(operand)`, or `skip(operand)` when run time shows no pair."""
-  if not options.run_time:
+  if mask is None or not options.run_time:
     return visit(operand)
   maybe = mask.maybe(tile.rows, tile.cols)
   return lax.cond(maybe, visit, skip, operand)
@@ -182,6 +181,7 @@ def _logits(options, q, k, mask, bias, tile, turned=False):
 def _attend(options, q, k, v, mask, bias, sinks):
   """[B,K,G,T,H] [B,K,S,H] [B,K,S,V] -> out [B,K,G,T,V], lse [B,K,G,T]."""
   B, K, G, T, _ = q.shape
+  S, R, C = k.shape[2], options.block_q, options.block_k
   stats = jnp.promote_types(q.dtype, jnp.float32)
   # A sink is a key that every row has seen before the first tile: logit sink,
   # value 0.
@@ -189,13 +189,21 @@ def _attend(options, q, k, v, mask, bias, sinks):
     m, l = jnp.full((K, G, 1), -jnp.inf, stats), 0.0
   else:
     m, l = sinks.astype(stats)[..., None], 1.0
-  start = (
+  rows = (
     jnp.broadcast_to(m, (B, K, G, T)),
     jnp.full((B, K, G, T), l, stats),
     jnp.zeros((B, K, G, T, v.shape[-1]), stats),
   )
-  loop = _by_queries if options.order == 'query' else _by_keys
-  return loop(options, q, k, v, mask, bias, start)
+
+  def step(rows, entry, mask):
+    tile = locate(R, C, *entry[:2], T, S, options.shared)
+    running = jax.tree.map(lambda x: take_rows(x, tile), rows)
+    running = _absorb(options, q, k, v, mask, bias, tile, running)
+    return _put(rows, running, tile), None
+
+  for tiles, needed in options.passes(mask):
+    rows, _ = lax.scan(functools.partial(step, mask=needed), rows, tiles)
+  return _finish(*rows, q.dtype)
 
 
 def _absorb(options, q, k, v, mask, bias, tile, running):
@@ -236,49 +244,6 @@ def _put(rows, running, tile):
   return jax.tree.map(put, rows, running)
 
 
-def _by_queries(options, q, k, v, mask, bias, start):
-  """The loop of FlashAttention-2: (m, l, o) of one block stay at hand."""
-  B, K, G, T, _ = q.shape
-  S, R, C = k.shape[2], options.block_q, options.block_k
-  fresh = jax.tree.map(
-    lambda x: x[:, :, :, :R].reshape(B, K, G * R, *x.shape[4:]), start
-  )
-
-  def step(carry, entry):
-    running, rows = carry
-    first = entry[3]
-    tile = locate(R, C, *entry[:2], T, S, options.shared)
-    # Not through a factor 0: what another row holds may not be finite.
-    running = jax.tree.map(
-      lambda new, old: jnp.where(first, new, old), fresh, running
-    )
-    running = _absorb(options, q, k, v, mask, bias, tile, running)
-    # Written at every tile: the last one of a row block is the one that stays.
-    return (running, _put(rows, running, tile)), None
-
-  (_, rows), _ = lax.scan(step, (fresh, start), options.schedule())
-  return _finish(*rows, q.dtype)
-
-
-def _by_keys(options, q, k, v, mask, bias, start):
-  """The loop of FlashAttention: a tile reads and writes (m, l, o) of its rows.
-
-  Rows that a tile shares with the block before it see no key twice, and keep
-  what they hold.
-  """
-  T, S = q.shape[3], k.shape[2]
-  R, C = options.block_q, options.block_k
-
-  def step(rows, entry):
-    tile = locate(R, C, *entry[:2], T, S, options.shared)
-    running = jax.tree.map(lambda x: take_rows(x, tile), rows)
-    running = _absorb(options, q, k, v, mask, bias, tile, running)
-    return _put(rows, running, tile), None
-
-  rows, _ = lax.scan(step, start, options.schedule())
-  return _finish(*rows, q.dtype)
-
-
 def _attend_forward(options, q, k, v, mask, bias, sinks):
   out, lse = _attend(options, q, k, v, mask, bias, sinks)
   return (out, lse), (q, k, v, mask, bias, sinks, out, lse)
@@ -297,7 +262,7 @@ def _attend_backward(options, residuals, cotangents):
   delta = jnp.where(nothing, 0, delta)
   lse = jnp.where(nothing, 0, lse)
 
-  def step(carry, entry):
+  def step(carry, entry, mask):
     dq, dk, dv, dbias = carry
     tile = locate(R, C, *entry[:2], T, S, options.shared)
 
@@ -340,7 +305,9 @@ def _attend_backward(options, residuals, cotangents):
     return jnp.zeros(x.shape, stats if inexact else x.dtype)
 
   carry = jax.tree.map(zeros, (q, k, v, bias))
-  (dq, dk, dv, dbias), _ = lax.scan(step, carry, options.schedule())
+  for tiles, needed in options.passes(mask):
+    carry, _ = lax.scan(functools.partial(step, mask=needed), carry, tiles)
+  dq, dk, dv, dbias = carry
 
   def cotangent(x, dx):
     if jnp.issubdtype(x.dtype, jnp.inexact):

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -9,15 +10,21 @@ from jaxtyping import Array, Bool, Int, Int32
 
 from efficient_attn.ops import masks
 
-# The sizes of tiles to choose from. Eight heads of float32 logits are 4 MiB in
-# the largest, whose columns may begin at any half; smaller ones waste less on
-# what a mask does not admit.
-BLOCKS = ((256, 512), (256, 256), (128, 128))
-# XLA uses every core of a CPU for a matmul of so many logits per head, and one
-# core for a smaller one.
-SHARED = 2**17
-# What a tile costs beside its elements, in elements.
-TILE_COST = 12_288
+
+class Costs(NamedTuple):
+  """The sizes of tiles there are, and what a tile costs."""
+
+  blocks: tuple[tuple[int, int], ...]  # to choose from, the largest first
+  shared: int  # logits per head from which on a matmul uses every core
+  alone: float  # how much dearer an element is in a smaller one
+  tile: int  # what a tile costs beside its elements, in elements
+
+
+# Eight heads of float32 logits are 4 MiB in the largest tile, whose columns may
+# begin at any half; smaller ones waste less on what a mask does not admit.
+MACHINE = Costs(((256, 512), (256, 256), (128, 128)), 2**17, 1.7, 12_288)
+# One virtual device a core, as the trainer divides a CPU: no matmul is shared.
+CORE = Costs(((256, 256), (128, 128)), 0, 1, 2048)
 
 
 class Tiling(NamedTuple):
@@ -25,7 +32,7 @@ class Tiling(NamedTuple):
 
   block_q: int
   block_k: int
-  tiles: Int32[np.ndarray, 'tiles 4']
+  tiles: Int32[np.ndarray, 'tiles 3']
 
   @property
   def elements(self) -> int:
@@ -45,11 +52,12 @@ def choose_tiles(
   block_q: int | None = None,
   block_k: int | None = None,
 ) -> Tiling:
-  """Covers what a mask admits with the tiles of `BLOCKS` that cost least.
+  """Covers what a mask admits with the tiles that cost least on this machine.
 
   A mask that admits a third of the smallest tiles or more gets the largest.
   `block_q` and `block_k` set the size instead.
   """
+  costs = costs_here()
 
   def tiling(rows, cols, halves=False):
     rows, cols = fit_block(T, block_q or rows), fit_block(S, block_k or cols)
@@ -60,16 +68,25 @@ def choose_tiles(
 
   def cost(tiling):
     elements = tiling.block_q * tiling.block_k
-    each = elements * (1 if elements >= SHARED else 1.7) + TILE_COST
-    return len(tiling.tiles) * each
+    each = elements * (1 if elements >= costs.shared else costs.alone)
+    return len(tiling.tiles) * (each + costs.tile)
 
+  largest, *between, smallest = costs.blocks
   if mask is None or (block_q and block_k):
-    return tiling(*BLOCKS[0])
-  smallest = tiling(*BLOCKS[-1])
-  largest = tiling(*BLOCKS[0], halves=True)
+    return tiling(*largest)
+  largest = tiling(*largest, halves=True)
+  smallest = tiling(*smallest)
   if 3 * smallest.elements >= T * S:
     return largest
-  return min([largest, tiling(*BLOCKS[1]), smallest], key=cost)
+  return min(
+    [largest, *(tiling(*blocks) for blocks in between), smallest], key=cost
+  )
+
+
+def costs_here() -> Costs:
+  """The costs on this machine, by how it is divided into devices."""
+  divided = jax.default_backend() == 'cpu' and jax.device_count() > 1
+  return CORE if divided else MACHINE
 
 
 def tile_schedule(
@@ -80,7 +97,7 @@ def tile_schedule(
   block_k: int,
   *,
   halves: bool = False,
-) -> Int32[np.ndarray, 'tiles 4']:
+) -> Int32[np.ndarray, 'tiles 3']:
   """The tiles that are visited, row by row.
 
   Args:
@@ -92,8 +109,8 @@ def tile_schedule(
     halves: whether a tile may begin at any half of `block_k`.
 
   Returns:
-    One row per tile: the block row i, the first column, the kind (PARTIAL or
-    FULL), and whether it is the first tile of block row i.
+    One row per tile: the block row i, the first column, and the kind (PARTIAL
+    or FULL).
   """
   width = block_k // 2 if halves else block_k
   if mask is None:
@@ -104,11 +121,10 @@ def tile_schedule(
   kinds = kinds[i, j]
   if halves:
     i, j, kinds = _paired(i, j, kinds)
-  first = np.diff(i, prepend=-1) != 0
-  return np.stack([i, j * width, kinds, first], axis=1).astype(np.int32)
+  return np.stack([i, j * width, kinds], axis=1).astype(np.int32)
 
 
-def by_keys(tiles: Int32[np.ndarray, 'tiles 4']) -> np.ndarray:
+def by_keys(tiles: Int32[np.ndarray, 'tiles 3']) -> np.ndarray:
   """The tiles of a schedule column by column (FlashAttention's order)."""
   return tiles[np.lexsort((tiles[:, 0], tiles[:, 1]))]
 

@@ -6,17 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from tqdm import trange
 
-from efficient_attn import data, models
+from efficient_attn import models
 from efficient_attn.ops.softmax.fake_quant import fake_quant
-from efficient_attn.train.evaluate import evaluate
-from efficient_attn.train.grid import Grid
-from efficient_attn.train.loss import make_loss
-from efficient_attn.train.state import Architecture
-from efficient_attn.train.step import make_eval_step
 from experiments import page
-from experiments.ablations import report, study
+from experiments.ablations import report
 from experiments.survey.claim import (
   FAILS,
   HOLDS,
@@ -27,9 +21,10 @@ from experiments.survey.claim import (
   equals,
   within,
 )
-from experiments.survey.claims.quality import STUDIES
 from experiments.survey.models import SEVEN_B
+from experiments.survey.trained import language_model, losses, texts
 
+TEXTS = 64  # whose losses are compared
 RANGES = ((-0.3, 2.0), (0.5, 3.0))
 # By name: format, weights that share a scale (None: an output channel), bits
 # of what is stored with them.
@@ -118,55 +113,37 @@ def stored(params, name: str, embeddings: bool) -> float:
   return total / 8
 
 
-def rounded(model: nnx.Module, name: str) -> dict:
-  """The parameters of a model, its matrices as a format holds them."""
+def rounded(model: nnx.Module, name: str) -> nnx.Module:
+  """The model with its matrices as a format holds them."""
   form, group, _ = STORED[name]
 
   def put(path, p):
     x, axes = p[...], summed_axes(path, p)
     if axes is None:
-      return x
+      return p
     if not form:
-      return x.astype(jnp.float16).astype(x.dtype)
+      return p.replace(x.astype(jnp.float16).astype(x.dtype))
     start, end = axes
     flat = x.reshape(
       math.prod(x.shape[:start]), math.prod(x.shape[start:end]), -1
     )
-    return fake_quant(flat, form, (1, group, 1)).reshape(x.shape)
+    return p.replace(fake_quant(flat, form, (1, group, 1)).reshape(x.shape))
 
-  flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-  return nnx.to_pure_dict(
-    nnx.from_flat_state([(path, put(path, p)) for path, p in flat]),
-    extract_fn=lambda leaf: leaf,
-  )
+  graphdef, params = nnx.split(model)
+  flat = [(path, put(path, p)) for path, p in nnx.to_flat_state(params)]
+  return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
 def costs() -> dict:
-  """Percent more bits per byte of R29's attention, by format of its weights."""
-  values, studied = study.load(f'{STUDIES}/lm_quality.py:tiny', {})
-  grid = Grid(next(study.programs(values, studied)).config, studied.runs)
-  config = grid.config
-  for _ in trange(config.steps // 20, desc='attention', leave=False):
-    grid.train(20)
-  dataset = data.load(config.data, batch_size=config.batch_size, seed=0)
-  loss = make_loss(config, dataset.tokenizer)
-  step = jax.jit(make_eval_step(Architecture(config.model), loss))
-
-  def score(params):
-    found = evaluate(
-      step, params, dataset.valid, lambda x: x, limit=config.eval_batches
-    )
-    return found['bits_per_byte']
-
-  runs = [grid.model(i) for i in range(len(grid.runs))]
-  full = [score(nnx.to_pure_dict(nnx.state(model))) for model in runs]
-  found = {'FP32 bits per byte': sum(full) / len(full)}
+  """Percent more bits per byte of a trained model, by format of its weights."""
+  model, tokens = language_model(), texts(256, TEXTS)
+  full = losses(model, tokens).mean(1)
+  found = {'FP32 bits per byte': float(full.mean() / math.log(2))}
   for name in STORED:
-    more = [
-      100 * (score(rounded(model, name)) / before - 1)
-      for model, before in zip(runs, full, strict=True)
-    ]
-    found[f'{name} cost'], found[f'{name} cost +-'] = report.interval(more)
+    more = 100 * (losses(rounded(model, name), tokens).mean(1) / full - 1)
+    found[f'{name} cost'], found[f'{name} cost +-'] = report.interval(
+      more.tolist()
+    )
   return found
 
 
@@ -209,10 +186,9 @@ def _table(v) -> list:
     page.Text(
       f'A decoder of {v["FP32"] / 4:.2f}B parameters with its scales: 32 bits '
       'an output channel (INT8), 16 bits a group (INT4), and as many for zero '
-      'points; vectors in 16 bits. Bits per byte are those of the small '
-      'attention model of R29 on the first batches of its validation set, '
-      f'{v["FP32 bits per byte"]:.3f} in 32 bits, with the interval of the '
-      'difference over three seeds.',
+      'points; vectors in 16 bits. Bits per byte are those of a small language '
+      f'model, {v["FP32 bits per byte"]:.3f} in 32 bits, with the interval of '
+      f'the difference over {TEXTS} texts.',
       note=True,
     ),
   ]
@@ -283,8 +259,8 @@ R33 = Claim(
         f'with INT8 {v["INT8 cost"]:.2f} ± {v["INT8 cost +-"]:.2f} %'
       ),
       judge=lambda v: UNDEFINED,
-      rule='no metric, model or data is stated; measured on the language model '
-      'of R29, its weights rounded to the nearest',
+      rule='no metric, model or data is stated; measured on a small language '
+      f'model and {TEXTS} texts, its weights rounded to the nearest',
     ),
     elsewhere('INT8 is 2 to 4 times as fast, INT4 4 to 8 times', 'FLR',
               '2-4x, 4-8x', 'kernels for products of 8 and 4 bits'),
