@@ -25,8 +25,8 @@ def test_dispatch_by_size():
   assert explain(*of_length(512, 512)).startswith('reference: T * S = 262144')
   assert explain(*of_length(1, 2**20)).startswith('reference: one query row')
   assert explain(*of_length(4096, 4096), mask=masks.Causal()) == (
-    'blockwise: T * S = 16777216 logits per head are over 262144; visits 72 of'
-    ' 128 tiles of 256 x 512'
+    'blockwise: T * S = 16777216 logits per head are over 262144; visits 136 of'
+    ' 256 tiles of 256 x 256'
   )
   assert explain(q, k, v, implementation='blockwise').startswith(
     'blockwise: the implementation asked for; visits 1 of 1 tiles'
