@@ -30,11 +30,12 @@ def main():
   args = parser.parse_args()
   os.chdir(ROOT)
   # A device a core is for runs that spread over them; it costs ops a thread.
-  many = args.suite in ('attention', 'grid', 'trainer')
-  cores = cli.count_cores()
-  if args.suite == 'attention':  # no collectives: no thread beside the devices
+  spread = ('attention', 'grid', 'linear', 'trainer')
+  cores = cli.count_cores() if args.suite in spread else 1
+  if args.suite in ('attention', 'linear'):
+    # No collectives, so no thread beside those of the devices.
     os.environ.setdefault('PJRT_NPROC', str(cores))
-  cli.use_cpu_devices(cores if many else 1)
+  cli.use_cpu_devices(cores)
   figures = importlib.import_module(SUITES[args.suite]).measure(args.rounds)
   record = dict(
     suite=args.suite,

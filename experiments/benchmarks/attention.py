@@ -8,7 +8,6 @@ heads lie on one virtual device a core, as the trainer divides it.
 
 import functools
 import importlib.util
-import math
 import os
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from efficient_attn import ops
 from efficient_attn.models.cost import largest_array
 from efficient_attn.ops import masks
 from efficient_attn.ops.softmax.attention_tiles import choose_tiles
+from experiments.benchmarks.division import over_heads
 from experiments.benchmarks.timing import interleaved
 from experiments.exponent import slope
 
@@ -58,10 +58,8 @@ def measure(rounds: int) -> dict[str, float]:
   for length in LENGTHS[platform]:
     shape = (1, length, HEADS, HEAD_DIM)
     keys = jax.random.split(jax.random.key(0), 3)
-    qkv = tuple(
-      jax.device_put(jax.random.normal(key, shape, dtype), over_heads())
-      for key in keys
-    )
+    qkv = tuple(jax.random.normal(key, shape, dtype) for key in keys)
+    qkv = over_heads(qkv)
     for name, make in (('fwd', forward), ('fwd_bwd', gradients)):
       tiled = contenders(make, qkv)
       if platform == 'cpu' and importlib.util.find_spec('torch'):
@@ -80,15 +78,6 @@ def measure(rounds: int) -> dict[str, float]:
     for name in ('blockwise', 'window_256', 'reference', 'jax_nn'):
       found[f'{name}_fwd_bwd_{DENSE_LIMIT}_peak_mib'] = peak(name, DENSE_LIMIT)
   return found
-
-
-def over_heads() -> jax.sharding.NamedSharding:
-  """Lays [B, T, N, H] over the virtual devices of a CPU, else over one."""
-  many = jax.device_count() if jax.default_backend() == 'cpu' else 1
-  axis_types = (jax.sharding.AxisType.Auto,)
-  mesh = jax.make_mesh((math.gcd(HEADS, many),), ('heads',), axis_types)
-  spec = jax.sharding.PartitionSpec(None, None, 'heads')
-  return jax.sharding.NamedSharding(mesh, spec)
 
 
 def contenders(make, qkv) -> dict:
