@@ -82,12 +82,17 @@ def count_cores() -> int:
   return os.cpu_count()
 
 
-def use_cpu_devices(devices: int) -> None:
-  """Divides the CPU into virtual devices, before JAX's first use."""
+def use_cpu_devices(devices: int, collectives: bool = True) -> None:
+  """Divides the CPU into virtual devices, before JAX's first use.
+
+  Args:
+    devices: how many.
+    collectives: whether they wait for each other. One that does occupies a
+      thread of XLA's pool, and the last one may wait for a helper: there is one
+      more then, which makes whatever runs on every core slower.
+  """
   jax.config.update('jax_num_cpu_devices', devices)
-  # A device that waits for the others in a collective occupies a thread of
-  # XLA's pool, and the last one may wait for a helper: keep one more.
-  threads = max(count_cores(), devices + 1)
+  threads = max(count_cores(), devices + collectives)
   os.environ.setdefault('PJRT_NPROC', str(threads))
 
 

@@ -29,13 +29,10 @@ def main():
   )
   args = parser.parse_args()
   os.chdir(ROOT)
-  # A device a core is for runs that spread over them; it costs ops a thread.
-  spread = ('attention', 'grid', 'linear', 'trainer')
-  cores = cli.count_cores() if args.suite in spread else 1
-  if args.suite in ('attention', 'linear'):
-    # No collectives, so no thread beside those of the devices.
-    os.environ.setdefault('PJRT_NPROC', str(cores))
-  cli.use_cpu_devices(cores)
+  # A device a core is for runs that spread over them.
+  collectives = args.suite in ('grid', 'trainer')
+  many = collectives or args.suite in ('attention', 'linear')
+  cli.use_cpu_devices(cli.count_cores() if many else 1, collectives)
   figures = importlib.import_module(SUITES[args.suite]).measure(args.rounds)
   record = dict(
     suite=args.suite,

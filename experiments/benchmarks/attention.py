@@ -61,15 +61,12 @@ def measure(rounds: int) -> dict[str, float]:
     qkv = tuple(jax.random.normal(key, shape, dtype) for key in keys)
     qkv = over_heads(qkv)
     for name, make in (('fwd', forward), ('fwd_bwd', gradients)):
-      tiled = contenders(make, qkv)
+      timed = contenders(make, qkv)
       if platform == 'cpu' and importlib.util.find_spec('torch'):
-        tiled['torch'] = torch_call(tiled['blockwise'], qkv, name == 'fwd_bwd')
-      # GiB that are freed slow down whoever comes next: these go by themselves.
-      dense = {i: tiled.pop(i) for i in DENSE if length <= DENSE_LIMIT}
-      for timed in (tiled, dense):
-        for i, value in interleaved(timed, rounds).items():
-          found[f'{i}_{name}_{length}_ms'] = 1e3 * value
-          print(f'{i:16}{name:9}{length:6}{1e3 * value:10.1f} ms', flush=True)
+        timed['torch'] = torch_call(timed['blockwise'], qkv, name == 'fwd_bwd')
+      for i, value in interleaved(timed, rounds, DENSE).items():
+        found[f'{i}_{name}_{length}_ms'] = 1e3 * value
+        print(f'{i:16}{name:9}{length:6}{1e3 * value:10.1f} ms', flush=True)
   for name in SPARSE:
     found |= time_by_tiles(found, name, length)
   for name, make in (('fwd', forward), ('fwd_bwd', gradients)):

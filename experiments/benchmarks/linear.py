@@ -33,9 +33,7 @@ def measure(rounds: int) -> dict[str, float]:
   for direction, wrap in (('fwd', lambda run: run), ('fwd_bwd', gradients)):
     for length in LENGTHS:
       timed = contenders(length, wrap)
-      dense = {i: timed.pop(i) for i in DENSE if i in timed}
-      # GiB that are freed slow down whoever comes next: these go by themselves.
-      seconds = interleaved(timed, rounds) | interleaved(dense, rounds)
+      seconds = interleaved(timed, rounds, DENSE)
       for name, value in seconds.items():
         found[f'{name}_{direction}_{length}_ms'] = 1e3 * value
         print(f'{name:28}{direction:9}{length:6}{1e3 * value:10.1f} ms')
