@@ -64,35 +64,24 @@ def texts(length: int, count: int) -> np.ndarray:
   return next(batches)['tokens'][:, :length]
 
 
-def losses(model: nnx.Module, tokens: np.ndarray) -> np.ndarray:
+@jax.jit
+def losses(model: nnx.Module, tokens: np.ndarray) -> jax.Array:
   """Nats of every token but the first, [count, length - 1]."""
-  graphdef, params = nnx.split(model)
-
-  @jax.jit
-  def run(params, tokens):
-    logits, _ = nnx.merge(graphdef, params)(tokens[:, :-1])
-    return cross_entropy(logits, tokens[:, 1:])[1]
-
-  return np.asarray(run(params, tokens))
+  logits, _ = model(tokens[:, :-1])
+  return cross_entropy(logits, tokens[:, 1:])[1]
 
 
-def cached_losses(model: nnx.Module, tokens: np.ndarray) -> np.ndarray:
+@jax.jit
+def cached_losses(model: nnx.Module, tokens: np.ndarray) -> jax.Array:
   """The same, token by token through the cache."""
-  graphdef, params = nnx.split(model)
 
-  @jax.jit
-  def run(params, tokens):
-    model = nnx.merge(graphdef, params)
+  def step(cache, pair):
+    now, wanted = pair
+    logits, cache = model(now[:, None], cache=cache)
+    return cache, cross_entropy(logits[:, 0], wanted)[1]
 
-    def step(cache, pair):
-      now, wanted = pair
-      logits, cache = model(now[:, None], cache=cache)
-      return cache, cross_entropy(logits[:, 0], wanted)[1]
-
-    pairs = tokens[:, :-1].T, tokens[:, 1:].T
-    return jax.lax.scan(step, model.init_cache(*tokens.shape), pairs)[1].T
-
-  return np.asarray(run(params, tokens))
+  pairs = tokens[:, :-1].T, tokens[:, 1:].T
+  return jax.lax.scan(step, model.init_cache(*tokens.shape), pairs)[1].T
 
 
 def activations(model: nnx.Module, tokens: np.ndarray) -> list[dict]:

@@ -18,6 +18,7 @@ is a matrix product. A chunk of C tokens costs C log2(C) exponentials per
 channel, where exact pairwise differences would cost C^2.
 """
 
+import functools
 from collections.abc import Iterator
 
 import jax.numpy as jnp
@@ -205,11 +206,8 @@ class ChunkDecay:
         q, k, self.gate, inclusive=inclusive, operand=self.operand
       )
       return scores
-    scores = jnp.einsum(
-      '...ih,...jh->...ij',
-      q.astype(self.operand),
-      k.astype(self.operand),
-      preferred_element_type=self.dtype,
+    scores = _products(
+      q.astype(self.operand), k.astype(self.operand), self.dtype
     )
     if self.gate is None:
       return scores
@@ -236,6 +234,20 @@ class ChunkDecay:
       *_, (before, after) = block_sums(self.gate, inclusive=inclusive)
       self._sums[inclusive] = before[..., 0, :, :], after[..., 0, :, :]
     return tuple(map(jnp.exp, self._sums[inclusive]))
+
+
+def _products(q, k, dtype):
+  """q_i . k_j, [*batch, C, C]; of a long chunk as two sums over half of H.
+
+  Rows that are solved one from another add up what their products round off,
+  and shorter sums round less.
+  """
+  parts = 2 if q.shape[-2] > 256 else 1
+  pairs = zip(*(jnp.array_split(x, parts, -1) for x in (q, k)), strict=True)
+  product = functools.partial(
+    jnp.einsum, '...ih,...jh->...ij', preferred_element_type=dtype
+  )
+  return sum(product(*pair) for pair in pairs)
 
 
 def _blocks(x: Array, size: int) -> Array:
