@@ -58,12 +58,12 @@ class Meter:
       pass
     self.start(step)
 
-  def read(self, step: int, weight: float) -> dict[str, float]:
+  def rates(self, step: int, read: float) -> dict[str, float]:
     """Returns the rates since the last reading, and begins a new span.
 
     Args:
       step: the last step of the span.
-      weight: how many tokens or images a step has.
+      read: how many tokens or images a step reads.
     """
     steps = step - self._step
     seconds = (time.perf_counter() - self._start) / max(steps, 1)
@@ -73,7 +73,7 @@ class Meter:
       memory_gib=memory_in_use() / 2**30,
     )
     if steps:
-      found[f'{self._unit}_per_second'] = weight / seconds
+      found[f'{self._unit}_per_second'] = read / seconds
       if self._flops is not None:
         found['mfu'] = self._flops / seconds / self._ceiling
     self.start(step)

@@ -101,14 +101,14 @@ def run(
 
     def report(step, metrics):
       values = guard.check(step, metrics)
-      weight = values.pop('weight')
+      read = values.pop('read')
       values['learning_rate'] = float(schedule(step - 1))
       if step == first + 1:
         meter.compiled(step, state.params, batch)
         writer.message(f'compiled in {meter.compile_seconds:.1f} s')
         writer.write(step, values)
       elif step % config.log_every == 0 or step == config.steps:
-        writer.write(step, values | meter.read(step, weight))
+        writer.write(step, values | meter.rates(step, read))
 
     def validate(step):
       with meter.paused():

@@ -79,6 +79,14 @@ def test_leaves_what_it_promises(one_device):
   assert saved.model.dtype == 'float32'  # resolved, not ''
 
 
+def test_rates_count_every_token_that_is_read(tmp_path):
+  task = {'data.name': 'palindrome', 'data.options': {'seq_len': 20}}
+  run(tiny(steps=3, accumulate=2, **task), tmp_path, jax.devices()[:1])
+  row = [r for r in read_metrics(tmp_path) if 'train/loss' in r][-1]
+  tokens = row['train/tokens_per_second'] * row['train/step_seconds']
+  np.testing.assert_allclose(tokens, 8 * 20, rtol=1e-6)
+
+
 def test_learns(tmp_path):
   run(tiny(**{'steps': 60, 'data.seq_len': 64}), tmp_path, jax.devices()[:1])
   assert losses(tmp_path)[-1] < losses(tmp_path)[0] - 1.5
