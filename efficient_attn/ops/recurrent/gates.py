@@ -242,12 +242,13 @@ def _products(q, k, dtype):
   Rows that are solved one from another add up what their products round off,
   and shorter sums round less.
   """
-  parts = 2 if q.shape[-2] > 256 else 1
-  pairs = zip(*(jnp.array_split(x, parts, -1) for x in (q, k)), strict=True)
   product = functools.partial(
     jnp.einsum, '...ih,...jh->...ij', preferred_element_type=dtype
   )
-  return sum(product(*pair) for pair in pairs)
+  if q.shape[-2] <= 256:
+    return product(q, k)
+  (q1, q2), (k1, k2) = (jnp.array_split(x, 2, -1) for x in (q, k))
+  return product(q1, k1) + product(q2, k2)
 
 
 def _blocks(x: Array, size: int) -> Array:
