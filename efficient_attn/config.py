@@ -4,80 +4,87 @@ A config file `configs/**/x.py` defines `get_config(arg='')`, which returns an
 `ml_collections.ConfigDict` with the keys that differ from the defaults here.
 `load` reads it (or a `config.json` saved by a run), `override` applies
 `{'model.d_model': 128}`, and `resolve` turns the result into `Config`, where
-every key has a value and every value has been checked. A mistake anywhere is a
-`ConfigError` of one line that names the key, the value and the remedy.
+every key has a value of its type and within its range. `train.check.check` then
+resolves the names: it builds the model and opens the data, without a device. A
+mistake anywhere is a `ConfigError` of one line that names the key, the value
+and the remedy.
 """
 
-import ast
 import dataclasses
-import difflib
 import importlib.util
+import inspect
 import json
 import pathlib
+import sys
 import types
-import typing
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 import ml_collections
 
+from efficient_attn.values import (
+  LARGEST,
+  BelowOne,
+  ConfigError,
+  Fraction,
+  NonNegative,
+  NonNegativeFloat,
+  OneOf,
+  Positive,
+  PositiveFloat,
+  Range,
+  Seed,
+  as_dict,
+  build,
+  check_ranges,
+  choose,
+  nearest,
+)
 
-class ConfigError(ValueError):
-  """The user's configuration is wrong; the message is meant for the user."""
-
-
-def nearest(name: str, valid: Iterable[str]) -> str:
-  """Returns 'did you mean ...?' or the list of valid names."""
-  valid = sorted(valid)
-  close = difflib.get_close_matches(str(name), valid, n=1)
-  if close:
-    return f'did you mean {close[0]!r}?'
-  return f'valid: {", ".join(valid)}'
-
-
-def choose(key: str, name: str, table: Mapping[str, Any]) -> Any:
-  """Returns `table[name]`; an unknown name is a `ConfigError` about `key`."""
-  if name not in table:
-    raise ConfigError(f'{key}={name!r} is unknown; {nearest(name, table)}')
-  return table[name]
-
-
-def _check(ok: bool, key: str, value, remedy: str):
-  if not ok:
-    raise ConfigError(f'{key}={value!r} must be {remedy}')
+# Of config.json: rises when a saved config would mean something else.
+FORMAT = 1
 
 
-def _one_of(key: str, value: str, valid: Iterable[str]):
-  choose(key, value, {name: name for name in valid})
+class Group:
+  """A group of keys, whose numbers and names are within their ranges."""
+
+  prefix: ClassVar[str]  # of its keys in errors
+
+  def __post_init__(self):
+    check_ranges(self, self.prefix)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Group):
   """What every model has: a stack of blocks, each a token mixer and an ffn."""
 
   name: str
-  d_model: int = 256
-  num_layers: int = 4
-  num_heads: int = 4
+  d_model: Positive = 256
+  num_layers: Positive = 4
+  num_heads: Positive = 4
   # Names of layers.MIXERS, repeated over depth: ('gla', 'gla', 'attention').
   pattern: tuple[str, ...] = ('attention',)
   # Options by mixer, used where the pattern has it:
   # {'attention': {'num_kv_heads': 2}}. A name may end in ':' and a word, to
   # give one row several sets of options: ('window:near', 'window:far').
-  mixers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  mixers: Mapping[str, Mapping[str, Any]] = dataclasses.field(
+    default_factory=dict
+  )
   ffn: str = 'glu'  # layers.FFNS
-  ffn_dim: int = 0  # 0: 8/3 d_model for glu, 4 d_model for mlp
+  ffn_dim: NonNegative = 0  # 0: 8/3 d_model for glu, 4 d_model for mlp
   activation: str = 'silu'  # silu with glu is SwiGLU, gelu is GEGLU
   norm: str = 'rmsnorm'  # layers.NORMS
-  norm_position: str = 'pre'  # pre | post
-  dropout: float = 0.0
+  norm_position: Annotated[str, OneOf(('pre', 'post'))] = 'pre'
+  dropout: BelowOne = 0.0
   scan_layers: bool = True  # compile one period of the pattern, not all layers
   remat: str = 'none'  # layers.REMAT_POLICIES
-  dtype: str = ''  # of activations; '': float32 on CPU, else bfloat16
+  # Of activations; '': float32 on CPU, else bfloat16.
+  dtype: Annotated[str, OneOf(('', 'float32', 'bfloat16', 'float64'))] = ''
+
+  prefix = 'model.'
 
   def __post_init__(self):
-    for key in ('d_model', 'num_layers', 'num_heads'):
-      _check(getattr(self, key) > 0, f'model.{key}', getattr(self, key), '> 0')
+    super().__post_init__()
     if self.d_model % self.num_heads:
       below = self.d_model - self.d_model % self.num_heads
       near = [d for d in (below, below + self.num_heads) if d]
@@ -85,10 +92,8 @@ class ModelConfig:
         f'model.d_model={self.d_model} is not divisible by '
         f'model.num_heads={self.num_heads}; nearest: {near}'
       )
-    _check(bool(self.pattern), 'model.pattern', self.pattern, 'one mixer name')
-    _one_of('model.norm_position', self.norm_position, ('pre', 'post'))
-    _one_of('model.dtype', self.dtype, ('', 'float32', 'bfloat16', 'float64'))
-    _check(0 <= self.dropout < 1, 'model.dropout', self.dropout, 'in [0, 1)')
+    if not self.pattern:
+      raise ConfigError('model.pattern=() must name at least one mixer')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,20 +101,19 @@ class LMConfig(ModelConfig):
   """A causal decoder over tokens."""
 
   name: str = 'lm'
-  vocab_size: int = 256
+  vocab_size: Positive = 256
   # Added to the embeddings; rotary and ALiBi are options of the mixers.
-  position: str = 'none'  # none | learned | sinusoidal
-  max_len: int = 2048  # rows of the learned positions
+  position: Annotated[str, OneOf(('none', 'learned', 'sinusoidal'))] = 'none'
+  max_len: Positive = 2048  # rows of the learned positions
   tie_embeddings: bool = True
 
   def __post_init__(self):
-    super().__post_init__()
     if self.position in ('rotary', 'alibi'):
       raise ConfigError(
         f'model.position={self.position!r} belongs to the mixer; set '
         f'model.mixers.attention.position={self.position!r}'
       )
-    _one_of('model.position', self.position, ('none', 'learned', 'sinusoidal'))
+    super().__post_init__()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,12 +121,12 @@ class ViTConfig(ModelConfig):
   """A bidirectional encoder over image patches with a classifier."""
 
   name: str = 'vit'
-  image_size: int = 8
-  channels: int = 1
-  patch_size: int = 2
-  num_classes: int = 10
-  position: str = 'learned'  # learned | sincos
-  pooling: str = 'mean'  # mean | cls
+  image_size: Positive = 8
+  channels: Positive = 1
+  patch_size: Positive = 2
+  num_classes: Positive = 10
+  position: Annotated[str, OneOf(('learned', 'sincos'))] = 'learned'
+  pooling: Annotated[str, OneOf(('mean', 'cls'))] = 'mean'
 
   def __post_init__(self):
     super().__post_init__()
@@ -131,8 +135,6 @@ class ViTConfig(ModelConfig):
         f'model.image_size={self.image_size} is not divisible by '
         f'model.patch_size={self.patch_size}'
       )
-    _one_of('model.position', self.position, ('learned', 'sincos'))
-    _one_of('model.pooling', self.pooling, ('mean', 'cls'))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,7 +152,7 @@ MODEL_CONFIGS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Group):
   """Where batches come from."""
 
   name: str = 'text'  # text | digits | a name of data.tasks.TASKS
@@ -158,84 +160,83 @@ class DataConfig:
   # .txt, .jsonl, .parquet or .array_record, or 'hf:<dataset>[/<subset>]'.
   path: str = ''
   valid_path: str = ''  # '': one document in `valid_every` of `path`
-  valid_every: int = 20
+  valid_every: Annotated[int, Range(2, LARGEST)] = 20
   text_key: str = 'text'
   tokenizer: str = 'bytes'  # bytes | a tokenizer.json file
-  seq_len: int = 256
+  seq_len: Positive = 256
   # segments: attention and states stop at document boundaries; concat: not.
-  packing: str = 'concat'
+  packing: Annotated[str, OneOf(('segments', 'concat'))] = 'concat'
   augment: bool = False  # digits: turn, zoom and move a little
   # tasks: {'group': 'S_3'}; those of validation, where they differ; how many
   # examples there are, 0 for new ones without end.
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   valid_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  train_examples: int = 0
-  valid_examples: int = 1000
-  workers: int = 0  # processes that prepare batches; 0: in this process
+  train_examples: NonNegative = 0
+  valid_examples: Positive = 1000
+  # Processes that prepare batches; 0: in this process.
+  workers: Annotated[int, Range(0, 1024)] = 0
 
-  def __post_init__(self):
-    _one_of('data.packing', self.packing, ('segments', 'concat'))
-    _check(self.seq_len > 0, 'data.seq_len', self.seq_len, '> 0')
-    _check(self.valid_every > 1, 'data.valid_every', self.valid_every, '> 1')
-    for key in ('train_examples', 'valid_examples'):
-      _check(getattr(self, key) >= 0, f'data.{key}', getattr(self, key), '>= 0')
+  prefix = 'data.'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Group):
   """An optax optimizer and its learning-rate schedule."""
 
   name: str = 'adamw'  # train.OPTIMIZERS
-  learning_rate: float = 1e-3
+  learning_rate: PositiveFloat = 1e-3
   schedule: str = 'cosine'  # train.SCHEDULES
-  warmup_steps: int = 0
-  cooldown: float = 0.2  # wsd: the share of steps that decay
-  final_fraction: float = 0.0  # of the learning rate, at the last step
-  weight_decay: float = 0.1  # of matrices; never of vectors, gates, norms
-  clip_norm: float = 1.0  # 0: no clipping
+  warmup_steps: NonNegative = 0
+  cooldown: Fraction = 0.2  # wsd: the share of steps that decay
+  final_fraction: Fraction = 0.0  # of the learning rate, at the last step
+  # Of matrices; never of vectors, gates, norms.
+  weight_decay: NonNegativeFloat = 0.1
+  clip_norm: NonNegativeFloat = 1.0  # 0: no clipping
   # Further arguments of the optax function: {'b2': 0.95}.
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-  def __post_init__(self):
-    for key in ('cooldown', 'final_fraction'):
-      value = getattr(self, key)
-      _check(0 <= value <= 1, f'optimizer.{key}', value, 'in [0, 1]')
+  prefix = 'optimizer.'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LossConfig:
+class LossConfig(Group):
   """Options of the cross-entropy."""
 
-  label_smoothing: float = 0.0
-  z_loss: float = 0.0  # weight of log(Z)^2
+  label_smoothing: BelowOne = 0.0
+  z_loss: NonNegativeFloat = 0.0  # weight of log(Z)^2
+
+  prefix = 'loss.'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Group):
   """A whole run."""
 
   model: ModelConfig
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   loss: LossConfig = LossConfig()
-  seed: int = 0
-  steps: int = 1000
-  batch_size: int = 8  # sequences or images a step, over all devices
-  accumulate: int = 1  # micro-batches a step
-  ema: float = 0.0  # decay of the averaged parameters; 0: none
+  seed: Seed = 0
+  steps: Positive = 1000
+  # Sequences or images a step, over all devices.
+  batch_size: Annotated[int, Range(1, 2**20)] = 8
+  accumulate: Positive = 1  # micro-batches a step
+  ema: BelowOne = 0.0  # decay of the averaged parameters; 0: none
   mesh: str = ''  # 'data=2,fsdp=2,tensor=2'; '': every device on data
-  cpu_devices: int = 0  # virtual CPU devices; 0: one a core
-  log_every: int = 10
-  eval_every: int = 0  # 0: at the end only
-  eval_batches: int = 0  # 0: the whole validation set
-  checkpoint_every: int = 0  # 0: at the end only
-  keep_checkpoints: int = 2
-  skip_nonfinite: int = 0  # steps in a row to skip before stopping
+  # Virtual CPU devices; 0: one a core.
+  cpu_devices: Annotated[int, Range(0, 1024)] = 0
+  log_every: Positive = 10
+  eval_every: NonNegative = 0  # 0: at the end only
+  eval_batches: NonNegative = 0  # 0: the whole validation set
+  checkpoint_every: NonNegative = 0  # 0: at the end only
+  keep_checkpoints: Positive = 2
+  skip_nonfinite: NonNegative = 0  # steps in a row to skip before stopping
   profile_steps: str = ''  # '10:15' traces steps 10 to 14
 
+  prefix = ''
+
   def __post_init__(self):
-    for key in ('steps', 'batch_size', 'accumulate', 'log_every'):
-      _check(getattr(self, key) > 0, key, getattr(self, key), '> 0')
+    super().__post_init__()
     if self.batch_size % self.accumulate:
       raise ConfigError(
         f'batch_size={self.batch_size} is not divisible by '
@@ -245,38 +246,102 @@ class Config:
 
 def load(path: str) -> dict[str, Any]:
   """Reads `file.py[:arg]` or the `config.json` of a run into a plain dict."""
-  name, _, arg = path.partition(':')
-  file = pathlib.Path(name)
-  if not file.is_file():
-    near = nearest(
-      file.name, [p.name for p in file.parent.glob('*.py')] or ['-']
+  if str(path).endswith('.json'):
+    return read_json(find(path))
+  module, arg = load_module(path)
+  return as_dict(call(module, 'get_config', arg))
+
+
+def find(path: str) -> pathlib.Path:
+  """Returns the file of `--config`, which must exist."""
+  file = pathlib.Path(path).expanduser()
+  if file.suffix not in ('.py', '.json'):
+    raise ConfigError(
+      f'--config={path!r}: give a .py file with get_config(), as '
+      'configs/lm/quickstart.py[:arg], or the config.json of a run'
     )
-    raise ConfigError(f'--config={name!r}: no such file; {near}')
-  if file.suffix == '.json':
-    try:
-      return json.loads(file.read_text())
-    except ValueError as e:
-      raise ConfigError(f'--config={name!r} is not JSON: {e}') from None
-  return as_dict(load_module(file).get_config(arg))
+  if not file.is_file():
+    others = [p.name for p in file.parent.glob(f'*{file.suffix}')]
+    raise ConfigError(
+      f'--config={path!r}: no such file; {nearest(file.name, others or ["-"])}'
+    )
+  return file
 
 
-def load_module(file: pathlib.Path) -> types.ModuleType:
-  """Runs a python file and returns what it defines."""
-  spec = importlib.util.spec_from_file_location(file.stem, file)
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+  """Reads the `config.json` of a run, of this format or an older one."""
+  try:
+    values = json.loads(file.read_text())
+  except OSError as error:
+    raise ConfigError(f'{file} cannot be read: {error.strerror}') from None
+  except (ValueError, RecursionError) as error:
+    raise ConfigError(
+      f'{file} is not JSON ({_first_line(error)}); restore it, or start over '
+      'in a new workdir'
+    ) from None
+  if not isinstance(values, dict) or 'model' not in values:
+    raise ConfigError(
+      f'{file} is not the config of a run, which has the key "model"; restore '
+      'it, or start over in a new workdir'
+    )
+  written = values.pop('format', 0)
+  if not isinstance(written, int) or not 0 <= written <= FORMAT:
+    raise ConfigError(
+      f'{file} has the format {written!r} and this version reads up to '
+      f'{FORMAT}; use the version that wrote it'
+    )
+  return values
+
+
+def load_module(path: str) -> tuple[types.ModuleType, str]:
+  """Runs `file.py[:arg]`; returns the module and arg.
+
+  A config file may import its neighbours.
+  """
+  head, colon, arg = str(path).partition('.py:')
+  file = find(f'{head}.py' if colon else path)
+  spec = importlib.util.spec_from_file_location(f'config.{file.stem}', file)
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+  folder = str(file.parent.resolve())
+  sys.path.insert(0, folder)
+  try:
+    spec.loader.exec_module(module)
+  finally:
+    sys.path.remove(folder)
+  return module, arg
 
 
-def as_dict(values: Any) -> dict[str, Any]:
-  """Returns a ConfigDict, mapping or config dataclass as nested plain dicts."""
-  if dataclasses.is_dataclass(values):
-    values = dataclasses.asdict(values)
-  if isinstance(values, ml_collections.ConfigDict):
-    values = values.to_dict()
-  return {
-    k: as_dict(v) if isinstance(v, Mapping) else v for k, v in values.items()
-  }
+def call(module: types.ModuleType, name: str, arg: str) -> Mapping[str, Any]:
+  """Returns what a config file's `get_config` or `sweep` returns for arg."""
+  function = getattr(module, name, None)
+  if not callable(function):
+    raise ConfigError(f'--config={module.__file__!r} has no {name}()')
+  takes = inspect.signature(function).parameters
+  if arg and not takes:
+    raise ConfigError(f'--config={module.__file__!r} takes no :{arg}')
+  values = function(arg) if takes else function()
+  if not isinstance(values, (Mapping, ml_collections.ConfigDict)):
+    raise ConfigError(
+      f'--config={module.__file__!r}: {name}() returned a '
+      f'{type(values).__name__}; return an ml_collections.ConfigDict or a dict'
+    )
+  return values
+
+
+def words(arg: str, *valid: str) -> set[str]:
+  """Returns the words behind the colon of --config=file.py:tiny,state.
+
+  Raises:
+    ConfigError: one of them is not valid.
+  """
+  found = [word.strip() for word in arg.split(',') if word.strip()]
+  if found and not valid:
+    raise ConfigError(f'--config=...:{arg}: this config takes no argument')
+  for word in found:
+    choose(
+      'the argument after the colon of --config', word, dict.fromkeys(valid)
+    )
+  return set(found)
 
 
 def override(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict:
@@ -297,74 +362,29 @@ def override(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict:
 
 
 def resolve(values: Mapping[str, Any]) -> Config:
-  """Builds the checked `Config` from (partial) nested values."""
+  """Builds the `Config` from (partial) nested values, each of them checked.
+
+  Options of mixers, optimizers and tasks keep the form that they have: their
+  types are known where they go, and `train.check.check` reads them there.
+  """
   values = as_dict(values)
-  if not isinstance(values.get('model'), dict):
+  model = values.get('model')
+  if not isinstance(model, dict):
     raise ConfigError(
-      f'model={values.get("model")!r} must be a group of keys, such as '
-      "model.name='lm'"
+      f"model={model!r} must be a group of keys, such as model.name='lm'"
     )
-  name = values['model'].get('name', 'lm')
-  model = choose('model.name', name, MODEL_CONFIGS)
-  return build(Config, values, '', {'model': model})
+  name = model.get('name', 'lm')
+  kind = choose('model.name', name, MODEL_CONFIGS)
+  return build(Config, values, '', {'model': kind})
 
 
 def save(config: Config, path: pathlib.Path) -> None:
   """Writes the resolved config so that `load` can relaunch the run."""
   new = path.with_suffix('.new')
-  new.write_text(json.dumps(dataclasses.asdict(config), indent=2) + '\n')
+  values = {'format': FORMAT} | as_dict(config)
+  new.write_text(json.dumps(values, indent=2, allow_nan=False) + '\n')
   new.replace(path)  # a kill leaves the old file or the new one
 
 
-def build(cls, values, prefix, replaced=types.MappingProxyType({})):
-  """Builds a dataclass from values whose names and types are checked."""
-  hints = typing.get_type_hints(cls) | dict(replaced)
-  built = {}
-  for key, value in values.items():
-    if key not in hints:
-      raise ConfigError(
-        f'{prefix}{key}={value!r} is not a known key; {nearest(key, hints)}'
-      )
-    built[key] = _convert(hints[key], value, f'{prefix}{key}')
-  return cls(**built)
-
-
-def _convert(kind, value, key):
-  if dataclasses.is_dataclass(kind):
-    if not isinstance(value, Mapping):
-      raise ConfigError(f'{key}={value!r} must be a group of keys')
-    return build(kind, value, f'{key}.')
-  if isinstance(value, str) and kind is not str:
-    value = _literal(value)
-  origin = typing.get_origin(kind) or kind
-  if issubclass(origin, Mapping) and isinstance(value, Mapping):
-    return _literals(value)
-  if origin is tuple and isinstance(value, str):
-    value = value.split(',')
-  if origin is tuple and isinstance(value, (int, float)):
-    value = (value,)  # --config.sweep.seeds=0
-  if origin is tuple and isinstance(value, (tuple, list)):
-    (item, _) = typing.get_args(kind)
-    return tuple(_convert(item, v, f'{key}[{i}]') for i, v in enumerate(value))
-  if origin is float and type(value) is int:
-    return float(value)
-  if type(value) is not origin:
-    raise ConfigError(
-      f'{key}={value!r} is a {type(value).__name__}; '
-      f'it must be of type {origin.__name__}'
-    )
-  return value
-
-
-def _literals(options):
-  """Reads the strings of free-form options as the literals they may be."""
-  if isinstance(options, Mapping):
-    return {k: _literals(v) for k, v in options.items()}
-  return _literal(options) if isinstance(options, str) else options
-
-
-def _literal(text):
-  try:
-    return ast.literal_eval(text)
-  except (ValueError, SyntaxError):
-    return text
+def _first_line(error):
+  return str(error).partition('\n')[0]

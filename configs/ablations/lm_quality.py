@@ -10,13 +10,7 @@ the others would have ten times its parameters.
 
 import ml_collections
 
-
-def words(arg: str) -> tuple[bool, bool]:
-  """Whether an argument has the words 'tiny' and 'state', and no others."""
-  found = set(filter(None, arg.split(',')))
-  if found - {'tiny', 'state'}:
-    raise ValueError(f'unknown argument {arg!r}: use tiny, state or tiny,state')
-  return 'tiny' in found, 'state' in found
+from efficient_attn.config import words
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
@@ -26,7 +20,8 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.data = dict(name='text', seq_len=2048)
   config.optimizer = dict(warmup_steps=1000, weight_decay=0.1)
   config.update(steps=20_000, batch_size=128, eval_batches=200)
-  tiny, state = words(arg)
+  found = words(arg, 'tiny', 'state')
+  tiny, state = 'tiny' in found, 'state' in found
   if tiny:
     config.model.update(d_model=64, num_layers=4, num_heads=4)
     config.data.seq_len = 128
@@ -39,7 +34,8 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
 
 def sweep(arg: str = '') -> dict:
   """What is compared."""
-  tiny, state = words(arg)
+  found = words(arg, 'tiny', 'state')
+  tiny, state = 'tiny' in found, 'state' in found
   patterns = {
     'attention': ('attention',),
     'gated_deltanet': ('gated_deltanet',),

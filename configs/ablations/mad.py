@@ -9,6 +9,8 @@ learning rate and weight decay, and wants an accelerator.
 
 import ml_collections
 
+from efficient_attn.config import words
+
 # Task: its vocabulary with special tokens, and examples to train on.
 TASKS = {
   'in_context_recall': (16, 12_800),
@@ -35,12 +37,13 @@ TINY = {
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
   """The run that the study varies."""
+  tiny = 'tiny' in words(arg, 'tiny')
   config = ml_collections.ConfigDict()
   config.model = dict(name='lm', d_model=128, num_layers=2, num_heads=8)
   config.data = dict(valid_examples=1280)
   config.optimizer = dict(final_fraction=1e-3)
   config.update(batch_size=BATCH)
-  if arg == 'tiny':
+  if tiny:
     config.model.update(d_model=64, num_heads=4)
     config.data.valid_examples = 256
     config.optimizer.warmup_steps = 50
@@ -50,7 +53,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
 
 def sweep(arg: str = '') -> dict:
   """What is compared."""
-  tiny = arg == 'tiny'
+  tiny = 'tiny' in words(arg, 'tiny')
 
   def task(name):
     vocabulary, examples = TASKS[name]

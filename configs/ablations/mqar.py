@@ -10,6 +10,9 @@ their code: both want an accelerator.
 
 import ml_collections
 
+from efficient_attn.config import choose
+
+NAMED = 'the argument after the colon of --config'
 ZOOLOGY = ((64, 4), (128, 8), (256, 16), (512, 64))
 BASED = (
   (64, 4, 100),
@@ -31,6 +34,7 @@ BASED_TESTS = (
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
   """The run that the study varies: tiny, zoology (the default) or based."""
+  choose(NAMED, arg, dict.fromkeys(('', 'tiny', 'zoology', 'based')))
   config = ml_collections.ConfigDict()
   config.model = dict(
     name='lm', d_model=128, num_layers=2, num_heads=2, vocab_size=8192

@@ -9,11 +9,14 @@ and at equal size some recall more than others.
 
 import ml_collections
 
+from efficient_attn.config import words
+
 ROWS = ('deltanet', 'gla', 'linear')
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
   """The run that the study varies."""
+  tiny = 'tiny' in words(arg, 'tiny')
   config = ml_collections.ConfigDict()
   config.model = dict(
     name='lm', d_model=64, num_layers=2, num_heads=2, vocab_size=8192
@@ -24,7 +27,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   )
   config.optimizer = dict(warmup_steps=500)
   config.update(steps=20_000, batch_size=256)
-  if arg == 'tiny':
+  if tiny:
     config.model.vocab_size = 256
     config.data.options.update(vocab_size=256, segments=((64, 8, 1),))
     config.data.valid_examples = 512
@@ -35,9 +38,10 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
 
 def sweep(arg: str = '') -> dict:
   """What is compared."""
-  rows = ('deltanet', 'linear') if arg == 'tiny' else ROWS
-  widths = (16, 32, 64) if arg == 'tiny' else (32, 64, 128, 256)
-  windows = (8, 32) if arg == 'tiny' else (8, 32, 128, 256)
+  tiny = 'tiny' in words(arg, 'tiny')
+  rows = ('deltanet', 'linear') if tiny else ROWS
+  widths = (16, 32, 64) if tiny else (32, 64, 128, 256)
+  windows = (8, 32) if tiny else (8, 32, 128, 256)
 
   def options(name, width):
     return {'model.pattern': ('base_conv', name), 'model.d_model': width}
@@ -57,5 +61,5 @@ def sweep(arg: str = '') -> dict:
       for window in windows
     }
     | {'attention': {'model.pattern': ('base_conv', 'attention')}},
-    learning_rates=(1e-2,) if arg == 'tiny' else (1e-3, 3e-3, 1e-2),
+    learning_rates=(1e-2,) if tiny else (1e-3, 3e-3, 1e-2),
   )

@@ -10,6 +10,8 @@ and two reflections a token keep a permutation of three (2502.10297).
 
 import ml_collections
 
+from efficient_attn.config import words
+
 TASKS = {
   # Group, training length, vocabulary.
   'parity': ('parity', 16, 2),
@@ -21,6 +23,7 @@ TASKS = {
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
   """The run that the study varies."""
+  tiny = 'tiny' in words(arg, 'tiny')
   config = ml_collections.ConfigDict()
   config.model = dict(
     name='lm', d_model=128, num_layers=1, num_heads=8, ffn='mlp'
@@ -30,7 +33,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     warmup_steps=100, weight_decay=0.0, options=dict(b2=0.99)
   )
   config.update(steps=5000, batch_size=256)
-  if arg == 'tiny':
+  if tiny:
     config.model.update(d_model=64, ffn_dim=32)
     config.optimizer.warmup_steps = 20
     config.update(steps=500, batch_size=32)
@@ -39,6 +42,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
 
 def sweep(arg: str = '') -> dict:
   """What is compared."""
+  tiny = 'tiny' in words(arg, 'tiny')
 
   def task(group, length, vocabulary):
     return {
@@ -57,11 +61,11 @@ def sweep(arg: str = '') -> dict:
     for name in ('deltanet', 'deltaproduct')
     for sign, value in both.items()
   }
-  names = ('parity', 'S_3') if arg == 'tiny' else TASKS
+  names = ('parity', 'S_3') if tiny else TASKS
   return dict(
     title='State tracking',
     tasks={name: task(*TASKS[name]) for name in names},
     architectures=architectures,
-    learning_rates=(0.005, 0.01) if arg == 'tiny' else (1e-3, 3e-3, 1e-2),
+    learning_rates=(0.005, 0.01) if tiny else (1e-3, 3e-3, 1e-2),
     weight_decays=(0.0,),
   )

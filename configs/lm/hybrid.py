@@ -17,6 +17,8 @@ of held-out files of the standard library, one seed each.
 
 import ml_collections
 
+from efficient_attn.config import ConfigError, words
+
 HYBRIDS = {
   # Kimi Linear (2510.26692); its attention carries no positions.
   'kimi_linear': dict(
@@ -44,19 +46,18 @@ HYBRIDS = {
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
   """One of HYBRIDS (kimi_linear); 'samba,tiny' is for a laptop."""
-  name, _, size = (arg or 'kimi_linear').partition(',')
-  if name not in HYBRIDS or size not in ('', 'tiny'):
-    raise ValueError(
-      f'unknown argument {arg!r}: use one of {", ".join(HYBRIDS)}, and ,tiny'
-    )
+  found = words(arg, 'tiny', *HYBRIDS)
+  names = [name for name in HYBRIDS if name in found] or ['kimi_linear']
+  if len(names) > 1:
+    raise ConfigError(f'--config=...:{arg}: name one hybrid, not {len(names)}')
   config = ml_collections.ConfigDict()
   config.model = dict(
-    name='lm', d_model=1024, num_layers=24, num_heads=8, **HYBRIDS[name]
+    name='lm', d_model=1024, num_layers=24, num_heads=8, **HYBRIDS[names[0]]
   )
   config.data = dict(name='text', seq_len=2048)
   config.optimizer = dict(learning_rate=3e-4, warmup_steps=1000)
   config.update(batch_size=128, steps=20_000)
-  if size == 'tiny':
+  if 'tiny' in found:
     layers = len(config.model.pattern)
     config.model.update(d_model=96, num_layers=layers, num_heads=4)
     config.data.seq_len = 256

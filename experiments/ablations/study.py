@@ -12,13 +12,13 @@ An architecture and a task make one program, of all runs of the grid.
 
 import dataclasses
 import itertools
-import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from efficient_attn import config as configs
 from efficient_attn.config import Config, ConfigError, DataConfig
 from efficient_attn.train.grid import Run
+from efficient_attn.values import build
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,21 +90,20 @@ def load(path: str, changes: Mapping[str, Any]) -> tuple[dict, Study]:
 
   Changes of keys `sweep.*` are made to the study.
   """
-  values = configs.load(path)
-  name, _, arg = path.partition(':')
-  module = configs.load_module(pathlib.Path(name))
+  module, arg = configs.load_module(path)
+  values = configs.as_dict(configs.call(module, 'get_config', arg))
   if not hasattr(module, 'sweep'):
-    raise ConfigError(f'--config={name!r} has no sweep(): it is not a study')
+    raise ConfigError(f'--config={path!r} has no sweep(): it is not a study')
   of_study = {
     key.removeprefix('sweep.'): value
     for key, value in changes.items()
     if key.startswith('sweep.')
   }
   rest = {k: v for k, v in changes.items() if not k.startswith('sweep.')}
-  study = configs.override(module.sweep(arg), of_study)
+  study = configs.override(configs.call(module, 'sweep', arg), of_study)
   return (
     configs.override(values, rest),
-    configs.build(Study, study, 'sweep.'),
+    build(Study, study, 'sweep.'),
   )
 
 
