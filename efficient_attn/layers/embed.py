@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn import sharding
+from efficient_attn.config import ConfigError
 from efficient_attn.layers.param import fan_in_normal, param, use
 from efficient_attn.ops.positions import sinusoidal
 
@@ -42,7 +43,7 @@ class LearnedPosition(nnx.Module):
   def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
     """Returns x [B, T, D] plus the rows of positions [T] or [B, T]."""
     if x.shape[1] > self.table.shape[0]:
-      raise ValueError(
+      raise ConfigError(
         f'{x.shape[1]} tokens but only {self.table.shape[0]} learned positions;'
         ' raise model.max_len'
       )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn import sharding
+from efficient_attn.config import ConfigError
 
 
 def param(
@@ -70,6 +71,13 @@ class Projection(nnx.Module):
     bias: bool = False,
     init: Callable | None = None,
   ):
+    sizes = {**inputs, **outputs}
+    for axis, size in sizes.items():
+      if size < 1:
+        raise ConfigError(
+          f'the {axis} axis of a projection {sizes} has size {size}; raise '
+          'model.d_model or the option that divides it'
+        )
     shape = (*inputs.values(), *outputs.values())
     init = init or fan_in_normal()
     weight = init(rngs.params(), shape, math.prod(inputs.values()))

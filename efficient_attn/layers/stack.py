@@ -17,7 +17,7 @@ from flax import nnx
 from efficient_attn.config import ConfigError, ModelConfig, choose
 from efficient_attn.layers.dropout import dropout
 from efficient_attn.layers.ffn import ACTIVATIONS, FFNS
-from efficient_attn.layers.mixers import MIXERS, build_mixer
+from efficient_attn.layers.mixers import MIXERS, build_mixer, read_options
 from efficient_attn.layers.norm import NORMS
 
 _policies = jax.checkpoint_policies
@@ -60,6 +60,7 @@ class Block(nnx.Module):
     else:
       self.ffn = ffn(config.d_model, config.ffn_dim, activation, rngs=rngs)
       self.ffn_norm = norm(config.d_model)
+    self.name = mixer  # in the pattern
     self.norm_first = config.norm_position == 'pre'
     self.dropout = config.dropout
     self.shares = False  # whether it takes part in `share`
@@ -73,10 +74,13 @@ class Block(nnx.Module):
       run = functools.partial(
         self.mixer, positions=positions, segment_ids=segment_ids, cache=cache
       )
-      if self.shares:
-        y, cache, shared = run(x, shared=shared)
-      else:
-        y, cache = run(x)
+      try:
+        if self.shares:
+          y, cache, shared = run(x, shared=shared)
+        else:
+          y, cache = run(x)
+      except ConfigError as error:  # the mixer does not know its key
+        raise ConfigError(f'model.mixers.{self.name}: {error}') from error
       return y
 
     with jax.named_scope('mixer'):
@@ -173,8 +177,9 @@ class Stack(nnx.Module):
   """`config.num_layers` blocks in the order of `config.pattern`."""
 
   def __init__(self, config: ModelConfig, causal: bool, *, rngs: nnx.Rngs):
-    for name in config.mixers:
+    for name, options in config.mixers.items():  # the pattern has some of them
       choose('model.mixers', row_of(name), MIXERS)
+      read_options(row_of(name), options, f'model.mixers.{name}')
     pattern = config.pattern
     self.repeats, rest = divmod(config.num_layers, len(pattern))
     self.scan = config.scan_layers and self.repeats > 1

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 from flax import nnx
 
-from efficient_attn.config import ConfigError, ModelConfig, choose
+from efficient_attn.config import ModelConfig, choose
 from efficient_attn.models.auto_encoder import AutoEncoder
 from efficient_attn.models.lm import LM
 from efficient_attn.models.vit import ViT
@@ -17,10 +17,7 @@ MODELS = {'lm': LM, 'vit': ViT, 'auto_encoder': AutoEncoder}
 def build(config: ModelConfig, *, rngs: nnx.Rngs) -> nnx.Module:
   """Builds the model; an impossible config is a one-line `ConfigError`."""
   config = with_dtype(config)
-  try:
-    return choose('model.name', config.name, MODELS)(config, rngs=rngs)
-  except NotImplementedError as e:
-    raise ConfigError(str(e)) from e
+  return choose('model.name', config.name, MODELS)(config, rngs=rngs)
 
 
 def init(config: ModelConfig, key: jax.Array) -> nnx.Module:

@@ -8,6 +8,8 @@ and two tokens belong together when their counts are equal.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from efficient_attn.values import ConfigError
+
 
 def chunk_length(length: int, chunk_size: int) -> int:
   """The chunk for a sequence: `chunk_size`, less where the sequence is less.
@@ -15,7 +17,7 @@ def chunk_length(length: int, chunk_size: int) -> int:
   Always a power of two, because decays are summed by doubling.
   """
   if chunk_size < 1 or chunk_size & (chunk_size - 1):
-    raise ValueError(
+    raise ConfigError(
       f'chunk_size = {chunk_size} is not a power of two: pass 16, 32, 64, ...'
     )
   return min(chunk_size, 1 << (length - 1).bit_length())

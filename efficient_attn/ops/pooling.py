@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from efficient_attn.values import ConfigError
+
 
 def block_sums(
   x: Float[Array, 'B S *rest'], block_size: int
@@ -35,7 +37,7 @@ def block_means(
 def mean_pool(x: Float[Array, 'B T ...'], size: int) -> Float[Array, 'B P ...']:
   """`block_means` in the dtype of x: P = ceil(T / size) means."""
   if size < 1:
-    raise ValueError(f'size = {size}: pool 1 or more tokens.')
+    raise ConfigError(f'size = {size}: pool 1 or more tokens.')
   return block_means(x, size).astype(x.dtype)
 
 

@@ -8,6 +8,8 @@ computed in at least float32: bfloat16 cannot tell positions past 256 apart.
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
+from efficient_attn.values import ConfigError
+
 
 def _frequencies(count, base, dtype):
   """base^(-i / count) for i < count."""
@@ -45,7 +47,7 @@ def rotary(
   H = x.shape[-1]
   rotated = int(H * fraction)
   if not 0 < fraction <= 1 or rotated % 2:
-    raise ValueError(
+    raise ConfigError(
       f'fraction {fraction} of H = {H} rotates {rotated} channels; it must be'
       ' in (0, 1] and give an even number.'
     )
@@ -73,7 +75,7 @@ def sinusoidal(
   first and the cosines after them instead of interleaved.
   """
   if dim < 2 or dim % 2:
-    raise ValueError(f'dim is {dim}; it must be even and at least 2.')
+    raise ConfigError(f'dim is {dim}; it must be even and at least 2.')
   dtype = jnp.promote_types(positions.dtype, jnp.float32)
   angles = positions.astype(dtype)[..., None] * _frequencies(
     dim // 2, max_period, dtype
@@ -92,7 +94,7 @@ def sincos_2d(
   table comes from (https://arxiv.org/abs/2104.02057), stops one step short.
   """
   if dim % 4 or dim < 8:
-    raise ValueError(f'dim is {dim}; it must be a multiple of 4, at least 8.')
+    raise ConfigError(f'dim is {dim}; it must be a multiple of 4, at least 8.')
   y, x = jnp.mgrid[:height, :width].astype(jnp.float32)
   steps = jnp.arange(dim // 4, dtype=jnp.float32) / (dim // 4 - 1)
   frequencies = max_period**-steps

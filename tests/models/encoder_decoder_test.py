@@ -137,7 +137,7 @@ def test_parameters_by_hand():
 def test_wrong_configurations():
   with pytest.raises(ConfigError, match='d_model=32 and the decoder 16'):
     build(encoder=dict(d_model=32))
-  with pytest.raises(NotImplementedError, match='mixer of encoders'):
+  with pytest.raises(ConfigError, match='mixer of encoders'):
     build(pattern=('fnet',), mixers={})
-  with pytest.raises(NotImplementedError, match='causal only'):
+  with pytest.raises(ConfigError, match='causal only'):
     build(encoder=dict(pattern=('fox',), mixers={}))

@@ -19,10 +19,12 @@ table there.
 """
 
 import inspect
+from collections.abc import Mapping
+from typing import Any
 
 from flax import nnx
 
-from efficient_attn.config import ConfigError, choose, nearest
+from efficient_attn.config import ConfigError, choose
 from efficient_attn.layers.mixers.both_ways import BothWays
 from efficient_attn.layers.mixers.compact import COMPACT
 from efficient_attn.layers.mixers.gated import GATED
@@ -34,8 +36,15 @@ from efficient_attn.layers.mixers.softmax import SOFTMAX
 from efficient_attn.layers.mixers.spec import TWO_PASSES, MixerSpec
 from efficient_attn.layers.mixers.test_time import TEST_TIME
 from efficient_attn.layers.mixers.ungated import UNGATED
+from efficient_attn.values import read_arguments
 
-__all__ = ['MIXERS', 'MixerSpec', 'build_mixer', 'mixer_options']
+__all__ = [
+  'MIXERS',
+  'MixerSpec',
+  'build_mixer',
+  'mixer_options',
+  'read_options',
+]
 
 MIXERS = (
   SOFTMAX
@@ -62,37 +71,35 @@ def build_mixer(
   """Builds the mixer of row `name` with its own `options`.
 
   Raises:
-    ConfigError: an unknown name or option, or a value the mixer refuses.
-    NotImplementedError: causal=False for a mixer that is causal only, or
-      causal=True for one of encoders.
+    ConfigError: an unknown name or option, a value the mixer refuses,
+      causal=False for a mixer that is causal only, or causal=True for one of
+      encoders.
   """
   spec = choose('model.pattern', name, MIXERS)
   if not causal and not spec.bidirectional:
     able = [n for n, s in MIXERS.items() if s.bidirectional]
-    raise NotImplementedError(
-      f'{name} is causal only; for an encoder use one of {", ".join(able)}'
+    raise ConfigError(
+      f'model.pattern={name!r} is causal only; for an encoder use one of '
+      f'{", ".join(able)}'
     )
   if causal and not spec.causal:
     able = [n for n, s in MIXERS.items() if s.causal]
-    raise NotImplementedError(
-      f'{name} is a mixer of encoders: every token sees every other; for a '
-      f'decoder use one of {", ".join(able)}'
+    raise ConfigError(
+      f'model.pattern={name!r} is a mixer of encoders: every token sees every '
+      f'other; for a decoder use one of {", ".join(able)}'
     )
-  valid = mixer_options(name)
-  for option, value in options.items():
-    if option not in valid:
-      raise ConfigError(
-        f'model.mixers.{name}.{option}={value!r} is not an option of {name}; '
-        f'{nearest(option, valid)}'
-      )
+  options = read_options(name, options)
   two_passes = not causal and spec.bidirectional == TWO_PASSES
-  mixer = spec.build(
-    d_model=d_model,
-    num_heads=num_heads,
-    causal=causal or two_passes,
-    rngs=rngs,
-    **options,
-  )
+  try:
+    mixer = spec.build(
+      d_model=d_model,
+      num_heads=num_heads,
+      causal=causal or two_passes,
+      rngs=rngs,
+      **options,
+    )
+  except ConfigError as error:  # the mixer does not know its key
+    raise ConfigError(f'model.mixers.{name}: {error}') from error
   return BothWays(mixer) if two_passes else mixer
 
 
@@ -104,3 +111,19 @@ def mixer_options(name: str) -> dict[str, inspect.Parameter]:
     if '__init__' in vars(cls) and issubclass(cls, nnx.Module):
       found |= inspect.signature(cls.__init__).parameters
   return {k: v for k, v in found.items() if k not in common}
+
+
+def read_options(
+  name: str, options: Mapping[str, Any], key: str = ''
+) -> dict[str, Any]:
+  """Reads the options of a mixer by the annotations of its constructor.
+
+  Args:
+    name: of the row.
+    options: values, or strings of them as from a command line.
+    key: of the options in errors; 'model.mixers.<name>' by default.
+  """
+  kinds = {k: p.annotation for k, p in mixer_options(name).items()}
+  return read_arguments(
+    kinds, options, f'{key or f"model.mixers.{name}"}.', name
+  )

@@ -10,6 +10,8 @@ shifted products (`ops.short_conv`), which suits few taps.
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from efficient_attn.values import ConfigError
+
 
 def banded_conv(
   x: Float[Array, 'B T N H'], taps: Float[Array, 'W N']
@@ -18,7 +20,7 @@ def banded_conv(
   B, T, N, H = x.shape
   W = taps.shape[0]
   if W % 2 == 0:
-    raise ValueError(
+    raise ConfigError(
       f'taps has {W} taps: pass an odd number, one in the middle.'
     )
   size = max(W - 1, 1)

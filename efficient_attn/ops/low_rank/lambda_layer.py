@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from efficient_attn.ops.shapes import check_shapes
+from efficient_attn.values import ConfigError
 
 
 def lambda_layer(
@@ -38,7 +39,7 @@ def lambda_layer(
   """
   W, X = embedding.shape
   if W % 2 == 0:
-    raise ValueError(
+    raise ConfigError(
       f'embedding has {W} distances: pass an odd number, the same to each side.'
     )
   B, T, V = value.shape

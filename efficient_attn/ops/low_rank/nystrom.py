@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from efficient_attn.ops.pooling import mean_pool
 from efficient_attn.ops.shapes import check_shapes
 from efficient_attn.ops.softmax.attention import attention
+from efficient_attn.values import ConfigError
 
 
 def nystrom_attention(
@@ -49,7 +50,7 @@ def nystrom_attention(
   wanted['value'] = value, query.shape[:3] + value.shape[3:]
   check_shapes(wanted)
   if num_landmarks < 1:
-    raise ValueError(f'num_landmarks = {num_landmarks}: pass 1 or more.')
+    raise ConfigError(f'num_landmarks = {num_landmarks}: pass 1 or more.')
   size = -(-T // num_landmarks)
   dtype = jnp.promote_types(query.dtype, jnp.float32)
   rows, columns = mean_pool(query, size), mean_pool(key, size)

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from efficient_attn.ops import shapes
 from efficient_attn.ops.recurrent import forms, gates
+from efficient_attn.values import ConfigError
 
 Moments: TypeAlias = tuple[Float[Array, 'B N H H'], Float[Array, 'B N H V']]
 
@@ -69,7 +70,7 @@ def mesa(
   _check(q, k, v, log_decay, beta, ridge, initial_state, segment_ids)
   forms.check(form, implementation, 'mesa')
   if num_steps < 1:
-    raise ValueError(f'num_steps = {num_steps}: pass at least 1.')
+    raise ConfigError(f'num_steps = {num_steps}: pass at least 1.')
   batch, length, kv_heads, channels = k.shape
   heads, width = v.shape[2:]
   dtype = shapes.accumulator(q, k, v, log_decay, beta, ridge, initial_state)

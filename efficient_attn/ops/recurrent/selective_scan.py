@@ -23,6 +23,7 @@ from efficient_attn.ops.recurrent.diagonal_scan import (
   run,
   starts,
 )
+from efficient_attn.values import ConfigError
 
 DISCRETIZATIONS = ('euler', 'zoh')
 # Where the series replaces expm1(z) / z, whose derivative cancels near zero.
@@ -70,7 +71,7 @@ def selective_scan(
   check_form(form, implementation, 'selective_scan')
   _check(x, dt, A, B, C, D, initial_state, segment_ids)
   if discretization not in DISCRETIZATIONS:
-    raise ValueError(
+    raise ConfigError(
       f'discretization = {discretization!r}: pass one of {DISCRETIZATIONS}.'
     )
   dtype = shapes.accumulator(x, dt, A, B, C, D, initial_state)

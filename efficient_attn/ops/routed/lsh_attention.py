@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int
 from efficient_attn.ops.routed.selected_blocks import block_attention, positions
 from efficient_attn.ops.routed.selected_tiles import deal
 from efficient_attn.ops.softmax.attention_merge import merge
+from efficient_attn.values import ConfigError
 
 
 def lsh_buckets(
@@ -112,7 +113,7 @@ def bucket_attention(
   B, T, N, H = query.shape
   S, R = buckets.shape[1], buckets.shape[-1]
   if chunk_size < 1:
-    raise ValueError(f'chunk_size is {chunk_size}; it must be at least 1.')
+    raise ConfigError(f'chunk_size is {chunk_size}; it must be at least 1.')
   count = (S + num_buckets * (chunk_size - 1)) // chunk_size
   there = jnp.arange(S)[:, None, None] < offset + T
   ids = jnp.where(there, buckets, -1).transpose(0, 2, 3, 1)
@@ -182,7 +183,7 @@ def sorted_chunk_attention(
   B, T, N, H = query.shape
   R = buckets.shape[-1]
   if T % chunk_size:
-    raise ValueError(
+    raise ConfigError(
       f'chunk_size = {chunk_size} does not divide T = {T}; pad the sequence.'
     )
   number = R * T // chunk_size

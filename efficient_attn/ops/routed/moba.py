@@ -21,6 +21,7 @@ from efficient_attn.ops.routed.selected_blocks import (
   positions,
   top_blocks,
 )
+from efficient_attn.values import ConfigError
 
 
 def moba_attention(
@@ -51,7 +52,7 @@ def moba_attention(
   """
   for name, size in (('top_k', top_k), ('block_size', block_size)):
     if size < 1:
-      raise ValueError(f'{name} is {size}; it must be at least 1.')
+      raise ConfigError(f'{name} is {size}; it must be at least 1.')
   B, T, N, H = query.shape
   S, K = key.shape[1:3]
   if sums is None:

@@ -38,6 +38,7 @@ from efficient_attn.ops.routed.selected_blocks import (
 )
 from efficient_attn.ops.softmax.attention import attention
 from efficient_attn.ops.softmax.normalizers import softmax
+from efficient_attn.values import ConfigError
 
 INITIAL, LOCAL = 1, 2  # blocks that are always selected
 CHUNK = 128  # queries whose weights of compressed keys are held at once
@@ -261,14 +262,14 @@ def check_sizes(sizes: Sizes) -> None:
   for name in ('compress_size', 'block_size'):
     size = getattr(sizes, name)
     if size < stride or size % stride:
-      raise ValueError(
+      raise ConfigError(
         f'{name} is {size}; it must be a multiple of compress_stride ='
         f' {stride}.'
       )
   if sizes.top_k < INITIAL + LOCAL:
-    raise ValueError(
+    raise ConfigError(
       f'top_k is {sizes.top_k}; it must be at least {INITIAL + LOCAL}, the'
       ' blocks that are always selected.'
     )
   if sizes.window < 1:
-    raise ValueError(f'window is {sizes.window}; it must be at least 1.')
+    raise ConfigError(f'window is {sizes.window}; it must be at least 1.')

@@ -24,6 +24,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from efficient_attn.ops.routed.selected_tiles import Choice, Options, attend
+from efficient_attn.values import ConfigError
 
 # Logits, and numbers of the outputs of pairs, that are held at once.
 BUDGET = 1 << 22
@@ -174,4 +175,4 @@ def _check(N, K, M, block_size):
       ' K must divide them and they must divide N.'
     )
   if block_size < 1:
-    raise ValueError(f'block_size is {block_size}; it must be at least 1.')
+    raise ConfigError(f'block_size is {block_size}; it must be at least 1.')

@@ -21,6 +21,7 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from efficient_attn.ops.softmax.normalizers import softmax
+from efficient_attn.values import ConfigError
 
 # Scores, or numbers of chosen keys, that are held at once.
 BUDGET = 1 << 24
@@ -58,7 +59,7 @@ def token_attention(
   B, T, N, H = query.shape
   S, K = key.shape[1:3]
   if top_k < 1:
-    raise ValueError(f'top_k is {top_k}; it must be at least 1.')
+    raise ConfigError(f'top_k is {top_k}; it must be at least 1.')
   top_k = min(top_k, S)
   scale = H**-0.5 if scale is None else scale
   marks = jax.tree.map(lambda x: x[:, :1], query_marks)

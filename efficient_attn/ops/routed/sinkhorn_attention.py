@@ -22,6 +22,7 @@ from efficient_attn.ops.routed.selected_blocks import (
   positions,
 )
 from efficient_attn.ops.softmax.normalizers import softmax
+from efficient_attn.values import ConfigError
 
 
 def sinkhorn(
@@ -77,7 +78,7 @@ def sinkhorn_attention(
       f' blocks of {block_size}.'
     )
   if not causal and S % block_size:
-    raise ValueError(
+    raise ConfigError(
       f'block_size = {block_size} does not divide S = {S}, so blocks cannot'
       ' change places; pad the sequence or choose a divisor.'
     )

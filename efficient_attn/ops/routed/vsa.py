@@ -21,6 +21,7 @@ from efficient_attn.ops.routed.selected_blocks import (
   block_attention,
   top_blocks,
 )
+from efficient_attn.values import ConfigError
 
 
 def vsa_attention(
@@ -50,7 +51,7 @@ def vsa_attention(
   B, T, N, H = query.shape
   there = cubes >= 0
   if there.sum() != T:
-    raise ValueError(
+    raise ConfigError(
       f'the grid has {there.sum()} cells but T = {T}; they must be equal.'
     )
   key, value = (jnp.repeat(x, N // x.shape[2], 2) for x in (key, value))
@@ -81,7 +82,7 @@ def vsa_attention(
 def cut(grid: tuple[int, ...], cube: tuple[int, ...]) -> Int[np.ndarray, 'I C']:
   """The cells of every cube of a row-major grid, -1 beyond its border."""
   if len(grid) != len(cube) or min(*grid, *cube) < 1:
-    raise ValueError(
+    raise ConfigError(
       f'grid {grid} and cube {cube} must have as many axes, of 1 or more.'
     )
   padded = [-(-g // c) * c for g, c in zip(grid, cube, strict=True)]

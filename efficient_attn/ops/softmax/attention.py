@@ -21,6 +21,7 @@ from efficient_attn.ops import masks, scores
 from efficient_attn.ops.softmax.attention_blockwise import attention_blockwise
 from efficient_attn.ops.softmax.attention_reference import attention_reference
 from efficient_attn.ops.softmax.attention_tiles import choose_tiles
+from efficient_attn.values import ConfigError
 
 # Each takes checked arguments and returns (out, lse); what it cannot do it
 # answers with a NotImplementedError that names what can.
@@ -161,11 +162,11 @@ def _candidates(query, key, implementation):
   if isinstance(names, str):
     names = (names,)
   if not names:
-    raise ValueError('implementation is empty; name one, or pass None.')
+    raise ConfigError('implementation is empty; name one, or pass None.')
   for name in names:
     if name not in IMPLEMENTATIONS:
       near = difflib.get_close_matches(name, IMPLEMENTATIONS, n=1, cutoff=0)
-      raise ValueError(
+      raise ConfigError(
         f'implementation {name!r} does not exist; did you mean {near[0]!r}?'
         f' There are {", ".join(IMPLEMENTATIONS)}.'
       )
@@ -214,12 +215,12 @@ def _check(query, key, value, mask, bias, logits_soft_cap, sinks):
       ' N must be a multiple of K.'
     )
   if sinks is not None and sinks.shape != (sizes['N'],):
-    raise ValueError(
+    raise ConfigError(
       f'sinks of shape {sinks.shape} must be [N] = ({sizes["N"]},), one logit'
       ' per query head.'
     )
   if logits_soft_cap is not None and logits_soft_cap <= 0:
-    raise ValueError(
+    raise ConfigError(
       f'logits_soft_cap is {logits_soft_cap}; it must be positive, or None.'
     )
   if mask is not None and not isinstance(mask, masks.Mask):

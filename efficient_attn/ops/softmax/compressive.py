@@ -21,6 +21,7 @@ from efficient_attn.ops.softmax.relative_attention import (
   relative_attention,
   relative_rows,
 )
+from efficient_attn.values import ConfigError
 
 
 class CompressiveMemory(NamedTuple):
@@ -79,7 +80,7 @@ def compressive_attention(
     for a whole sequence).
   """
   if memory < 1 or rate < 1 or memory % rate:
-    raise ValueError(
+    raise ConfigError(
       f'memory = {memory} must be a positive multiple of rate = {rate}.'
     )
   B, T, N, H = query.shape

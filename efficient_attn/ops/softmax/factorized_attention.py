@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from efficient_attn.ops import masks
 from efficient_attn.ops.softmax.attention import attention
 from efficient_attn.ops.softmax.attention_merge import merge
+from efficient_attn.values import ConfigError
 
 
 def strided_attention(
@@ -92,7 +93,7 @@ def fixed_attention(
   """
   _check(stride=stride, summary=summary)
   if summary > stride:
-    raise ValueError(
+    raise ConfigError(
       f'summary = {summary} tokens at the end of a block are more than its'
       f' stride = {stride}.'
     )
@@ -129,7 +130,7 @@ def fixed_attention(
 def _check(**sizes):
   for name, size in sizes.items():
     if size < 1:
-      raise ValueError(f'{name} is {size}; it must be at least 1.')
+      raise ConfigError(f'{name} is {size}; it must be at least 1.')
 
 
 def _tokens(T, stride):

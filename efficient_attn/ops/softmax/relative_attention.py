@@ -22,6 +22,7 @@ from efficient_attn.ops import chunks
 from efficient_attn.ops.positions import sinusoidal
 from efficient_attn.ops.shapes import check_shapes
 from efficient_attn.ops.softmax.logits import attend_logits, heads_first
+from efficient_attn.values import ConfigError
 
 
 class Memory(NamedTuple):
@@ -138,7 +139,7 @@ def transformer_xl(
     if bidirectional).
   """
   if memory < 1:
-    raise ValueError(f'memory = {memory}: pass 1 or more tokens.')
+    raise ConfigError(f'memory = {memory}: pass 1 or more tokens.')
   biases = content_bias, position_bias
   B, T, N, H = query.shape
   check_shapes(

@@ -19,12 +19,13 @@ from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixers.softmax.attention import Attention
 from efficient_attn.layers.norm import RMSNorm
 from efficient_attn.layers.param import param
+from efficient_attn.values import Fraction
 
 
 class Differential(Attention):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
-  def __init__(self, *, lambda_init: float = 0.8, **options):
+  def __init__(self, *, lambda_init: Fraction = 0.8, **options):
     super().__init__(**options)
     head_dim = self.kv_heads[1]
     if head_dim % 2:

@@ -17,6 +17,7 @@ from efficient_attn.layers.param import LowRank, Projection
 from efficient_attn.ops import masks
 from efficient_attn.ops.positions import rotary
 from efficient_attn.ops.softmax.attention import attention
+from efficient_attn.values import NonNegative, PositiveFloat
 
 
 class MFA(Compact):
@@ -32,9 +33,9 @@ class MFA(Compact):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    head_dim: int = 0,
-    q_rank: int = 0,
-    rotary_base: float = 10_000.0,
+    head_dim: NonNegative = 0,
+    q_rank: NonNegative = 0,
+    rotary_base: PositiveFloat = 10_000.0,
     implementation: str | None = None,
   ):
     head_dim = head_dim or 2 * d_model // num_heads

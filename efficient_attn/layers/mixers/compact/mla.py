@@ -25,6 +25,7 @@ from efficient_attn.layers.param import Projection, use
 from efficient_attn.ops import masks
 from efficient_attn.ops.positions import rotary
 from efficient_attn.ops.softmax.attention import attention
+from efficient_attn.values import NonNegative, PositiveFloat
 
 
 class MLA(Compact):
@@ -43,12 +44,12 @@ class MLA(Compact):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    q_rank: int | None = None,
-    kv_rank: int = 0,
-    nope_dim: int = 0,
-    rope_dim: int = 0,
-    value_dim: int = 0,
-    rotary_base: float = 10_000.0,
+    q_rank: NonNegative | None = None,
+    kv_rank: NonNegative = 0,
+    nope_dim: NonNegative = 0,
+    rope_dim: NonNegative = 0,
+    value_dim: NonNegative = 0,
+    rotary_base: PositiveFloat = 10_000.0,
     absorbed: bool | None = None,
     implementation: str | None = None,
   ):

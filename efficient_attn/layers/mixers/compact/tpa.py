@@ -22,6 +22,7 @@ from efficient_attn.layers.param import Projection
 from efficient_attn.ops import masks
 from efficient_attn.ops.positions import rotary
 from efficient_attn.ops.softmax.attention import attention
+from efficient_attn.values import NonNegative, Positive, PositiveFloat
 
 
 class TPA(Compact):
@@ -34,11 +35,11 @@ class TPA(Compact):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    head_dim: int = 0,
-    q_rank: int = 6,
-    k_rank: int = 2,
-    v_rank: int = 2,
-    rotary_base: float = 10_000.0,
+    head_dim: NonNegative = 0,
+    q_rank: Positive = 6,
+    k_rank: Positive = 2,
+    v_rank: Positive = 2,
+    rotary_base: PositiveFloat = 10_000.0,
     implementation: str | None = None,
   ):
     head_dim = head_dim or d_model // num_heads

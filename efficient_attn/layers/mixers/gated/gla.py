@@ -16,6 +16,12 @@ from efficient_attn.layers.param import LowRank
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import GatedOutput, run_op
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
+from efficient_attn.values import (
+  ChunkSize,
+  NonNegative,
+  Positive,
+  PositiveFloat,
+)
 
 
 class GLA(nnx.Module):
@@ -28,12 +34,12 @@ class GLA(nnx.Module):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    expand_k: float = 0.5,
-    expand_v: float = 1.0,
-    gate_rank: int = 16,
-    gate_temperature: float = 16.0,
-    conv_width: int = 0,
-    chunk_size: int = 64,
+    expand_k: PositiveFloat = 0.5,
+    expand_v: PositiveFloat = 1.0,
+    gate_rank: Positive = 16,
+    gate_temperature: PositiveFloat = 16.0,
+    conv_width: NonNegative = 0,
+    chunk_size: ChunkSize = 64,
   ):
     key_dim = int(expand_k * d_model / num_heads)
     value_dim = int(expand_v * d_model / num_heads)

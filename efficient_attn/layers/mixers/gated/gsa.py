@@ -15,6 +15,7 @@ from efficient_attn.layers.head_norm import JointRMSNorm
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.slots import slot_attention
+from efficient_attn.values import ChunkSize, Positive, PositiveFloat
 
 
 class GSA(nnx.Module):
@@ -27,9 +28,9 @@ class GSA(nnx.Module):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    num_slots: int = 64,
-    gate_temperature: float = 8.0,
-    chunk_size: int = 64,
+    num_slots: Positive = 64,
+    gate_temperature: PositiveFloat = 8.0,
+    chunk_size: ChunkSize = 64,
   ):
     head_dim = d_model // num_heads
     inputs = {'embed': d_model}

@@ -24,6 +24,7 @@ from efficient_attn.layers.norm import LayerNorm
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.diagonal_scan import diagonal_scan
+from efficient_attn.values import BelowOne, ChunkSize
 
 
 class HGRN(nnx.Module):
@@ -36,8 +37,8 @@ class HGRN(nnx.Module):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    lower_bound: float = 0.0,
-    chunk_size: int = 64,
+    lower_bound: BelowOne = 0.0,
+    chunk_size: ChunkSize = 64,
   ):
     del causal  # always True, as the row says
     heads = split_heads(d_model, num_heads)

@@ -16,6 +16,7 @@ from efficient_attn.layers.head_norm import JointRMSNorm
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
+from efficient_attn.values import BelowOne, ChunkSize
 
 
 class HGRN2(nnx.Module):
@@ -28,8 +29,8 @@ class HGRN2(nnx.Module):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    lower_bound: float = 0.0,
-    chunk_size: int = 64,
+    lower_bound: BelowOne = 0.0,
+    chunk_size: ChunkSize = 64,
   ):
     head_dim = d_model // num_heads
     heads = {'heads': num_heads, 'head_dim': head_dim}

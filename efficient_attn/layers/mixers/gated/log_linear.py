@@ -9,6 +9,8 @@ state per binary digit of its length, up to `num_levels` - 1. With 15 levels
 2^14 tokens fill them, and the last one holds everything further away.
 """
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -16,6 +18,7 @@ from flax import nnx
 from efficient_attn.layers.mixers.selective.mamba2 import Mamba2
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.ops.recurrent.log_linear import log_linear_attention
+from efficient_attn.values import Range
 
 
 class LogLinear(Mamba2):
@@ -27,7 +30,7 @@ class LogLinear(Mamba2):
     d_model: int,
     num_heads: int,
     rngs: nnx.Rngs,
-    num_levels: int = 15,
+    num_levels: Annotated[int, Range(2, 30)] = 15,
     **options,
   ):
     super().__init__(d_model=d_model, num_heads=num_heads, rngs=rngs, **options)

@@ -18,6 +18,7 @@ from efficient_attn.layers.head_norm import HeadLayerNorm
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
+from efficient_attn.values import ChunkSize, Positive, PositiveFloat
 
 
 class MetaLA(nnx.Module):
@@ -30,10 +31,10 @@ class MetaLA(nnx.Module):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    expand_k: float = 0.5,
-    gate_temperature: float = 16.0,
-    conv_width: int = 4,
-    chunk_size: int = 64,
+    expand_k: PositiveFloat = 0.5,
+    gate_temperature: PositiveFloat = 16.0,
+    conv_width: Positive = 4,
+    chunk_size: ChunkSize = 64,
   ):
     key_dim = int(expand_k * d_model / num_heads)
     value_dim = d_model // num_heads

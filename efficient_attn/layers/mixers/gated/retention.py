@@ -14,6 +14,7 @@ from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import GatedOutput, run_op
 from efficient_attn.ops.positions import rotary
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
+from efficient_attn.values import ChunkSize, Positive
 
 
 class Retention(nnx.Module):
@@ -26,8 +27,8 @@ class Retention(nnx.Module):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    expand_v: int = 2,
-    chunk_size: int = 64,
+    expand_v: Positive = 2,
+    chunk_size: ChunkSize = 64,
   ):
     head_dim = d_model // num_heads
     value_dim = expand_v * head_dim

@@ -19,6 +19,7 @@ from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.diagonal_scan import diagonal_scan
 from efficient_attn.ops.recurrent.selective_scan import expm1_ratio
+from efficient_attn.values import ChunkSize, Positive, PositiveFloat
 
 C = 8.0
 
@@ -33,9 +34,9 @@ class RGLRU(nnx.Module):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    expand: float = 4 / 3,
-    conv_width: int = 4,
-    chunk_size: int = 64,
+    expand: PositiveFloat = 4 / 3,
+    conv_width: Positive = 4,
+    chunk_size: ChunkSize = 64,
   ):
     del causal  # always True, as the row says
     shape = (num_heads, int(expand * d_model / num_heads))

@@ -19,6 +19,7 @@ from efficient_attn.layers.head_norm import JointRMSNorm
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
+from efficient_attn.values import ChunkSize, Positive
 
 
 class Rodimus(nnx.Module):
@@ -31,10 +32,10 @@ class Rodimus(nnx.Module):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    state_dim: int = 64,
-    expand: int = 2,
-    conv_width: int = 4,
-    chunk_size: int = 64,
+    state_dim: Positive = 64,
+    expand: Positive = 2,
+    conv_width: Positive = 4,
+    chunk_size: ChunkSize = 64,
   ):
     value_dim = expand * d_model // num_heads
     inputs = {'embed': d_model}

@@ -19,6 +19,7 @@ from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.layers.token_shift import token_shift
 from efficient_attn.ops.recurrent.wkv4 import wkv4
+from efficient_attn.values import ChunkSize, Fraction
 
 
 class RWKV4(nnx.Module):
@@ -35,8 +36,8 @@ class RWKV4(nnx.Module):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    depth: float = 0.0,
-    chunk_size: int = 64,
+    depth: Fraction = 0.0,
+    chunk_size: ChunkSize = 64,
   ):
     del causal  # always True, as the row says
     heads = split_heads(d_model, num_heads)

@@ -18,6 +18,7 @@ from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.layers.token_shift import token_shift
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
+from efficient_attn.values import ChunkSize
 
 DEPTH = 0.5
 
@@ -32,7 +33,7 @@ class RWKV5(nnx.Module):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    chunk_size: int = 64,
+    chunk_size: ChunkSize = 64,
   ):
     head_dim = d_model // num_heads
     inputs = {'embed': d_model}

@@ -17,6 +17,7 @@ from flax import nnx
 
 from efficient_attn.layers.mixers.gated.rwkv5 import RWKV5, shift_init
 from efficient_attn.layers.param import Projection, param, use
+from efficient_attn.values import Positive
 
 
 class RWKV6(RWKV5):
@@ -28,8 +29,8 @@ class RWKV6(RWKV5):
     d_model: int,
     num_heads: int,
     rngs: nnx.Rngs,
-    shift_rank: int = 32,
-    decay_rank: int = 64,
+    shift_rank: Positive = 32,
+    decay_rank: Positive = 64,
     **options,
   ):
     super().__init__(d_model=d_model, num_heads=num_heads, rngs=rngs, **options)

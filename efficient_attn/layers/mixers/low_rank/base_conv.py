@@ -10,6 +10,7 @@ from flax import nnx
 
 from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.param import Projection
+from efficient_attn.values import Positive
 
 
 class BaseConv(nnx.Module):
@@ -22,7 +23,7 @@ class BaseConv(nnx.Module):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    conv_width: int = 3,
+    conv_width: Positive = 3,
   ):
     del num_heads, causal  # no heads; causal is always True, as the row says
     channels = {'embed': d_model}

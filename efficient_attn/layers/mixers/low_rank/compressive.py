@@ -26,6 +26,7 @@ from efficient_attn.layers.mixers.low_rank.transformer_xl import (
 from efficient_attn.layers.param import Projection, fan_in_normal, param, use
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.ops.softmax import compressive as ops
+from efficient_attn.values import NonNegative, Positive
 
 COMPRESSIONS = {
   'mean': lambda blocks, _: jnp.mean(blocks, axis=2),
@@ -47,9 +48,9 @@ class Compressive(nnx.Module):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    mem_len: int = 512,
-    compressed_len: int = 512,
-    compression_rate: int = 2,
+    mem_len: Positive = 512,
+    compressed_len: NonNegative = 512,
+    compression_rate: Positive = 2,
     compression: str = 'conv',
   ):
     del causal  # always True, as the row says

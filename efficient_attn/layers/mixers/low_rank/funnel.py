@@ -26,6 +26,7 @@ from efficient_attn.layers.qkv import QKV
 from efficient_attn.ops.pooling import mean_pool, repeat
 from efficient_attn.ops.positions import rotary
 from efficient_attn.ops.softmax.attention import attention
+from efficient_attn.values import Positive
 
 
 class Funnel(nnx.Module):
@@ -38,7 +39,7 @@ class Funnel(nnx.Module):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    pool_size: int = 2,
+    pool_size: Positive = 2,
     position: str = 'rotary',
     implementation: str | None = None,
   ):

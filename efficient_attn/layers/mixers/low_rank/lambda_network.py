@@ -19,6 +19,7 @@ from efficient_attn.layers.cache import refuse_cache, refuse_segments
 from efficient_attn.layers.norm import RMSNorm
 from efficient_attn.layers.param import Projection, fan_in_normal, param, use
 from efficient_attn.ops.low_rank.lambda_layer import lambda_layer
+from efficient_attn.values import Positive
 
 
 class LambdaNetwork(nnx.Module):
@@ -31,8 +32,8 @@ class LambdaNetwork(nnx.Module):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    key_dim: int = 16,
-    window: int = 23,
+    key_dim: Positive = 16,
+    window: Positive = 23,
   ):
     del causal  # always False, as the row says
     if window % 2 == 0:

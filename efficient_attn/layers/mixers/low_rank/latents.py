@@ -25,6 +25,7 @@ from efficient_attn.layers.cross_attention import CrossAttention
 from efficient_attn.layers.ffn import MLP
 from efficient_attn.layers.norm import LayerNorm
 from efficient_attn.layers.param import Projection, param, use
+from efficient_attn.values import Positive
 
 
 class Latents(nnx.Module):
@@ -68,8 +69,8 @@ class Perceiver(Latents):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    num_latents: int = 64,
-    num_layers: int = 2,
+    num_latents: Positive = 64,
+    num_layers: Positive = 2,
     implementation: str | None = None,
   ):
     del causal  # always False, as the row says
@@ -122,7 +123,7 @@ class SetTransformer(Latents):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    num_latents: int = 32,
+    num_latents: Positive = 32,
     implementation: str | None = None,
   ):
     del causal  # always False, as the row says

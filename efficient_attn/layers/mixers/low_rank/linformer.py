@@ -19,6 +19,7 @@ from efficient_attn.layers.cache import refuse_cache, refuse_segments
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.ops.softmax.attention import attention
+from efficient_attn.values import Positive
 
 
 class Linformer(nnx.Module):
@@ -31,8 +32,8 @@ class Linformer(nnx.Module):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    rank: int = 128,
-    max_len: int = 4096,
+    rank: Positive = 128,
+    max_len: Positive = 4096,
     share_projection: bool = False,
     implementation: str | None = None,
   ):

@@ -17,6 +17,7 @@ from efficient_attn.layers.param import Projection, fan_in_normal, param, use
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.ops.low_rank.banded_conv import banded_conv
 from efficient_attn.ops.low_rank.nystrom import nystrom_attention
+from efficient_attn.values import NonNegative, Positive
 
 
 class Nystrom(nnx.Module):
@@ -29,9 +30,9 @@ class Nystrom(nnx.Module):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    num_landmarks: int = 64,
-    iterations: int | None = 6,
-    residual_width: int = 65,
+    num_landmarks: Positive = 64,
+    iterations: Positive | None = 6,
+    residual_width: NonNegative = 65,
     implementation: str | None = None,
   ):
     del causal  # always False, as the row says

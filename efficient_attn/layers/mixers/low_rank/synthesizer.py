@@ -22,6 +22,7 @@ from efficient_attn.layers.cache import append, refuse_segments
 from efficient_attn.layers.param import Projection, fan_in_normal, param, use
 from efficient_attn.ops.low_rank import synthesizer as ops
 from efficient_attn.ops.softmax.logits import attend_logits, heads_first
+from efficient_attn.values import Positive
 
 KINDS = ('dense', 'factorized_dense', 'random', 'factorized_random')
 
@@ -37,8 +38,8 @@ class Synthesizer(nnx.Module):
     causal: bool,
     rngs: nnx.Rngs,
     kind: str = 'dense',
-    max_len: int = 4096,
-    rank: int = 8,
+    max_len: Positive = 4096,
+    rank: Positive = 8,
   ):
     choose('kind', kind, dict.fromkeys(KINDS))
     heads = {'heads': num_heads, 'head_dim': d_model // num_heads}

@@ -18,6 +18,7 @@ from efficient_attn import sharding
 from efficient_attn.layers.param import Projection, fan_in_normal, param, use
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.ops.softmax import relative_attention as ops
+from efficient_attn.values import Positive
 
 # The layouts of the leaves of `ops.Memory` by rank.
 MEMORY = {1: 'B', 4: 'BSNH'}
@@ -33,7 +34,7 @@ class TransformerXL(nnx.Module):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    mem_len: int = 512,
+    mem_len: Positive = 512,
   ):
     heads = (num_heads, d_model // num_heads)
     self.qkv = QKV(d_model, query=heads, key=heads, value=heads, rngs=rngs)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from efficient_attn.layers.mixers.softmax.window import Window
 from efficient_attn.layers.param import clip_to_unit, param, use
 from efficient_attn.ops import masks, scores
+from efficient_attn.values import NonNegativeFloat, Positive
 
 
 class AdaptiveSpan(Window):
@@ -25,10 +26,10 @@ class AdaptiveSpan(Window):
   def __init__(
     self,
     *,
-    window: int = 1024,
-    ramp: int = 32,
-    span: float = 0.0,
-    penalty_weight: float = 0.0,
+    window: Positive = 1024,
+    ramp: Positive = 32,
+    span: NonNegativeFloat = 0.0,
+    penalty_weight: NonNegativeFloat = 0.0,
     **options,
   ):
     super().__init__(window=window, **options)

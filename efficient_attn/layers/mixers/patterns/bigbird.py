@@ -13,6 +13,7 @@ heads share the random blocks, drawn once from `seed`. O(T block_size).
 from efficient_attn.layers.cache import refuse_segments
 from efficient_attn.layers.mixers.softmax.attention import Attention
 from efficient_attn.ops import masks
+from efficient_attn.values import NonNegative, Positive, Seed
 
 
 class BigBird(Attention):
@@ -21,10 +22,10 @@ class BigBird(Attention):
   def __init__(
     self,
     *,
-    block_size: int = 64,
-    num_random: int = 3,
-    num_global: int = 0,
-    seed: int = 0,
+    block_size: Positive = 64,
+    num_random: NonNegative = 3,
+    num_global: NonNegative = 0,
+    seed: Seed = 0,
     **options,
   ):
     super().__init__(**options)

@@ -16,6 +16,7 @@ from efficient_attn.config import ConfigError, choose
 from efficient_attn.layers.mixers.patterns.encoder import Encoder
 from efficient_attn.ops import masks
 from efficient_attn.ops.softmax.attention import attention
+from efficient_attn.values import Positive
 
 
 class BlockBERT(Encoder):
@@ -24,7 +25,7 @@ class BlockBERT(Encoder):
   def __init__(
     self,
     *,
-    num_blocks: int = 2,
+    num_blocks: Positive = 2,
     shifts: tuple[int, ...] = (),
     position: str = 'none',
     sinks: bool = False,
@@ -47,7 +48,7 @@ class BlockBERT(Encoder):
   def pattern(self, length: int) -> masks.Mask:
     """Which blocks each head sees: the rule that `read` follows."""
     if length % self.num_blocks:
-      raise ValueError(
+      raise ConfigError(
         f'T is {length}, no multiple of num_blocks={self.num_blocks}; pad the'
         ' sequences.'
       )

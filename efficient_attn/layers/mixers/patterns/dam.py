@@ -21,6 +21,7 @@ from efficient_attn.layers.cache import extend
 from efficient_attn.layers.mixers.softmax.attention import Attention
 from efficient_attn.layers.param import param, use
 from efficient_attn.ops import masks, scores
+from efficient_attn.values import NonNegativeFloat, Positive, PositiveFloat
 
 
 class DAM(Attention):
@@ -29,9 +30,9 @@ class DAM(Attention):
   def __init__(
     self,
     *,
-    reach: int = 512,
-    temperature: float = 1.0,
-    penalty_weight: float = 0.0,
+    reach: Positive = 512,
+    temperature: PositiveFloat = 1.0,
+    penalty_weight: NonNegativeFloat = 0.0,
     **options,
   ):
     super().__init__(**options)

@@ -18,6 +18,7 @@ from efficient_attn.layers.cache import append, extend
 from efficient_attn.layers.mixers.softmax.attention import Attention
 from efficient_attn.layers.param import clip_to_unit, param, use
 from efficient_attn.ops import masks
+from efficient_attn.values import NonNegative, NonNegativeFloat, Positive
 
 
 class DuoAttention(Attention):
@@ -26,10 +27,10 @@ class DuoAttention(Attention):
   def __init__(
     self,
     *,
-    window: int = 256,
-    num_sinks: int = 64,
-    full_heads: int | None = None,
-    penalty_weight: float = 0.0,
+    window: Positive = 256,
+    num_sinks: NonNegative = 64,
+    full_heads: Positive | None = None,
+    penalty_weight: NonNegativeFloat = 0.0,
     position: str = 'rotary',
     sinks: bool = False,
     **options,

@@ -9,12 +9,13 @@ in its ablation.
 
 from efficient_attn.layers.mixers.softmax.attention import Attention
 from efficient_attn.ops import masks
+from efficient_attn.values import Positive
 
 
 class LogSparse(Attention):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
-  def __init__(self, *, local: int = 1, **options):
+  def __init__(self, *, local: Positive = 1, **options):
     super().__init__(**options)
     self.local = local
 

@@ -13,6 +13,7 @@ from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixers.softmax.attention import Attention
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.ops import masks
+from efficient_attn.values import NonNegative, Positive
 
 
 class Longformer(Attention):
@@ -21,9 +22,9 @@ class Longformer(Attention):
   def __init__(
     self,
     *,
-    window: int = 512,
-    dilation: int = 1,
-    num_global: int = 1,
+    window: Positive = 512,
+    dilation: Positive = 1,
+    num_global: NonNegative = 1,
     global_projections: bool = False,
     **options,
   ):

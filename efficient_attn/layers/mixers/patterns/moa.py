@@ -15,6 +15,7 @@ import numpy as np
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixers.softmax.attention import Attention
 from efficient_attn.ops import masks
+from efficient_attn.values import NonNegative, Positive
 
 
 class MoA(Attention):
@@ -23,9 +24,9 @@ class MoA(Attention):
   def __init__(
     self,
     *,
-    alpha: int | tuple[int, ...] = 128,
+    alpha: Positive | tuple[Positive, ...] = 128,
     beta: float | tuple[float, ...] = (),
-    num_sinks: int = 64,
+    num_sinks: NonNegative = 64,
     **options,
   ):
     super().__init__(**options)

@@ -12,6 +12,7 @@ import math
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixers.patterns.encoder import Encoder, per_axis
 from efficient_attn.ops import masks
+from efficient_attn.values import Positive
 
 
 class Neighborhood(Encoder):
@@ -20,8 +21,8 @@ class Neighborhood(Encoder):
   def __init__(
     self,
     *,
-    grid: tuple[int, ...] = (),
-    window: int | tuple[int, ...] = 7,
+    grid: tuple[Positive, ...] = (),
+    window: Positive | tuple[Positive, ...] = 7,
     **options,
   ):
     super().__init__(**options)
@@ -42,7 +43,7 @@ class Neighborhood(Encoder):
 def check_grid(grid: tuple[int, ...], length: int) -> None:
   """Raises where a grid is not one of `length` tokens."""
   if math.prod(grid) != length:
-    raise ValueError(
+    raise ConfigError(
       f'T is {length} but grid={grid} has {math.prod(grid)} places; they must'
       " be as many (a class token has none: set model.pooling='mean')."
     )

@@ -12,12 +12,15 @@ Where that band is narrower than `min_width` it stays so wide, in every
 
 from efficient_attn.layers.mixers.patterns.encoder import Encoder
 from efficient_attn.ops import masks
+from efficient_attn.values import Positive
 
 
 class Radial(Encoder):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
-  def __init__(self, *, frame_size: int = 256, min_width: int = 128, **options):
+  def __init__(
+    self, *, frame_size: Positive = 256, min_width: Positive = 128, **options
+  ):
     super().__init__(**options)
     self.frame_size = frame_size
     self.min_width = min_width

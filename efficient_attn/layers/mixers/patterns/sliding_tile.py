@@ -16,6 +16,7 @@ from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixers.patterns.encoder import Encoder, per_axis
 from efficient_attn.layers.mixers.patterns.neighborhood import check_grid
 from efficient_attn.ops import masks
+from efficient_attn.values import Positive
 
 
 class SlidingTile(Encoder):
@@ -24,9 +25,9 @@ class SlidingTile(Encoder):
   def __init__(
     self,
     *,
-    grid: tuple[int, ...] = (),
-    tile: int | tuple[int, ...] = 8,
-    window: int | tuple[int, ...] = 3,
+    grid: tuple[Positive, ...] = (),
+    tile: Positive | tuple[Positive, ...] = 8,
+    window: Positive | tuple[Positive, ...] = 3,
     **options,
   ):
     super().__init__(**options)
@@ -52,7 +53,7 @@ class SlidingTile(Encoder):
     grid = self.grid or (length,)
     check_grid(grid, length)
     if any(g % t for g, t in zip(grid, self.tile, strict=True)):
-      raise ValueError(
+      raise ConfigError(
         f'tile={self.tile} does not divide the grid {grid}; pad the grid, or'
         ' choose tiles that do.'
       )

@@ -20,6 +20,7 @@ from efficient_attn.ops.softmax.factorized_attention import (
   fixed_attention,
   strided_attention,
 )
+from efficient_attn.values import Positive
 
 KINDS = {'strided': strided_attention, 'fixed': fixed_attention}
 
@@ -31,8 +32,8 @@ class SparseTransformer(Attention):
     self,
     *,
     kind: str = 'fixed',
-    stride: int = 128,
-    summary: int = 8,
+    stride: Positive = 128,
+    summary: Positive = 8,
     **options,
   ):
     super().__init__(**options)

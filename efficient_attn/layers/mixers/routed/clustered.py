@@ -19,6 +19,7 @@ from efficient_attn.ops.routed.clustered_attention import (
   clustered_attention,
   hamming_clusters,
 )
+from efficient_attn.values import Positive, Seed
 
 
 class Clustered(GroupedHeads):
@@ -27,11 +28,11 @@ class Clustered(GroupedHeads):
   def __init__(
     self,
     *,
-    num_clusters: int = 100,
-    top_k: int = 32,
-    num_bits: int = 63,
-    iterations: int = 10,
-    seed: int = 0,
+    num_clusters: Positive = 100,
+    top_k: Positive = 32,
+    num_bits: Positive = 63,
+    iterations: Positive = 10,
+    seed: Seed = 0,
     **options,
   ):
     super().__init__(**options)

@@ -27,6 +27,7 @@ from efficient_attn.layers.norm import LayerNorm
 from efficient_attn.layers.param import Projection
 from efficient_attn.ops.positions import rotary
 from efficient_attn.ops.routed.dsa import dsa_attention
+from efficient_attn.values import Positive
 
 
 class DSA(GroupedHeads):
@@ -35,9 +36,9 @@ class DSA(GroupedHeads):
   def __init__(
     self,
     *,
-    top_k: int = 2048,
-    index_heads: int = 8,
-    index_dim: int = 64,
+    top_k: Positive = 2048,
+    index_heads: Positive = 8,
+    index_dim: Positive = 64,
     **options,
   ):
     super().__init__(**options)

@@ -26,6 +26,7 @@ from efficient_attn.layers.mixers.routed.heads import (
 )
 from efficient_attn.layers.param import fan_in_normal, param, use
 from efficient_attn.ops.routed import hash_attention as ops
+from efficient_attn.values import Positive
 
 
 class Signature(nnx.Module):
@@ -55,7 +56,9 @@ def signature(x, matrices):
 class Hash(GroupedHeads):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
-  def __init__(self, *, top_k: int = 512, num_bits: int = 32, **options):
+  def __init__(
+    self, *, top_k: Positive = 512, num_bits: Positive = 32, **options
+  ):
     super().__init__(**options)
     self.query_bits, self.key_bits = (
       Signature(*heads, num_bits, rngs=options['rngs'])

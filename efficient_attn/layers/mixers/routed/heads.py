@@ -13,6 +13,7 @@ from efficient_attn.layers.cache import check_cacheable, next_positions
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.ops.positions import rotary
+from efficient_attn.values import NonNegative, PositiveFloat
 
 POSITIONS = {'none': False, 'rotary': True}
 
@@ -28,7 +29,7 @@ class Routed(nnx.Module):
     causal: bool,
     rngs: nnx.Rngs,
     position: str = 'rotary',
-    rotary_base: float = 10_000.0,
+    rotary_base: PositiveFloat = 10_000.0,
   ):
     choose('position', position, POSITIONS)
     self.heads = num_heads, d_model // num_heads
@@ -60,7 +61,7 @@ class Routed(nnx.Module):
 class GroupedHeads(Routed):
   """Query heads that share key and value heads."""
 
-  def __init__(self, *, num_kv_heads: int = 0, **options):
+  def __init__(self, *, num_kv_heads: NonNegative = 0, **options):
     super().__init__(**options)
     num_heads, head_dim = self.heads
     num_kv_heads = num_kv_heads or num_heads

@@ -16,12 +16,15 @@ import jax.numpy as jnp
 from efficient_attn.layers.cache import extend, refuse_segments
 from efficient_attn.layers.mixers.routed.heads import GroupedHeads, shard
 from efficient_attn.ops.routed.moba import moba_attention
+from efficient_attn.values import Positive
 
 
 class MoBA(GroupedHeads):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
-  def __init__(self, *, block_size: int = 512, top_k: int = 3, **options):
+  def __init__(
+    self, *, block_size: Positive = 512, top_k: Positive = 3, **options
+  ):
     super().__init__(**options)
     self.block_size = block_size
     self.top_k = top_k

@@ -20,6 +20,7 @@ from efficient_attn.layers.cache import extend, refuse_segments
 from efficient_attn.layers.mixers.routed.heads import GroupedHeads, shard
 from efficient_attn.layers.param import Projection, fan_in_normal, param, use
 from efficient_attn.ops.routed import nsa
+from efficient_attn.values import Positive
 
 
 class Compress(nnx.Module):
@@ -47,11 +48,11 @@ class NSA(GroupedHeads):
   def __init__(
     self,
     *,
-    compress_size: int = 32,
-    compress_stride: int = 16,
-    block_size: int = 64,
-    top_k: int = 16,
-    window: int = 512,
+    compress_size: Positive = 32,
+    compress_stride: Positive = 16,
+    block_size: Positive = 64,
+    top_k: Positive = 16,
+    window: Positive = 512,
     **options,
   ):
     super().__init__(**options)

@@ -25,6 +25,7 @@ from efficient_attn.layers.mixers.routed.heads import Routed, shard
 from efficient_attn.layers.norm import l2_normalize
 from efficient_attn.layers.param import Projection
 from efficient_attn.ops.routed.lsh_attention import lsh_attention, lsh_buckets
+from efficient_attn.values import Positive, Seed
 
 
 class Reformer(Routed):
@@ -33,10 +34,10 @@ class Reformer(Routed):
   def __init__(
     self,
     *,
-    num_hashes: int = 4,
-    num_buckets: int | tuple[int, ...] = 64,
-    chunk_size: int = 64,
-    seed: int = 0,
+    num_hashes: Positive = 4,
+    num_buckets: Positive | tuple[Positive, ...] = 64,
+    chunk_size: Positive = 64,
+    seed: Seed = 0,
     **options,
   ):
     super().__init__(**options)

@@ -26,13 +26,18 @@ from efficient_attn.layers.mixers.routed.heads import Routed, attach, shard
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.ops.routed import routing_attention as ops
 from efficient_attn.ops.routed.lsh_attention import bucket_attention
+from efficient_attn.values import Positive
 
 
 class Routing(Routed):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(
-    self, *, num_clusters: int = 16, cluster_size: int = 256, **options
+    self,
+    *,
+    num_clusters: Positive = 16,
+    cluster_size: Positive = 256,
+    **options,
   ):
     super().__init__(**options)
     rngs = options['rngs']

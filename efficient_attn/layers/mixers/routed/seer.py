@@ -27,12 +27,15 @@ from efficient_attn.layers.param import fan_in_normal, param, use
 from efficient_attn.ops.pooling import block_means
 from efficient_attn.ops.positions import rotary
 from efficient_attn.ops.routed.seer import pools, seer_attention
+from efficient_attn.values import Positive
 
 
 class Seer(GroupedHeads):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
-  def __init__(self, *, block_size: int = 64, top_k: int = 16, **options):
+  def __init__(
+    self, *, block_size: Positive = 64, top_k: Positive = 16, **options
+  ):
     super().__init__(**options)
     heads, dim = self.kv_heads
 

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from efficient_attn import sharding
+from efficient_attn.config import ConfigError
 from efficient_attn.layers.cache import extend, refuse_segments
 from efficient_attn.layers.mixers.routed.heads import (
   LEAVES,
@@ -34,6 +35,7 @@ from efficient_attn.ops.routed.sinkhorn_attention import (
   sinkhorn,
   sinkhorn_attention,
 )
+from efficient_attn.values import Positive, PositiveFloat
 
 
 class Sinkhorn(GroupedHeads):
@@ -42,10 +44,10 @@ class Sinkhorn(GroupedHeads):
   def __init__(
     self,
     *,
-    block_size: int = 64,
-    max_blocks: int = 64,
-    iterations: int = 8,
-    temperature: float = 0.75,
+    block_size: Positive = 64,
+    max_blocks: Positive = 64,
+    iterations: Positive = 8,
+    temperature: PositiveFloat = 0.75,
     **options,
   ):
     super().__init__(**options)
@@ -71,7 +73,7 @@ class Sinkhorn(GroupedHeads):
     length = x.shape[1] if cache is None else cache['key'].shape[1]
     number = -(-length // self.block_size)
     if number > self.max_blocks:
-      raise ValueError(
+      raise ConfigError(
         f'a sequence of {length} has {number} blocks of {self.block_size}, more'
         f' than max_blocks={self.max_blocks}; set max_blocks or block_size'
       )

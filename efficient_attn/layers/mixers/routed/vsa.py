@@ -16,6 +16,7 @@ from efficient_attn.layers.cache import refuse_cache, refuse_segments
 from efficient_attn.layers.mixers.routed.heads import GroupedHeads, shard
 from efficient_attn.layers.param import Projection
 from efficient_attn.ops.routed.vsa import cut, vsa_attention
+from efficient_attn.values import Positive
 
 
 class VSA(GroupedHeads):
@@ -24,9 +25,9 @@ class VSA(GroupedHeads):
   def __init__(
     self,
     *,
-    grid: tuple[int, ...] = (),
-    cube: tuple[int, ...] = (4, 4, 4),
-    top_k: int = 32,
+    grid: tuple[Positive, ...] = (),
+    cube: tuple[Positive, ...] = (4, 4, 4),
+    top_k: Positive = 32,
     **options,
   ):
     super().__init__(**options)

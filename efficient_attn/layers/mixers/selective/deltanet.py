@@ -18,6 +18,7 @@ from efficient_attn.layers.param import Projection
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import NormedOutput, run_op
 from efficient_attn.ops.recurrent.delta_rule import delta_rule
+from efficient_attn.values import ChunkSize, NonNegative, PositiveFloat
 
 
 class DeltaNet(nnx.Module):
@@ -33,11 +34,11 @@ class DeltaNet(nnx.Module):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    expand_k: float = 1.0,
-    expand_v: float = 1.0,
+    expand_k: PositiveFloat = 1.0,
+    expand_v: PositiveFloat = 1.0,
     negative_eigenvalues: bool = False,
-    conv_width: int | None = None,
-    chunk_size: int = 64,
+    conv_width: NonNegative | None = None,
+    chunk_size: ChunkSize = 64,
   ):
     key_dim = int(expand_k * d_model / num_heads)
     value_dim = int(expand_v * d_model / num_heads)

@@ -23,6 +23,12 @@ from efficient_attn.layers.param import Projection
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import GatedOutput, run_op
 from efficient_attn.ops.recurrent.delta_product import delta_product
+from efficient_attn.values import (
+  ChunkSize,
+  NonNegative,
+  Positive,
+  PositiveFloat,
+)
 
 
 class DeltaProduct(nnx.Module):
@@ -35,12 +41,12 @@ class DeltaProduct(nnx.Module):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    num_steps: int = 2,
-    expand_k: float = 1.0,
-    expand_v: float = 1.0,
+    num_steps: Positive = 2,
+    expand_k: PositiveFloat = 1.0,
+    expand_v: PositiveFloat = 1.0,
     negative_eigenvalues: bool = True,
-    conv_width: int | None = None,
-    chunk_size: int = 64,
+    conv_width: NonNegative | None = None,
+    chunk_size: ChunkSize = 64,
   ):
     key_dim = int(expand_k * d_model / num_heads)
     value_dim = int(expand_v * d_model / num_heads)

@@ -13,6 +13,7 @@ from flax import nnx
 from efficient_attn.layers.decay import DecayGate
 from efficient_attn.layers.mixers.selective.deltanet import DeltaNet
 from efficient_attn.layers.recurrence import GatedOutput
+from efficient_attn.values import PositiveFloat
 
 
 class GatedDeltaNet(DeltaNet):
@@ -24,8 +25,8 @@ class GatedDeltaNet(DeltaNet):
     d_model: int,
     num_heads: int,
     rngs: nnx.Rngs,
-    expand_k: float = 0.75,
-    expand_v: float = 1.5,
+    expand_k: PositiveFloat = 0.75,
+    expand_v: PositiveFloat = 1.5,
     **options,
   ):
     super().__init__(

@@ -22,6 +22,7 @@ from efficient_attn.layers.headwise import split_heads
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.selective_scan import selective_scan
+from efficient_attn.values import ChunkSize, NonNegative, Positive
 
 
 class Mamba(nnx.Module):
@@ -37,12 +38,12 @@ class Mamba(nnx.Module):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    expand: int = 2,
-    d_state: int = 16,
-    dt_rank: int = 0,
-    conv_width: int = 4,
+    expand: Positive = 2,
+    d_state: Positive = 16,
+    dt_rank: NonNegative = 0,
+    conv_width: Positive = 4,
     discretization: str = 'euler',
-    chunk_size: int = 64,
+    chunk_size: ChunkSize = 64,
   ):
     del causal  # always True, as the row says
     heads = split_heads(expand * d_model, num_heads)

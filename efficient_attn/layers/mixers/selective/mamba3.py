@@ -19,6 +19,7 @@ from efficient_attn.layers.norm import RMSNorm
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.trapezoid import trapezoidal_scan
+from efficient_attn.values import ChunkSize, Positive, Share
 
 MIN_RATE = 1e-4
 
@@ -33,10 +34,10 @@ class Mamba3(nnx.Module):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    state_dim: int = 128,
-    expand: int = 2,
-    rotary_fraction: float = 0.5,
-    chunk_size: int = 64,
+    state_dim: Positive = 128,
+    expand: Positive = 2,
+    rotary_fraction: Share = 0.5,
+    chunk_size: ChunkSize = 64,
   ):
     head_dim = expand * d_model // num_heads
     pairs = int(rotary_fraction * state_dim) // 2

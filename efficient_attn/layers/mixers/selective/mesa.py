@@ -21,6 +21,7 @@ from efficient_attn.layers.norm import l2_normalize
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import GatedOutput, NormedOutput, run_op
 from efficient_attn.ops.recurrent.mesa import mesa
+from efficient_attn.values import ChunkSize, Positive
 
 SMALLEST_RIDGE = 0.25
 
@@ -35,10 +36,10 @@ class Mesa(nnx.Module):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    conv_width: int = 4,
+    conv_width: Positive = 4,
     output_gate: bool = False,
-    num_steps: int = 30,
-    chunk_size: int = 64,
+    num_steps: Positive = 30,
+    chunk_size: ChunkSize = 64,
   ):
     del causal  # always True, as the row says
     heads = (num_heads, d_model // num_heads)

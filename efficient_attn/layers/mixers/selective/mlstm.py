@@ -23,6 +23,7 @@ from efficient_attn.layers.param import (
 )
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.mlstm import mlstm
+from efficient_attn.values import ChunkSize, Positive
 
 
 class MLSTM(nnx.Module):
@@ -35,10 +36,10 @@ class MLSTM(nnx.Module):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    expand: int = 2,
-    block: int = 4,
-    conv_width: int = 4,
-    chunk_size: int = 64,
+    expand: Positive = 2,
+    block: Positive = 4,
+    conv_width: Positive = 4,
+    chunk_size: ChunkSize = 64,
   ):
     head_dim = expand * d_model // num_heads
     if head_dim % block:

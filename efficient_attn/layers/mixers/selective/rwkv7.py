@@ -25,6 +25,7 @@ from efficient_attn.layers.param import LowRank, Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.layers.token_shift import token_shift
 from efficient_attn.ops.recurrent.dplr import dplr
+from efficient_attn.values import ChunkSize, Positive
 
 INPUTS = ('r', 'w', 'k', 'v', 'a', 'g')
 
@@ -39,10 +40,10 @@ class RWKV7(nnx.Module):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    decay_rank: int = 64,
-    rate_rank: int = 64,
-    gate_rank: int = 128,
-    chunk_size: int = 64,
+    decay_rank: Positive = 64,
+    rate_rank: Positive = 64,
+    gate_rank: Positive = 128,
+    chunk_size: ChunkSize = 64,
   ):
     width = d_model // num_heads
     heads = {'heads': num_heads, 'head_dim': width}

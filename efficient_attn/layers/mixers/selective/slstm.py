@@ -19,6 +19,7 @@ from efficient_attn.layers.norm import LayerNorm
 from efficient_attn.layers.param import param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.slstm import slstm
+from efficient_attn.values import Fraction, Positive
 
 
 class SLSTM(nnx.Module):
@@ -35,8 +36,8 @@ class SLSTM(nnx.Module):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    conv_width: int = 4,
-    depth: float = 0.0,
+    conv_width: Positive = 4,
+    depth: Fraction = 0.0,
   ):
     del causal  # always True, as the row says
     heads = split_heads(d_model, num_heads)

@@ -33,6 +33,7 @@ from efficient_attn.layers.qkv import QKV
 from efficient_attn.ops import masks, scores
 from efficient_attn.ops.positions import rotary
 from efficient_attn.ops.softmax.attention import attention
+from efficient_attn.values import NonNegative, Positive, PositiveFloat, Share
 
 # Whether queries and keys are rotated.
 POSITIONS = {'none': False, 'rotary': True, 'alibi': False, 't5': False}
@@ -50,19 +51,19 @@ class Attention(nnx.Module):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    num_kv_heads: int = 0,
-    head_dim: int = 0,
+    num_kv_heads: NonNegative = 0,
+    head_dim: NonNegative = 0,
     position: str = 'rotary',
-    rotary_base: float = 10_000.0,
-    rotary_fraction: float = 1.0,
-    t5_buckets: int = 32,
-    t5_distance: int = 128,
+    rotary_base: PositiveFloat = 10_000.0,
+    rotary_fraction: Share = 1.0,
+    t5_buckets: Positive = 32,
+    t5_distance: Positive = 128,
     qk_norm: bool = False,
     cosine: bool = False,
     gate: str = 'none',
     sinks: bool = False,
     shared_kv: bool = False,
-    logits_soft_cap: float | None = None,
+    logits_soft_cap: PositiveFloat | None = None,
     implementation: str | None = None,
   ):
     choose('position', position, POSITIONS)

@@ -19,6 +19,7 @@ from efficient_attn.layers.norm import l2_normalize
 from efficient_attn.layers.param import LowRank, Projection
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.ops.softmax.path_attention import Past, path_attention
+from efficient_attn.values import ChunkSize, Positive
 
 
 class PaTH(nnx.Module):
@@ -31,10 +32,10 @@ class PaTH(nnx.Module):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    direction_rank: int = 32,
-    conv_width: int = 3,
+    direction_rank: Positive = 32,
+    conv_width: Positive = 3,
     forget_gate: bool = False,
-    chunk_size: int = 64,
+    chunk_size: ChunkSize = 64,
   ):
     del causal  # always True, as the row says
     heads = (num_heads, d_model // num_heads)

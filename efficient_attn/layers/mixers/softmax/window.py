@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixers.softmax.attention import Attention
 from efficient_attn.ops import masks
+from efficient_attn.values import Positive
 
 
 class Window(Attention):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
-  def __init__(self, *, window: int = 128, **options):
+  def __init__(self, *, window: Positive = 128, **options):
     super().__init__(**options)
     if window < 1:
       raise ConfigError(f'window={window} must be at least 1')

@@ -14,6 +14,7 @@ from efficient_attn.ops.recurrent.fast_weights import (
   fast_weights,
   fresh_state,
 )
+from efficient_attn.values import PositiveFloat
 
 
 class FastMLP(nnx.Module):
@@ -28,7 +29,7 @@ class FastMLP(nnx.Module):
     widths: tuple[int, ...],
     *,
     norm: bool,
-    std: float | None = None,
+    std: PositiveFloat | None = None,
     rngs: nnx.Rngs,
   ):
     self.weights = nnx.List(

@@ -35,6 +35,12 @@ from efficient_attn.ops import masks
 from efficient_attn.ops.positions import rotary
 from efficient_attn.ops.recurrent.lact import fresh_state, lact
 from efficient_attn.ops.softmax.attention import attention
+from efficient_attn.values import (
+  ChunkSize,
+  NonNegative,
+  Positive,
+  PositiveFloat,
+)
 
 BASE_RATE = 0.001
 
@@ -54,12 +60,12 @@ class LaCT(nnx.Module):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    fast_heads: int = 0,
-    expand: int = 1,
+    fast_heads: NonNegative = 0,
+    expand: Positive = 1,
     muon: bool = False,
-    window: int = 0,
-    rotary_base: float = 10_000.0,
-    chunk_size: int = 2048,
+    window: NonNegative = 0,
+    rotary_base: PositiveFloat = 10_000.0,
+    chunk_size: ChunkSize = 2048,
   ):
     fast_heads = fast_heads or math.gcd(num_heads, 4)
     if num_heads % fast_heads:

@@ -25,6 +25,12 @@ from efficient_attn.layers.norm import l2_normalize
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import GatedOutput
+from efficient_attn.values import (
+  ChunkSize,
+  NonNegative,
+  Positive,
+  PositiveFloat,
+)
 
 
 class Titans(nnx.Module):
@@ -37,10 +43,10 @@ class Titans(nnx.Module):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    depth: int = 2,
-    base_rate: float = 0.1,
-    conv_width: int = 4,
-    chunk_size: int = 16,
+    depth: Positive = 2,
+    base_rate: PositiveFloat = 0.1,
+    conv_width: NonNegative = 4,
+    chunk_size: ChunkSize = 16,
   ):
     if depth < 1:
       raise ConfigError(f'depth={depth} must be at least 1')

@@ -21,6 +21,7 @@ from efficient_attn.layers.mixers.test_time.fast_mlp import FastMLP
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.ops.positions import rotary
+from efficient_attn.values import ChunkSize, PositiveFloat
 
 INIT_STD = 0.02
 
@@ -37,9 +38,9 @@ class TTTLinear(nnx.Module):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    base_rate: float = 1.0,
-    rotary_base: float = 10_000.0,
-    chunk_size: int = 16,
+    base_rate: PositiveFloat = 1.0,
+    rotary_base: PositiveFloat = 10_000.0,
+    chunk_size: ChunkSize = 16,
   ):
     head_dim = d_model // num_heads
     shape = (num_heads, head_dim)
@@ -98,7 +99,7 @@ class TTTMLP(TTTLinear):
 
   hidden = (4,)
 
-  def __init__(self, *, base_rate: float = 0.1, **options):
+  def __init__(self, *, base_rate: PositiveFloat = 0.1, **options):
     super().__init__(base_rate=base_rate, **options)
 
 

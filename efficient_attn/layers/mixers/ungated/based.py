@@ -12,12 +12,13 @@ pattern of two mixers.
 
 from efficient_attn.layers.mixers.ungated.kernel import Kernel
 from efficient_attn.ops.recurrent import feature_maps
+from efficient_attn.values import Positive
 
 
 class Based(Kernel):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
-  def __init__(self, *, feature_dim: int = 16, **options):
+  def __init__(self, *, feature_dim: Positive = 16, **options):
     self.feature_dim = feature_dim
     super().__init__(**options)
 

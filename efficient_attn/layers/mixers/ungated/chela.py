@@ -27,6 +27,7 @@ from efficient_attn.layers.param import Projection, fan_in_normal, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.diagonal_scan import diagonal_scan
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
+from efficient_attn.values import ChunkSize, Positive
 
 
 class Chela(nnx.Module):
@@ -39,9 +40,9 @@ class Chela(nnx.Module):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    short_width: int = 4,
-    exponentials: int = 4,
-    chunk_size: int = 64,
+    short_width: Positive = 4,
+    exponentials: Positive = 4,
+    chunk_size: ChunkSize = 64,
   ):
     self.heads = heads = (num_heads, d_model // num_heads)
     names = ('heads', 'head_dim')

@@ -12,12 +12,13 @@ known before the call, and nothing may be longer than M.
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixers.ungated.kernel import Kernel
 from efficient_attn.ops.recurrent import feature_maps
+from efficient_attn.values import Positive
 
 
 class CosFormer(Kernel):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
-  def __init__(self, *, max_length: int = 4096, **options):
+  def __init__(self, *, max_length: Positive = 4096, **options):
     super().__init__(**options)
     self.max_length = max_length
 

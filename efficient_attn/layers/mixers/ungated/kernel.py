@@ -16,6 +16,7 @@ from efficient_attn.layers.param import Projection
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
+from efficient_attn.values import ChunkSize
 
 
 class Kernel(nnx.Module):
@@ -28,7 +29,7 @@ class Kernel(nnx.Module):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
-    chunk_size: int = 64,
+    chunk_size: ChunkSize = 64,
   ):
     self.heads = (num_heads, d_model // num_heads)
     keys = (num_heads, self.key_dim(self.heads[1]))

@@ -18,6 +18,7 @@ from efficient_attn.layers.param import Projection
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
+from efficient_attn.values import ChunkSize
 
 
 class Lightning(nnx.Module):
@@ -31,7 +32,7 @@ class Lightning(nnx.Module):
     causal: bool,
     rngs: nnx.Rngs,
     decay: bool = True,
-    chunk_size: int = 64,
+    chunk_size: ChunkSize = 64,
   ):
     self.heads = heads = (num_heads, d_model // num_heads)
     d_in, inner = (

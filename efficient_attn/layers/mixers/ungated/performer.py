@@ -19,6 +19,7 @@ from flax import nnx
 from efficient_attn.layers.mixers.ungated.kernel import Kernel
 from efficient_attn.layers.param import param, use
 from efficient_attn.ops.recurrent import feature_maps
+from efficient_attn.values import NonNegative
 
 
 class Performer(Kernel):
@@ -28,7 +29,7 @@ class Performer(Kernel):
     self,
     *,
     rngs: nnx.Rngs,
-    nb_features: int = 0,
+    nb_features: NonNegative = 0,
     hyperbolic: bool = False,
     **options,
   ):

@@ -19,6 +19,7 @@ from flax import nnx
 from efficient_attn.layers.mixers.ungated.kernel import Kernel
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.ops.recurrent import feature_maps
+from efficient_attn.values import Positive
 
 
 class RFA(Kernel):
@@ -29,7 +30,7 @@ class RFA(Kernel):
     *,
     d_model: int,
     rngs: nnx.Rngs,
-    nb_features: int = 64,
+    nb_features: Positive = 64,
     gate: bool = False,
     **options,
   ):
