@@ -8,6 +8,7 @@ where they are used, and their gradients scattered, because activations spend
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -26,8 +27,8 @@ RULES = {
 }
 
 
-def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
-  """Reads 'data=2,tensor=4'; what is left of the devices goes to `data`."""
+def parse_mesh(text: str) -> dict[str, int]:
+  """Reads 'data=2,tensor=4'."""
   sizes = {}
   for part in filter(None, text.replace(' ', '').split(',')):
     name, _, size = part.partition('=')
@@ -38,9 +39,13 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
     if not size.isdigit() or int(size) < 1:
       raise ConfigError(f'mesh={text!r}: {name} needs a size, as in {name}=2')
     sizes[name] = int(size)
-  used = 1
-  for size in sizes.values():
-    used *= size
+  return sizes
+
+
+def mesh_sizes(text: str, num_devices: int) -> dict[str, int]:
+  """Returns the size of each axis; `data` takes the devices that are left."""
+  sizes = parse_mesh(text)
+  used = math.prod(sizes.values())
   if 'data' not in sizes:
     sizes['data'] = max(num_devices // used, 1)
     used *= sizes['data']
@@ -54,7 +59,7 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
 def make_mesh(text: str = '', devices=None) -> jax.sharding.Mesh:
   """Returns an explicit mesh over `devices` (all by default)."""
   devices = jax.devices() if devices is None else devices
-  sizes = parse_mesh(text, len(devices))
+  sizes = mesh_sizes(text, len(devices))
   return jax.make_mesh(tuple(sizes.values()), MESH_AXES, devices=devices)
 
 

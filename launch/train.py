@@ -12,9 +12,19 @@ from efficient_attn import cli
 def main():
   """Reads the flags, starts the devices, trains and says how it went."""
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--workdir', required=True, help='where the run lives')
+  parser.add_argument('--workdir', help='where the run lives')
+  parser.add_argument(
+    '--dry-run', action='store_true', help='check and show the run, then exit'
+  )
   with cli.clear_errors():
     config, args = cli.parse_config(parser)
+    if args.dry_run:
+      from efficient_attn.train.check import check, report
+
+      print(report(check(config)))
+      return
+    if args.workdir is None:
+      parser.error('--workdir is required, except with --dry-run')
     cli.start_devices(config)
     # Imported here, because importing may already touch the devices.
     import jax

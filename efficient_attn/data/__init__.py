@@ -5,6 +5,10 @@ batches = iter(data.train)      # has get_state and set_state
 for batch in data.valid: ...    # every token or image once
 """
 
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
 from efficient_attn.config import ConfigError, DataConfig, choose
 from efficient_attn.data import digits, tasks, text
 from efficient_attn.data.batches import Data
@@ -15,14 +19,74 @@ __all__ = [
   'DATASETS',
   'Data',
   'Tokenizer',
+  'complete',
   'compressed_bits_per_byte',
   'load',
   'load_tokenizer',
 ]
 
-DATASETS = {'text': text.load, 'digits': digits.load} | dict.fromkeys(
-  tasks.TASKS, tasks.load
+
+class Dataset(NamedTuple):
+  """A row of `DATASETS`.
+
+  Attributes:
+    load: opens it, see `load`.
+    kind: of its batches: text, task (tokens with answers) or images.
+    reads: the keys of `DataConfig` that it reads; the others are to be left
+      out.
+  """
+
+  load: Callable[..., Data]
+  kind: str
+  reads: tuple[str, ...]
+
+
+DATASETS = {
+  'text': Dataset(
+    text.load,
+    'text',
+    (
+      'path',
+      'valid_path',
+      'valid_every',
+      'text_key',
+      'tokenizer',
+      'seq_len',
+      'packing',
+      'workers',
+    ),
+  ),
+  'digits': Dataset(digits.load, 'images', ('augment', 'workers')),
+} | dict.fromkeys(
+  tasks.TASKS,
+  Dataset(
+    tasks.load,
+    'task',
+    ('options', 'valid_options', 'train_examples', 'valid_examples', 'workers'),
+  ),
 )
+
+
+def complete(config: DataConfig) -> DataConfig:
+  """Returns the config with all options of its dataset.
+
+  Raises:
+    ConfigError: a key is set that the dataset does not read.
+  """
+  dataset = choose('data.name', config.name, DATASETS)
+  default = DataConfig()
+  for field in dataclasses.fields(DataConfig):
+    value = getattr(config, field.name)
+    if field.name in ('name', *dataset.reads):
+      continue
+    if value != getattr(default, field.name):
+      raise ConfigError(
+        f'data.{field.name}={value!r} is not a key of data.name='
+        f'{config.name!r}, which reads {", ".join(dataset.reads)}; leave it '
+        f"out, or set all keys at once: --config.data=\"{{'name': "
+        f'{config.name!r}}}"'
+      )
+  return tasks.complete(config) if dataset.kind == 'task' else config
 
 
 def load(
@@ -43,7 +107,7 @@ def load(
     process_count: How many share a batch; each gets equally many rows of it,
       `process_index` saying which.
   """
-  make = choose('data.name', config.name, DATASETS)
+  dataset = choose('data.name', config.name, DATASETS)
   if batch_size % process_count:
     raise ConfigError(
       f'batch_size={batch_size} is not divisible by the {process_count} '
@@ -51,4 +115,6 @@ def load(
     )
   size = batch_size // process_count
   rows = range(process_index * size, (process_index + 1) * size)
-  return make(config, batch_size=batch_size, seed=seed % 2**32, rows=rows)
+  return dataset.load(
+    config, batch_size=batch_size, seed=seed % 2**32, rows=rows
+  )

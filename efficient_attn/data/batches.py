@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import grain
 import numpy as np
@@ -23,15 +24,21 @@ class Data:
       and `set_state`, and Orbax saves it as it is.
     valid: Every validation token or image once, in order; can be iterated
       again and again. Zeros fill the last batch, with segment id or weight 0.
+    example: One row of a training batch, or its shapes and dtypes.
+    valid_example: The same of a validation batch.
     tokenizer: Of text; None for what has no text.
     vocab_size: Number of tokens; None for images.
+    num_classes: Of images; None for tokens.
     valid_bytes: Returns the raw validation text; None for images.
   """
 
   train: grain.IterDataset
   valid: grain.IterDataset
+  example: Mapping[str, Any]
+  valid_example: Mapping[str, Any]
   tokenizer: Tokenizer | None = None
   vocab_size: int | None = None
+  num_classes: int | None = None
   valid_bytes: Callable[[], bytes] | None = None
 
 

@@ -61,12 +61,15 @@ def load(
   config: DataConfig, *, batch_size: int, seed: int, rows: range
 ) -> batches.Data:
   """Returns both splits; see `efficient_attn.data.load`."""
-  train = grain.MapDataset.source(_Digits(valid=False)).seed(seed)
-  train = train.shuffle().repeat()
+  source = _Digits(valid=False)
+  train = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
   if config.augment:
     train = train.random_map(_warp)
   valid = grain.MapDataset.source(_Digits(valid=True))
   return batches.Data(
     train=batches.endless(train, batch_size, rows, config.workers),
     valid=batches.finite(valid.to_iter_dataset(batches.READ), batch_size, rows),
+    example=source[0],
+    valid_example=source[0],
+    num_classes=10,
   )

@@ -22,6 +22,7 @@ import lzma
 import zlib
 
 import grain
+import jax
 import numpy as np
 
 from efficient_attn.config import DataConfig
@@ -49,9 +50,13 @@ def load(
   streams = [make_rows(records[row::batch_size], shuffled=True) for row in rows]
   batched = grain.experimental.ZipIterDataset(streams).map(_stack)
   in_order = make_rows(grain.MapDataset.source(valid), shuffled=False)
+  row = jax.ShapeDtypeStruct((config.seq_len + 1,), np.int32)
+  example = dict(tokens=row, segment_ids=row, positions=row)
   return batches.Data(
     train=batches.prefetch(batched, config.workers),
     valid=batches.finite(in_order, batch_size, rows),
+    example=example,
+    valid_example=example,
     tokenizer=tokenizer,
     vocab_size=tokenizer.vocab_size,
     valid_bytes=functools.partial(_raw, valid),

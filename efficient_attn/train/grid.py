@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from efficient_attn import data
 from efficient_attn.config import Config, DataConfig
 from efficient_attn.models import jit_init, with_dtype
+from efficient_attn.train.check import check_fit
 from efficient_attn.train.loss import make_loss, means
 from efficient_attn.train.state import Architecture, first_state
 from efficient_attn.train.step import (
@@ -26,7 +27,6 @@ from efficient_attn.train.step import (
   make_eval_step,
   make_train_step,
 )
-from efficient_attn.train.trainer import check_vocabulary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ class Grid:
 
   def _load(self, config, seed):
     dataset = data.load(config, batch_size=self.config.batch_size, seed=seed)
-    check_vocabulary(dataclasses.replace(self.config, data=config), dataset)
+    check_fit(dataclasses.replace(self.config, data=config), dataset)
     return dataset
 
   def _optimizer(self, numbers):

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficient_attn import sharding
-from efficient_attn.config import Config
-from efficient_attn.data import Tokenizer
-from efficient_attn.data.tasks import TASKS
+from efficient_attn.config import Config, ConfigError, choose
+from efficient_attn.data import DATASETS, Tokenizer
 
 
 def cross_entropy(
@@ -119,14 +118,30 @@ def _sums(objective, nll, logits, labels, weights):
   )
 
 
-# model.name -> loss(model, batch, key) -> sums.
-LOSSES = {'lm': next_token, 'vit': classification, 'auto_encoder': answers}
+# (model.name, kind of data) -> loss(model, batch, key) -> sums.
+LOSSES = {
+  ('lm', 'text'): next_token,
+  ('lm', 'task'): answers,
+  ('vit', 'images'): classification,
+  ('auto_encoder', 'task'): answers,
+}
 
 
 def make_loss(config: Config, tokenizer: Tokenizer | None = None) -> Callable:
-  """Returns loss(model, batch, key) -> sums, for the model and its data."""
-  make = answers if config.data.name in TASKS else LOSSES[config.model.name]
-  return make(config, tokenizer and tokenizer.token_bytes)
+  """Returns loss(model, batch, key) -> sums, for the model and its data.
+
+  Raises:
+    ConfigError: a model of this kind does not read such data.
+  """
+  model, name = config.model.name, config.data.name
+  kind = choose('data.name', name, DATASETS).kind
+  if (model, kind) not in LOSSES:
+    able = [m for m, k in LOSSES if k == kind]
+    raise ConfigError(
+      f'model.name={model!r} does not read data.name={name!r} ({kind}); use '
+      f'model.name={" or ".join(map(repr, able))}, or other data'
+    )
+  return LOSSES[model, kind](config, tokenizer and tokenizer.token_bytes)
 
 
 def means(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

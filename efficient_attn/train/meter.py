@@ -6,9 +6,7 @@ import time
 import jax
 
 from efficient_attn.config import Config
-from efficient_attn.models import cost
 from efficient_attn.train.machine import matmul_ceiling, memory_in_use
-from efficient_attn.train.state import Architecture
 
 
 class Meter:
@@ -18,14 +16,10 @@ class Meter:
   passes, over what the devices reach on large matmuls of the same dtype.
   """
 
-  def __init__(self, config: Config, architecture: Architecture, loss):
+  def __init__(self, config: Config, forward_flops: float | None):
     self._unit = 'images' if config.model.name == 'vit' else 'tokens'
     self._dtype = config.model.dtype
-    self._forward = lambda params, batch: loss(
-      architecture.merge(params), batch, None
-    )
-    self._flops = None
-    self._ceiling = None
+    self._flops = None if forward_flops is None else 3 * forward_flops
     self.compile_seconds = None
 
   def start(self, step: int) -> None:
@@ -47,15 +41,12 @@ class Meter:
     yield
     self._start += time.perf_counter() - start
 
-  def compiled(self, step: int, params, batch) -> None:
-    """Ends the first step: notes its time and counts the FLOPs of a step."""
+  def compiled(self, step: int, params) -> None:
+    """Ends the first step: notes its time and measures the ceiling of MFU."""
     self.compile_seconds = time.perf_counter() - self._start
     jax.block_until_ready(params)  # the next step must not share the ceiling
-    try:
-      self._flops = 3 * cost.flops(self._forward, params, batch)
+    if self._flops is not None:
       self._ceiling = matmul_ceiling(self._dtype, jax.device_count())
-    except NotImplementedError:  # a loop of unknown length: no MFU
-      pass
     self.start(step)
 
   def rates(self, step: int, read: float) -> dict[str, float]:

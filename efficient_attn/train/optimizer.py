@@ -10,13 +10,30 @@ it, for a Hessian-vector product every `update_interval` steps.
 """
 
 import inspect
-from typing import Any
+import types
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import optax
 from optax import contrib
 
-from efficient_attn.config import ConfigError, OptimizerConfig, choose, nearest
+from efficient_attn.config import (
+  ConfigError,
+  OptimizerConfig,
+  as_dict,
+  choose,
+)
+from efficient_attn.values import (
+  BelowOne,
+  Dtype,
+  NonNegative,
+  NonNegativeFloat,
+  OneOf,
+  Positive,
+  PositiveFloat,
+  read_arguments,
+)
 
 # What follows the warm-up, as a function of the peak, the final fraction, the
 # number of steps left and how many of them wsd decays.
@@ -43,9 +60,10 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   decay = choose('optimizer.schedule', config.schedule, SCHEDULES)
   warmup, peak = config.warmup_steps, config.learning_rate
   cooldown = round(config.cooldown * steps)
-  if not 0 <= warmup < steps:
+  if warmup >= steps:
     raise ConfigError(
-      f'optimizer.warmup_steps={warmup} must be >= 0 and below steps={steps}'
+      f'optimizer.warmup_steps={warmup} must be below steps={steps}; lower it '
+      f'too, as --config.optimizer.warmup_steps={steps // 10}'
     )
   if config.schedule == 'wsd' and warmup + cooldown > steps:
     raise ConfigError(
@@ -57,140 +75,6 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return after
   rise = optax.linear_schedule(0.0, peak, warmup)
   return optax.join_schedules([rise, after], [warmup])
-
-
-def _call(function, options, **arguments):
-  """Calls an optax function with our arguments and the user's options."""
-  free = inspect.signature(function).parameters.keys() - arguments.keys()
-  for name, value in options.items():
-    if name not in free:
-      raise ConfigError(
-        f'optimizer.options.{name}={value!r} is not an option of '
-        f'{function.__name__}; {nearest(name, free)}'
-      )
-  return function(**arguments, **options)
-
-
-def _decay(lr, decay, mask):
-  """Decoupled weight decay, to follow a function that has none."""
-  return optax.add_decayed_weights(lambda step: -decay * lr(step), mask)
-
-
-def _adamw(lr, decay, mask, matrices, options):
-  return _call(
-    optax.adamw, options, learning_rate=lr, weight_decay=decay, mask=mask
-  )
-
-
-def _lion(lr, decay, mask, matrices, options):
-  return _call(
-    optax.lion, options, learning_rate=lr, weight_decay=decay, mask=mask
-  )
-
-
-def _adafactor(lr, decay, mask, matrices, options):
-  return _call(
-    optax.adafactor,
-    options,
-    learning_rate=lr,
-    # optax does not scale this decay by the learning rate.
-    weight_decay_rate=lambda step: decay * lr(step),
-    weight_decay_mask=mask,
-  )
-
-
-def _muon(lr, decay, mask, matrices, options):
-  muon = _call(
-    contrib.muon,
-    # Updates of the size of adam's, so that both share one learning rate.
-    {'consistent_rms': 0.2} | dict(options),
-    learning_rate=lr,
-    weight_decay=0.0,  # optax would not mask the part trained by adam
-    weight_decay_mask=None,
-    adam_weight_decay=0.0,
-    adam_learning_rate=None,
-    muon_weight_dimension_numbers=matrices,
-  )
-  return optax.chain(_auto_sharded(muon), _decay(lr, decay, mask))
-
-
-def _sophia(lr, decay, mask, matrices, options):
-  return _call(
-    contrib.sophia,
-    options,
-    learning_rate=lr,
-    weight_decay=decay,
-    weight_decay_mask=mask,
-  )
-
-
-def _schedule_free(lr, decay, mask, matrices, options):
-  return _call(
-    schedule_free_adamw, options, lr=lr, weight_decay=decay, mask=mask
-  )
-
-
-def _sgd(lr, decay, mask, matrices, options):
-  sgd = _call(optax.sgd, options, learning_rate=lr)
-  return optax.chain(sgd, _decay(lr, decay, mask))
-
-
-OPTIMIZERS = {
-  'adamw': _adamw,
-  'lion': _lion,
-  'adafactor': _adafactor,
-  'muon': _muon,
-  'sophia': _sophia,
-  'schedule_free': _schedule_free,
-  'sgd': _sgd,
-}
-
-
-def make_optimizer(
-  config: OptimizerConfig,
-  steps: int,
-  weight_decay_mask: Any,
-  matrix_axes: Any,
-) -> optax.GradientTransformationExtraArgs:
-  """Builds the optimizer of a run.
-
-  Args:
-    config: names the optimizer, its schedule and its options.
-    steps: of the run.
-    weight_decay_mask: a tree of bools like the parameters.
-    matrix_axes: a tree like the parameters, whose leaves say what muon
-      orthogonalises: `optax.contrib.MuonDimensionNumbers(input axes, output
-      axes)` for a matrix, whose other axes (stacked layers) are separate
-      matrices, or None for a parameter that adam trains (vectors, embeddings,
-      the output head).
-
-  Returns:
-    The optimizer, to be called as the module's docstring says.
-  """
-  build = choose('optimizer.name', config.name, OPTIMIZERS)
-  optimizer = build(
-    make_schedule(config, steps),
-    config.weight_decay,
-    weight_decay_mask,
-    matrix_axes,
-    config.options,
-  )
-  if config.clip_norm > 0:
-    clip = optax.clip_by_global_norm(config.clip_norm)
-    optimizer = optax.chain(clip, optimizer)
-  return optax.with_extra_args_support(optimizer)
-
-
-def eval_params(opt_state: Any, params: Any) -> Any:
-  """Returns the parameters to evaluate: those averaged by schedule_free."""
-
-  def averages(node):
-    return isinstance(node, contrib.ScheduleFreeState)
-
-  for node in jax.tree.leaves(opt_state, is_leaf=averages):
-    if averages(node):
-      return contrib.schedule_free_eval_params(node, params)
-  return params
 
 
 def schedule_free_adamw(
@@ -225,3 +109,192 @@ def _auto_sharded(optimizer):
     return auto(updates, state, params)
 
   return optax.GradientTransformation(optimizer.init, update)
+
+
+class Row(NamedTuple):
+  """An optax function and what it is called with.
+
+  Attributes:
+    function: takes keyword arguments.
+    arguments: from the schedule, the weight decay, its mask and the axes of
+      the matrices to the arguments that other keys of the config set.
+    defaults: of its other arguments, where they are not those of optax.
+    wrap: from the optimizer, the schedule, the decay and its mask to the
+      optimizer that is used.
+  """
+
+  function: Callable[..., optax.GradientTransformation]
+  arguments: Callable[..., dict[str, Any]]
+  defaults: Mapping[str, Any] = types.MappingProxyType({})
+  wrap: Callable = lambda optimizer, lr, decay, mask: optimizer
+
+
+def _and_decay(optimizer, lr, decay, mask):
+  """Adds decoupled weight decay to a function that has none."""
+  added = optax.add_decayed_weights(lambda step: -decay * lr(step), mask)
+  return optax.chain(optimizer, added)
+
+
+OPTIMIZERS = {
+  'adamw': Row(
+    optax.adamw,
+    lambda lr, decay, mask, matrices: dict(
+      learning_rate=lr, weight_decay=decay, mask=mask
+    ),
+  ),
+  'lion': Row(
+    optax.lion,
+    lambda lr, decay, mask, matrices: dict(
+      learning_rate=lr, weight_decay=decay, mask=mask
+    ),
+  ),
+  'adafactor': Row(
+    optax.adafactor,
+    lambda lr, decay, mask, matrices: dict(
+      learning_rate=lr,
+      # optax does not scale this decay by the learning rate.
+      weight_decay_rate=lambda step: decay * lr(step),
+      weight_decay_mask=mask,
+    ),
+  ),
+  'muon': Row(
+    contrib.muon,
+    lambda lr, decay, mask, matrices: dict(
+      learning_rate=lr,
+      weight_decay=0.0,  # optax would not mask the part trained by adam
+      weight_decay_mask=None,
+      adam_weight_decay=0.0,
+      adam_learning_rate=None,
+      muon_weight_dimension_numbers=matrices,
+    ),
+    # Updates of the size of adam's, so that both share one learning rate.
+    defaults={'consistent_rms': 0.2},
+    wrap=lambda optimizer, *decay: _and_decay(_auto_sharded(optimizer), *decay),
+  ),
+  'sophia': Row(
+    contrib.sophia,
+    lambda lr, decay, mask, matrices: dict(
+      learning_rate=lr, weight_decay=decay, weight_decay_mask=mask
+    ),
+  ),
+  'schedule_free': Row(
+    schedule_free_adamw,
+    lambda lr, decay, mask, matrices: dict(
+      lr=lr, weight_decay=decay, mask=mask
+    ),
+  ),
+  'sgd': Row(
+    optax.sgd,
+    lambda lr, decay, mask, matrices: dict(learning_rate=lr),
+    wrap=_and_decay,
+  ),
+}
+
+# What `optimizer.options` may hold, where the function has such an argument.
+# optax annotates most of them as arrays.
+OPTIONS = {
+  'b1': BelowOne,
+  'b2': BelowOne,
+  'eps': NonNegativeFloat,
+  'eps_root': NonNegativeFloat,
+  'mu_dtype': Dtype | None,
+  'nesterov': bool,
+  # adafactor
+  'min_dim_size_to_factor': Positive,
+  'decay_rate': BelowOne,
+  'decay_offset': NonNegative,
+  'multiply_by_parameter_scale': bool,
+  'clipping_threshold': PositiveFloat | None,
+  'momentum': BelowOne | None,
+  'dtype_momentum': Dtype,
+  'factored': bool,
+  # muon
+  'ns_coeffs': tuple[float, ...],
+  'ns_steps': Positive,
+  'beta': BelowOne,
+  'adaptive': bool,
+  'preconditioning': Annotated[
+    str, OneOf(('frobenius', 'spectral', 'aol', 'schatten'))
+  ],
+  'adam_b1': BelowOne,
+  'adam_b2': BelowOne,
+  'adam_eps_root': NonNegativeFloat,
+  'consistent_rms': PositiveFloat | None,
+  # sophia
+  'gamma': PositiveFloat,
+  'clip_threshold': PositiveFloat | None,
+  'update_interval': Positive,
+  # schedule_free
+  'weight_lr_power': NonNegativeFloat,
+  'state_dtype': Dtype | None,
+  # sgd
+  'accumulator_dtype': Dtype | None,
+}
+
+
+def read_optimizer_options(config: OptimizerConfig) -> dict[str, Any]:
+  """Returns all options of the optimizer, those given and the defaults.
+
+  Dtypes are names.
+  """
+  row = choose('optimizer.name', config.name, OPTIMIZERS)
+  ours = row.arguments(None, None, None, None)
+  free = {
+    name: parameter.default
+    for name, parameter in inspect.signature(row.function).parameters.items()
+    if name in OPTIONS and name not in ours
+  }
+  given = read_arguments(
+    {name: OPTIONS[name] for name in free},
+    as_dict(config.options),
+    'optimizer.options.',
+    config.name,
+  )
+  return as_dict(free | dict(row.defaults) | given)
+
+
+def make_optimizer(
+  config: OptimizerConfig,
+  steps: int,
+  weight_decay_mask: Any,
+  matrix_axes: Any,
+) -> optax.GradientTransformationExtraArgs:
+  """Builds the optimizer of a run.
+
+  Args:
+    config: names the optimizer, its schedule and its options.
+    steps: of the run.
+    weight_decay_mask: a tree of bools like the parameters.
+    matrix_axes: a tree like the parameters, whose leaves say what muon
+      orthogonalises: `optax.contrib.MuonDimensionNumbers(input axes, output
+      axes)` for a matrix, whose other axes (stacked layers) are separate
+      matrices, or None for a parameter that adam trains (vectors, embeddings,
+      the output head).
+
+  Returns:
+    The optimizer, to be called as the module's docstring says.
+  """
+  options = read_optimizer_options(config)
+  row, lr = OPTIMIZERS[config.name], make_schedule(config, steps)
+  decay = config.weight_decay, weight_decay_mask
+  optimizer = row.wrap(
+    row.function(**row.arguments(lr, *decay, matrix_axes), **options),
+    lr,
+    *decay,
+  )
+  if config.clip_norm > 0:
+    clip = optax.clip_by_global_norm(config.clip_norm)
+    optimizer = optax.chain(clip, optimizer)
+  return optax.with_extra_args_support(optimizer)
+
+
+def eval_params(opt_state: Any, params: Any) -> Any:
+  """Returns the parameters to evaluate: those averaged by schedule_free."""
+
+  def averages(node):
+    return isinstance(node, contrib.ScheduleFreeState)
+
+  for node in jax.tree.leaves(opt_state, is_leaf=averages):
+    if averages(node):
+      return contrib.schedule_free_eval_params(node, params)
+  return params

@@ -54,6 +54,18 @@ class Architecture:
     model = build(self.config, rngs=nnx.Rngs(key))
     return nnx.to_pure_dict(nnx.state(model))
 
+  def abstract_params(self) -> Params:
+    """Returns the shapes and dtypes of the parameters."""
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+      nnx.to_pure_dict(self._params),
+    )
+
+  def sizes(self) -> dict[str, int]:
+    """Returns the number of elements of each parameter, by its name."""
+    flat = nnx.to_flat_state(self._params)
+    return {'.'.join(map(str, path)): p.size for path, p in flat}
+
   def map(self, f) -> Any:
     """Returns a tree like the parameters of f(name, parameter metadata)."""
     flat = nnx.to_flat_state(self._params)

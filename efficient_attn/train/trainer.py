@@ -16,6 +16,7 @@ from efficient_attn import config as configs
 from efficient_attn import data, sharding
 from efficient_attn.config import Config, ConfigError
 from efficient_attn.models import with_dtype
+from efficient_attn.train.check import check
 from efficient_attn.train.checkpoint import Checkpoints
 from efficient_attn.train.evaluate import evaluate
 from efficient_attn.train.loss import make_loss
@@ -50,6 +51,8 @@ def run(
     NonFiniteError: training diverged.
   """
   workdir = pathlib.Path(workdir)
+  checked = check(config)
+  config = checked.config
   config = dataclasses.replace(config, model=with_dtype(config.model))
   mesh = sharding.make_mesh(config.mesh, devices)
   check_batch(config, mesh)
@@ -58,19 +61,22 @@ def run(
     stack.enter_context(jax.set_mesh(mesh))
 
     # Data.
-    dataset = data.load(
-      config.data,
-      batch_size=config.batch_size,
-      seed=config.seed,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-    )
-    check_vocabulary(config, dataset)
+    dataset = checked.dataset
+    if jax.process_count() > 1:
+      dataset = data.load(
+        config.data,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+      )
     batches = iter(dataset.train)
     put = batch_putter(mesh)
 
     # Model, optimizer and where they stand.
-    architecture = Architecture(config.model)
+    architecture = checked.architecture
+    if config.model != architecture.config:  # the devices chose a dtype
+      architecture = Architecture(config.model)
     optimizer = architecture.optimizer(config)
     loss = make_loss(config, dataset.tokenizer)
     checkpoints = Checkpoints(workdir, config.keep_checkpoints)
@@ -96,7 +102,7 @@ def run(
     stop = stack.enter_context(StopSignal(config.log_every))
     tracer = stack.enter_context(Tracer(config.profile_steps, workdir))
     guard = NonFiniteGuard(config.skip_nonfinite, checkpoints)
-    meter = Meter(config, architecture, loss)
+    meter = Meter(config, checked.forward_flops)
     schedule = make_schedule(config.optimizer, config.steps)
 
     def report(step, metrics):
@@ -104,7 +110,7 @@ def run(
       read = values.pop('read')
       values['learning_rate'] = float(schedule(step - 1))
       if step == first + 1:
-        meter.compiled(step, state.params, batch)
+        meter.compiled(step, state.params)
         writer.message(f'compiled in {meter.compile_seconds:.1f} s')
         writer.write(step, values)
       elif step % config.log_every == 0 or step == config.steps:
@@ -201,18 +207,6 @@ def check_same_data(config: Config, workdir: pathlib.Path) -> None:
         f'{key}={now[key]} but the run in {workdir} began with {before[key]}; '
         'use a new workdir'
       )
-
-
-def check_vocabulary(config: Config, dataset: data.Data) -> None:
-  """Raises when the data has more tokens than the model."""
-  size = dataset.vocab_size
-  if size is None or config.model.vocab_size >= size:
-    return
-  key = 'tokenizer' if dataset.tokenizer else 'name'
-  raise ConfigError(
-    f'model.vocab_size={config.model.vocab_size} is below the {size} tokens '
-    f'of data.{key}={getattr(config.data, key)!r}'
-  )
 
 
 def describe(config, architecture, mesh, first) -> str:

@@ -11,6 +11,7 @@ from efficient_attn import data
 from efficient_attn.config import ConfigError, DataConfig
 from efficient_attn.data.tasks import TASKS
 from efficient_attn.data.tasks.groups import multiplication
+from efficient_attn.train.check import check_fit
 
 # Options of small examples; those of the row by default.
 SMALL = {
@@ -279,7 +280,5 @@ def test_mistakes():
     model=dict(name='lm', vocab_size=8), data=dict(name='compression')
   )
   config = configs.resolve(values)
-  from efficient_attn.train.trainer import check_vocabulary
-
   with pytest.raises(ConfigError, match="16 tokens of data.name='compression'"):
-    check_vocabulary(config, data.load(config.data, batch_size=2))
+    check_fit(config, data.load(config.data, batch_size=2))

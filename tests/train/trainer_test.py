@@ -10,6 +10,7 @@ import pytest
 from efficient_attn import config as configs
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError
+from efficient_attn.train.check import check
 from efficient_attn.train.checkpoint import CHECKSUMS
 from efficient_attn.train.load import load_model
 from efficient_attn.train.metrics import read_metrics
@@ -80,7 +81,7 @@ def test_leaves_what_it_promises(one_device):
 
 
 def test_rates_count_every_token_that_is_read(tmp_path):
-  task = {'data.name': 'palindrome', 'data.options': {'seq_len': 20}}
+  task = {'data': dict(name='palindrome', options={'seq_len': 20})}
   run(tiny(steps=3, accumulate=2, **task), tmp_path, jax.devices()[:1])
   row = [r for r in read_metrics(tmp_path) if 'train/loss' in r][-1]
   tokens = row['train/tokens_per_second'] * row['train/step_seconds']
@@ -260,8 +261,8 @@ def test_mistakes_are_one_line(changes, message, tmp_path):
 
 
 def test_parse_mesh():
-  assert sharding.parse_mesh('', 8) == dict(data=8, fsdp=1, tensor=1)
-  assert sharding.parse_mesh('tensor=4', 8) == dict(data=2, fsdp=1, tensor=4)
+  assert sharding.mesh_sizes('', 8) == dict(data=8, fsdp=1, tensor=1)
+  assert sharding.mesh_sizes('tensor=4', 8) == dict(data=2, fsdp=1, tensor=4)
   assert parse_steps('10:15') == (10, 15)
 
 
@@ -271,4 +272,4 @@ def test_saved_config_relaunches(one_device):
     configs.load(str(one_device / 'config.json'))
   )
   config = configs.resolve(saved)
-  assert config.data == tiny().data and config.optimizer == tiny().optimizer
+  assert config.data == tiny().data and check(config).config == config

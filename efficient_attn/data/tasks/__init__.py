@@ -12,10 +12,12 @@ documents are not drawn: `stored(train)` returns those of a split, and
 same ones.
 """
 
+import dataclasses
+import typing
+
 import grain
 import numpy as np
 
-from efficient_attn import config as configs
 from efficient_attn.config import DataConfig
 from efficient_attn.data import batches
 from efficient_attn.data.tasks.byte_classification import ByteClassification
@@ -37,6 +39,7 @@ from efficient_attn.data.tasks.recall import (
   Needle,
   NoisyRecall,
 )
+from efficient_attn.values import build, read_arguments
 
 TASKS = {
   'mqar': MQAR,
@@ -62,10 +65,24 @@ ENDLESS = 2**31 - 1
 
 def make(config: DataConfig, *, train: bool = True):
   """Returns the task of a config, with the options of a split."""
-  options = dict(config.options)
-  if not train:
-    options |= config.valid_options
-  return configs.build(TASKS[config.name], options, 'data.options.')
+  task = TASKS[config.name]
+  if train:
+    return build(task, config.options, 'data.options.')
+  kinds = typing.get_type_hints(task, include_extras=True)
+  changes = read_arguments(
+    kinds, config.valid_options, 'data.valid_options.', config.name
+  )
+  return build(task, dict(config.options) | changes, 'data.options.')
+
+
+def complete(config: DataConfig) -> DataConfig:
+  """Returns the config with all options of its task."""
+  options = dataclasses.asdict(make(config))
+  changed = {
+    name: getattr(make(config, train=False), name)
+    for name in config.valid_options
+  }
+  return dataclasses.replace(config, options=options, valid_options=changed)
 
 
 class _Examples:
@@ -99,14 +116,16 @@ def load(
   """
   task, valid_task = make(config), make(config, train=False)
   count = config.train_examples or ENDLESS
-  train = grain.MapDataset.source(_Examples(task, seed, count, train=True))
+  examples = _Examples(task, seed, count, train=True)
+  valid_examples = _Examples(valid_task, 0, config.valid_examples, train=False)
+  train = grain.MapDataset.source(examples)
   if len(train) < ENDLESS:
     train = train.seed(seed).shuffle()
-  valid = grain.MapDataset.source(
-    _Examples(valid_task, 0, config.valid_examples, train=False)
-  ).to_iter_dataset(batches.READ)
+  valid = grain.MapDataset.source(valid_examples).to_iter_dataset(batches.READ)
   return batches.Data(
     train=batches.endless(train.repeat(), batch_size, rows, config.workers),
     valid=batches.finite(valid, batch_size, rows),
+    example=examples[0],
+    valid_example=valid_examples[0],
     vocab_size=max(task.num_tokens, valid_task.num_tokens),
   )

@@ -1,0 +1,261 @@
+"""Checks a run before any device starts, and says how large it is.
+
+`config.resolve` has read every value. What is left is known to other modules:
+whether names exist, options fit where they go, and model and data fit each
+other. `check` resolves all of that once, by building the model without values
+and opening the data.
+"""
+
+import collections
+import dataclasses
+import json
+import os
+
+import jax
+
+from efficient_attn import config as configs
+from efficient_attn import data, sharding
+from efficient_attn.config import Config, ConfigError, choose
+from efficient_attn.layers.mixers import MIXERS, mixer_options, read_options
+from efficient_attn.layers.stack import row_of
+from efficient_attn.models import cost
+from efficient_attn.train.loss import make_loss
+from efficient_attn.train.optimizer import read_optimizer_options
+from efficient_attn.train.state import Architecture, first_state
+from efficient_attn.train.watch import parse_steps
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checked:
+  """A run that can start.
+
+  Attributes:
+    config: with all options of its mixers, its optimizer and its data.
+    architecture: of the model, in float32 where the dtype is left to the
+      device.
+    dataset: opened for one process.
+    batch: the shapes of a training batch.
+    forward_flops: of the products of a forward pass over a batch; None if a
+      loop has no known length.
+  """
+
+  config: Config
+  architecture: Architecture
+  dataset: data.Data
+  batch: dict[str, jax.ShapeDtypeStruct]
+  forward_flops: float | None
+
+
+def check(config: Config) -> Checked:
+  """Resolves all names and options of a run, and fits its parts together.
+
+  Raises:
+    ConfigError: the run cannot work.
+  """
+  sharding.parse_mesh(config.mesh)
+  check_profile(config)
+  config = complete(config)
+  check_host_memory(config)
+  dtype = config.model.dtype or 'float32'
+  model = dataclasses.replace(config.model, dtype=dtype)
+  architecture = Architecture(model)
+  optimizer = architecture.optimizer(config)
+  dataset = data.load(
+    config.data, batch_size=config.batch_size, seed=config.seed
+  )
+  check_fit(config, dataset)
+  loss = make_loss(config, dataset.tokenizer)
+  params = architecture.abstract_params()
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  jax.eval_shape(
+    lambda params, key: first_state(config, optimizer, params, key), params, key
+  )
+
+  def forward(params, batch):
+    return loss(architecture.merge(params), batch, None)
+
+  batch = {
+    name: jax.ShapeDtypeStruct((config.batch_size, *x.shape), x.dtype)
+    for name, x in dataset.example.items()
+  }
+  try:
+    flops = cost.flops(forward, params, batch)
+  except NotImplementedError:  # a loop of unknown length
+    flops = None
+  return Checked(
+    config=config,
+    architecture=architecture,
+    dataset=dataset,
+    batch=batch,
+    forward_flops=flops,
+  )
+
+
+def complete(config: Config) -> Config:
+  """Returns the config with every option that it leaves to a default.
+
+  A run then means the same when defaults change.
+  """
+  mixers = {}
+  for name in dict.fromkeys((*config.model.pattern, *config.model.mixers)):
+    row = row_of(name)
+    key = 'model.pattern' if name in config.model.pattern else 'model.mixers'
+    choose(key, row, MIXERS)
+    given = config.model.mixers.get(name, {})
+    defaults = {k: p.default for k, p in mixer_options(row).items()}
+    mixers[name] = defaults | read_options(row, given, f'model.mixers.{name}')
+  return dataclasses.replace(
+    config,
+    model=dataclasses.replace(config.model, mixers=mixers),
+    optimizer=dataclasses.replace(
+      config.optimizer, options=read_optimizer_options(config.optimizer)
+    ),
+    data=data.complete(config.data),
+  )
+
+
+def check_profile(config: Config) -> None:
+  """Raises when the steps to trace are none of the run."""
+  if not config.profile_steps:
+    return
+  first, _ = parse_steps(config.profile_steps)
+  if not 1 <= first <= config.steps:
+    raise ConfigError(
+      f'profile_steps={config.profile_steps!r} begins at step {first}, and the '
+      f'run has the steps 1 to {config.steps}'
+    )
+
+
+def check_host_memory(config: Config) -> None:
+  """Raises when a batch alone is larger than this machine's memory."""
+  if config.data.name != 'text':  # whose rows are as long as one wants
+    return
+  needed = 12 * config.batch_size * (config.data.seq_len + 1)
+  memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+  if needed > memory:
+    raise ConfigError(
+      f'batch_size={config.batch_size} rows of data.seq_len='
+      f'{config.data.seq_len} take {needed / 2**30:.3g} GiB, and this machine '
+      f'has {memory / 2**30:.3g} GiB; lower one of them'
+    )
+
+
+def check_fit(config: Config, dataset: data.Data) -> None:
+  """Raises when the model cannot read the data."""
+  model, size = config.model, dataset.vocab_size
+  make_loss(config)  # kinds of model and data
+  if config.data.name == 'text' and config.data.packing == 'segments':
+    for name in model.pattern:
+      if not MIXERS[row_of(name)].packing:
+        raise ConfigError(
+          f"data.packing='segments': {name!r} cannot keep packed sequences "
+          "apart; use data.packing='concat' or another mixer"
+        )
+  if size is not None and model.vocab_size < size:
+    key = 'tokenizer' if dataset.tokenizer else 'name'
+    raise ConfigError(
+      f'model.vocab_size={model.vocab_size} is below the {size} tokens '
+      f'of data.{key}={getattr(config.data, key)!r}'
+    )
+  examples = dataset.example, dataset.valid_example
+  for example in examples:
+    if 'tokens' in example and model.position == 'learned':
+      length = example['tokens'].shape[-1] - (config.data.name == 'text')
+      if length > model.max_len:
+        raise ConfigError(
+          f'model.max_len={model.max_len} learned positions are fewer than the '
+          f'{length} tokens of a row; raise it'
+        )
+    if 'image' in example:
+      shape = example['image'].shape
+      if shape != (model.image_size, model.image_size, model.channels):
+        raise ConfigError(
+          f'model.image_size={model.image_size} and model.channels='
+          f'{model.channels}: the images of data.name={config.data.name!r} are '
+          f'{" x ".join(map(str, shape))}'
+        )
+      if model.num_classes < dataset.num_classes:
+        raise ConfigError(
+          f'model.num_classes={model.num_classes} is below the '
+          f'{dataset.num_classes} classes of data.name={config.data.name!r}'
+        )
+
+
+def report(checked: Checked) -> str:
+  """Returns what `--dry-run` prints."""
+  config, architecture = checked.config, checked.architecture
+  sizes = collections.Counter()
+  for name, size in architecture.sizes().items():
+    sizes[_module(name)] += size
+  total = sum(sizes.values())
+  width = max(map(len, sizes))
+  lines = [json.dumps(configs.as_dict(config), indent=2), '', 'parameters:']
+  lines += [
+    f'  {name:{width}} {size:>15,} {size / total:>6.1%}'
+    for name, size in sizes.items()
+  ]
+  lines.append(f'  {"total":{width}} {total:>15,}')
+  words = checked.batch.get('tokens', next(iter(checked.batch.values())))
+  unit, count = 'images', config.batch_size
+  if 'tokens' in checked.batch:
+    unit = 'tokens'
+    count *= words.shape[1] - (config.data.name == 'text')
+  lines.append(f'a step: {count:,} {unit}')
+  if checked.forward_flops is not None:
+    lines.append(
+      f'a step: {3 * checked.forward_flops:.3g} FLOPs of matrix products, '
+      'three forward passes'
+    )
+  lines += [
+    f'memory, {what}: {size / 2**20:,.1f} MiB'
+    for what, size in memory(checked).items()
+  ]
+  lines.append(
+    'memory is over all devices; activations are those of a program without '
+    'fusion, an upper bound'
+  )
+  return '\n'.join(lines)
+
+
+def memory(checked: Checked) -> dict[str, int]:
+  """Estimates the bytes of a run over all devices, by what they hold."""
+  config, architecture = checked.config, checked.architecture
+  loss = make_loss(config, checked.dataset.tokenizer)
+  params = architecture.abstract_params()
+  optimizer = architecture.optimizer(config)
+  state = jax.eval_shape(
+    lambda params: first_state(config, optimizer, params, jax.random.key(0)),
+    params,
+  )
+  rows = config.batch_size // config.accumulate
+  batch = {
+    name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype)
+    for name, x in checked.batch.items()
+  }
+
+  def gradient(params, batch):
+    def objective(params):
+      return loss(architecture.merge(params), batch, None)['objective']
+
+    return jax.grad(objective)(params)
+
+  found = {
+    'parameters': cost.array_bytes(state.params),
+    'optimizer': cost.array_bytes(state.opt_state),
+    'average of the parameters': cost.array_bytes(state.ema),
+  }
+  try:
+    found['activations and gradients'] = cost.count(
+      gradient, params, batch
+    ).peak_bytes
+  except NotImplementedError:  # a loop of unknown length
+    pass
+  return {what: size for what, size in found.items() if size}
+
+
+def _module(name: str) -> str:
+  """Returns the part of the model that a parameter belongs to."""
+  parts = name.split('.')
+  if 'blocks' in parts:  # stack.periods.blocks.0.mixer.qkv.weight
+    return '.'.join(parts[: parts.index('blocks') + 3])
+  return parts[0]
