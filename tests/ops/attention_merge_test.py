@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 
 from efficient_attn.ops import masks
-from efficient_attn.ops.softmax.attention import attention
+from efficient_attn.ops.softmax.attention import (
+  attention,
+  attention_with_stats,
+)
 from efficient_attn.ops.softmax.attention_merge import merge, split_attention
+from efficient_attn.ops.softmax.stats import Stats
 from tests.ops.attention_cases import make_arrays
 from tests.oracles import attention as oracle
 
@@ -60,10 +64,10 @@ def test_every_split_is_exact(x64, kind):
     return loss(*results), results
 
   def split(num_splits, *arrays):
-    results = split_attention(
+    out, stats = split_attention(
       *arrays, num_splits=num_splits, **options_of(kind), **how
     )
-    return loss(*results), results
+    return loss(out, stats.lse), (out, stats.lse)
 
   def run(*arrays):
     grad = functools.partial(
@@ -93,23 +97,23 @@ def test_merge_is_associative_and_takes_sinks(x64):
   sinks = jnp.asarray([0.3, -1.0, 2.0, 0.0])
 
   def join(*parts):
-    outs, lses = zip(*parts, strict=True)
-    return merge(jnp.stack(outs), jnp.stack(lses))
+    return merge(*jax.tree.map(lambda *x: jnp.stack(x), *parts))
 
   def run(q, k, v):
     parts = [
-      attention(q, k[:, a:b], v[:, a:b], return_lse=True)
+      attention_with_stats(q, k[:, a:b], v[:, a:b])
       for a, b in ((0, 2), (2, 3), (3, S))
     ]
-    sink = jnp.zeros_like(parts[0][0]), jnp.broadcast_to(sinks, (B, T, N))
+    sinks_ = jnp.broadcast_to(sinks, (B, T, N))
+    sink = jnp.zeros_like(parts[0][0]), Stats(sinks_, jnp.ones_like(sinks_))
     pairs = join(join(sink, parts[2]), join(*parts[:2]))
     return join(sink, *parts), pairs
 
   everything = np.ones((B, N, T, S), bool)
   expected = oracle.attention(q, k, v, everything, sinks=np.asarray(sinks))
-  for found in jax.jit(run)(q, k, v):
-    for x, y in zip(found, expected, strict=True):
-      np.testing.assert_allclose(x, y, rtol=1e-12)
+  for out, stats in jax.jit(run)(q, k, v):
+    np.testing.assert_allclose(out, expected[0], rtol=1e-12)
+    np.testing.assert_allclose(stats.lse, expected[1], rtol=1e-12)
 
 
 def test_what_lies_past_the_lengths_does_not_matter():
@@ -120,19 +124,19 @@ def test_what_lies_past_the_lengths_does_not_matter():
       split_attention, num_splits=4, lengths=jnp.asarray(LENGTHS)
     )
   )
-  out, lse = op(q, k, v)
+  out, stats = op(q, k, v)
   again = op(q, jnp.where(past, 1e4, k), jnp.where(past, -7.0, v))
   np.testing.assert_array_equal(out, again[0])
-  np.testing.assert_array_equal(lse, again[1])
-  assert (out[0] == 0).all() and (lse[0] == -jnp.inf).all()
+  jax.tree.map(np.testing.assert_array_equal, stats, again[1])
+  assert (out[0] == 0).all() and (stats.lse[0] == -jnp.inf).all()
 
 
 def test_bfloat16_error_is_at_most_twice_that_of_the_reference():
   q, k, v = make_arrays(2, 64, H=16, V=16, dtype=jnp.bfloat16)
   exact = [np.asarray(x, np.float64) for x in (q, k, v)]
   wanted, _ = oracle.attention(*exact, np.ones((B, N, 2, 64), bool))
-  out, lse = split_attention(q, k, v, num_splits=8)
-  assert out.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
+  out, stats = split_attention(q, k, v, num_splits=8)
+  assert out.dtype == jnp.bfloat16 and stats.total.dtype == jnp.float32
   plain = attention(q, k, v)
   error = np.abs(np.asarray(out, np.float64) - wanted).max()
   assert error <= 2 * np.abs(np.asarray(plain, np.float64) - wanted).max()

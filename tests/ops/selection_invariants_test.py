@@ -10,7 +10,10 @@ from efficient_attn.ops import masks
 from efficient_attn.ops.selection import heads, scoring, tokens, video
 from efficient_attn.ops.selection.expressions import Groups, Slashes
 from efficient_attn.ops.selection.kmeans import kmeans
-from efficient_attn.ops.softmax.attention import attention
+from efficient_attn.ops.softmax.attention import (
+  attention,
+  attention_with_stats,
+)
 from efficient_attn.ops.softmax.attention_merge import merge
 from tests.ops import selection_cases as cases
 
@@ -97,12 +100,10 @@ def test_retrieval_is_the_merge_of_two_devices():
   mask = tokens.select_retrieval(q, k, top_k=6, **options)
   near = masks.Causal() & (masks.Prefix(2) | masks.Window(7, 0))
   parts = [
-    attention(q, k, v, mask=part, return_lse=True)
-    for part in (near, mask & ~near)
+    attention_with_stats(q, k, v, mask=part) for part in (near, mask & ~near)
   ]
-  outs, lses = zip(*parts, strict=True)
-  assert (lses[1][:, :8] == -jnp.inf).all()  # nothing is left to retrieve
-  found, _ = merge(jnp.stack(outs), jnp.stack(lses))
+  assert (parts[1][1].total[:, :8] == 0).all()  # nothing is left to retrieve
+  found, _ = merge(*jax.tree.map(lambda *x: jnp.stack(x), *parts))
   np.testing.assert_allclose(found, attention(q, k, v, mask=mask), atol=1e-6)
 
 

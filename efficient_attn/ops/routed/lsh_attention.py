@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int
 from efficient_attn.ops.routed.selected_blocks import block_attention, positions
 from efficient_attn.ops.routed.selected_tiles import deal
 from efficient_attn.ops.softmax.attention_merge import merge
+from efficient_attn.ops.softmax.stats import Stats
 from efficient_attn.values import ConfigError
 
 
@@ -80,7 +81,7 @@ def lsh_attention(
   Returns:
     The output, in the query's dtype.
   """
-  out, lse = bucket_attention(
+  out, stats = bucket_attention(
     query,
     key,
     value,
@@ -93,7 +94,8 @@ def lsh_attention(
     own=False,
   )
   own = jax.lax.dynamic_slice_in_dim(value, offset, query.shape[1], 1)
-  return jnp.where(lse[..., None] == -jnp.inf, own.astype(out.dtype), out)
+  nothing = stats.total[..., None] == 0
+  return jnp.where(nothing, own.astype(out.dtype), out)
 
 
 def bucket_attention(
@@ -108,7 +110,7 @@ def bucket_attention(
   offset: int | Int[Array, ''] = 0,
   scale: float | None = None,
   own: bool = True,
-) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']]:
+) -> tuple[Float[Array, 'B T N V'], Stats]:
   """`lsh_attention` where a token may see itself (`own`), or nothing."""
   B, T, N, H = query.shape
   S, R = buckets.shape[1], buckets.shape[-1]
@@ -137,7 +139,7 @@ def bucket_attention(
   # Chunks have numbers, each one more than the one before it in its bucket.
   numbers = buckets * (S // chunk_size + 2) + chunk
   marks = jnp.broadcast_to(positions(S), (B, S, N)), numbers
-  out, lse, _ = block_attention(
+  out, stats, _ = block_attention(
     rounds(query),
     key,
     value,
@@ -150,7 +152,10 @@ def bucket_attention(
     scale=scale,
   )
   out = jnp.moveaxis(out.reshape(B, T, N, R, -1), 3, 0)
-  return merge(out, jnp.moveaxis(lse.reshape(B, T, N, R), 3, 0))
+  stats = jax.tree.map(
+    lambda x: jnp.moveaxis(x.reshape(B, T, N, R), 3, 0), stats
+  )
+  return merge(out, stats)
 
 
 def _bias(query, key, *, causal, own):
@@ -199,7 +204,7 @@ def sorted_chunk_attention(
   def bias(query, key):
     return jnp.where(key < query if causal else key != query, 0.0, -jnp.inf)
 
-  out, lse, _ = block_attention(
+  out, stats, _ = block_attention(
     rounds(query),
     key,
     value,
@@ -212,5 +217,9 @@ def sorted_chunk_attention(
     scale=1.0,
   )
   out = jnp.moveaxis(out.reshape(B, R, T, N, -1), 1, 0)
-  out, lse = merge(out, jnp.moveaxis(lse.reshape(B, R, T, N), 1, 0))
-  return jnp.where(lse[..., None] == -jnp.inf, value.astype(out.dtype), out)
+  stats = jax.tree.map(
+    lambda x: jnp.moveaxis(x.reshape(B, R, T, N), 1, 0), stats
+  )
+  out, stats = merge(out, stats)
+  nothing = stats.total[..., None] == 0
+  return jnp.where(nothing, value.astype(out.dtype), out)

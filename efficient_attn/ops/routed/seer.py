@@ -26,6 +26,7 @@ from efficient_attn.ops.routed.selected_blocks import (
   top_blocks,
 )
 from efficient_attn.ops.routed.selected_tokens import divergence
+from efficient_attn.ops.softmax.stats import exp_below
 
 
 def seer_attention(
@@ -70,12 +71,13 @@ def seer_attention(
     bias, forced = causal_bias, index == own
   allowed = index < own if causal else index >= 0
   blocks = top_blocks(scores, allowed, top_k, forced=forced)
-  out, lse, parts = block_attention(
+  out, stats, parts = block_attention(
     query, key, value, blocks, block_size=block_size, bias=bias, **marks
   )
   # The gate of the own block sees what is to come, and chooses nothing.
   there = (blocks >= 0) & (blocks != own) if causal else blocks >= 0
-  weights = jax.lax.stop_gradient(jnp.exp(parts - lse[..., None]))
+  weights = parts.total * exp_below(parts.top, stats.top[..., None])
+  weights = jax.lax.stop_gradient(stats.divide(weights))
   weights = jnp.mean(weights.reshape(B, T, K, N // K, -1), 3)
   weights = jnp.where(there, weights, 0)
   total = jnp.sum(weights, -1, keepdims=True)

@@ -24,6 +24,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from efficient_attn.ops.routed.selected_tiles import Choice, Options, attend
+from efficient_attn.ops.softmax.stats import Stats
 from efficient_attn.values import ConfigError
 
 # Logits, and numbers of the outputs of pairs, that are held at once.
@@ -45,9 +46,7 @@ def block_attention(
   query_marks: PyTree = (),
   key_marks: PyTree = (),
   scale: float | None = None,
-) -> tuple[
-  Float[Array, 'B T N V'], Float[Array, 'B T N'], Float[Array, 'B T N J']
-]:
+) -> tuple[Float[Array, 'B T N V'], Stats, Stats]:
   """Softmax attention over the keys of `blocks`.
 
   Query head n reads kv head n // (N // K) and follows choice n // (N // M).
@@ -68,9 +67,9 @@ def block_attention(
     scale: factor of the logits, H**-0.5 by default.
 
   Returns:
-    The output in the query's dtype, its log denominator in at least float32,
-    0 and -inf where a query has no key, and that of every block alone, which
-    has no gradient.
+    The output in the query's dtype, 0 where a query has no key; its
+    denominators [B, T, N] in at least float32; and those of every block alone,
+    [B, T, N, J], which have no gradient.
   """
   B, T, N, H = query.shape
   S, K, V = value.shape[1:]
@@ -126,8 +125,8 @@ def block_attention(
     x = x[:, :T].reshape(B, M, T, G, *x.shape[3:])
     return jnp.moveaxis(x, 1, 2).reshape(B, T, N, *x.shape[4:])
 
-  out, lse, parts = map(by_token, found)
-  return out, lse, lax.stop_gradient(parts)
+  out, stats, parts = jax.tree.map(by_token, found)
+  return out, stats, lax.stop_gradient(parts)
 
 
 def tile_rows(pairs: int, number: int, block_size: int) -> int:

@@ -3,15 +3,16 @@
 A chunk of queries at a time, the pairs (query, block) are dealt to tiles of one
 block each, and a group of tiles at a time is attended:
 
-    s = scale q k^T + bias     o_j = softmax(s) v     lse_j = log sum exp s
+    s = scale q k^T + bias     m_j = max s     l_j = sum e^(s - m_j)
+    o_j = softmax(s) v
 
-for the tile of pair j; a query's pairs are then merged. The backward pass makes
-the same tiles and recomputes p = exp(s - lse) from the merged lse; with
-d = rowsum(do * out) - dlse,
+for the tile of pair j; a query's pairs are then merged to o, m and l. The
+backward pass makes the same tiles and recomputes p = exp(s - m) / l; with
+d = rowsum(do * out) - l dl,
 
     dv += p^T do   ds = p * (do v^T - d)   dq = sum_j ds k   dk += ds^T q
 
-so that nothing is kept but the inputs, out and lse.
+so that nothing is kept but the inputs, out, m and l.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from efficient_attn.ops.softmax.attention_merge import merge
+from efficient_attn.ops.softmax.stats import Stats, exp_below, largest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Choice(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(options, query, key, value, choice):
-  """Queries [L, T, G, H] of L choices to out, lse and the lse of every pair.
+  """Queries [L, T, G, H] of L choices to out, Stats, and those of every pair.
 
   Keys and values are [E, I, C, *] in blocks, or [E, S, *] if `choice.members`
   names them, where E divides L.
@@ -86,52 +88,51 @@ def attend(options, query, key, value, choice):
 
     def group(part):
       tile = _tile(options, query, key, value, marks, key_marks, part, J)
-      top = jnp.max(tile.logits, axis=-1)
-      top = jnp.where(top == -jnp.inf, 0, top)
-      weights = jnp.exp(tile.logits - top[..., None])
-      total = jnp.sum(weights, axis=-1)
-      nothing = total == 0
-      total = jnp.where(nothing, 1, total)
+      top = largest(tile.logits)
+      weights = exp_below(tile.logits, top[..., None])
+      stats = Stats(top, jnp.sum(weights, axis=-1))
       out = _dot('zrc,zcv->zrv', weights.astype(value.dtype), tile.value)
-      lse = jnp.where(nothing, -jnp.inf, top + jnp.log(total))
-      return out / total[..., None], lse
+      return stats.divide(out), stats
 
-    out, lse = map(_rows_first, _map(options.steps, group, groups))
-    out, lse = _of_pairs(out, target, J, 0), _of_pairs(lse, target, J, -jnp.inf)
-    return *merge(out, lse), jnp.moveaxis(lse, 0, -1)
+    found = _map(options.steps, group, groups)
+    out, stats = jax.tree.map(
+      lambda x: _of_pairs(_rows_first(x), target, J, 0), found
+    )
+    parts = jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), stats)
+    return *merge(out, stats), parts
 
   split = functools.partial(_split, options.chunks)
   inputs = jax.tree.map(split, (query, choice.blocks, choice.query_marks))
-  out, lse, parts = map(_join, _map(options.chunks, chunk, inputs))
-  return out.astype(query.dtype), lse, parts
+  found = _map(options.chunks, chunk, inputs)
+  out, stats, parts = jax.tree.map(_join, found)
+  return out.astype(query.dtype), stats, parts
 
 
 def _forward(options, query, key, value, choice):
-  out, lse, parts = attend(options, query, key, value, choice)
-  return (out, lse, parts), (query, key, value, choice, out, lse)
+  out, stats, parts = attend(options, query, key, value, choice)
+  return (out, stats, parts), (query, key, value, choice, out, stats)
 
 
 def _backward(options, residuals, cotangents):
-  query, key, value, choice, out, lse = residuals
-  dout, dlse, _ = cotangents
+  query, key, value, choice, out, (top, total) = residuals
+  dout, (_, dtotal), _ = cotangents  # top has no gradient
   members, key_marks = choice.members, choice.key_marks
-  stats = lse.dtype
-  nothing = lse == -jnp.inf
-  delta = jnp.sum(dout.astype(stats) * out.astype(stats), -1) - dlse
-  delta, lse = jnp.where(nothing, 0, delta), jnp.where(nothing, 0, lse)
+  stats = total.dtype
+  delta = jnp.sum(dout.astype(stats) * out.astype(stats), -1) - total * dtotal
+  share = jnp.where(total == 0, 0, 1 / total)  # of a weight 1
 
   def chunk(carry, inputs):
-    query, blocks, marks, dout, delta, lse = inputs
+    query, blocks, marks, *rows = inputs
     J = blocks.shape[2]
     target, groups = _deal(options, blocks, members)
 
     def group(carry, part):
       dkey, dvalue = carry
       tile = _tile(options, query, key, value, marks, key_marks, part, J)
-      do, delta_, lse_ = (_take(x, part[0] // J) for x in (dout, delta, lse))
-      p = jnp.exp(tile.logits - lse_[..., None])
+      do, delta, share, top = (_take(x, part[0] // J) for x in rows)
+      p = exp_below(tile.logits, top[..., None]) * share[..., None]
       dp = _dot('zrv,zcv->zrc', do, tile.value)
-      ds = options.scale * p * (dp - delta_[..., None])
+      ds = options.scale * p * (dp - delta[..., None])
       ds, p = ds.astype(query.dtype), p.astype(value.dtype)
       dq = _dot('zrc,zch->zrh', ds, tile.key)
       dk, dv = _sums(ds, tile.query), _sums(p, do)
@@ -140,7 +141,7 @@ def _backward(options, residuals, cotangents):
     carry, dq = lax.scan(group, carry, groups)
     return carry, jnp.sum(_of_pairs(_rows_first(dq), target, J, 0), 0)
 
-  inputs = query, choice.blocks, choice.query_marks, dout, delta, lse
+  inputs = query, choice.blocks, choice.query_marks, dout, delta, share, top
   inputs = jax.tree.map(functools.partial(_split, options.chunks), inputs)
   carry = jnp.zeros(key.shape, stats), jnp.zeros(value.shape, stats)
   (dkey, dvalue), dquery = lax.scan(chunk, carry, inputs)

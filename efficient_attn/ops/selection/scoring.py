@@ -13,9 +13,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from efficient_attn.ops import masks
-from efficient_attn.ops.softmax.attention import attention
+from efficient_attn.ops.softmax.attention import attention_with_stats
 from efficient_attn.ops.softmax.normalizers import softmax
 from efficient_attn.ops.softmax.score_functions import scaled_dot
+from efficient_attn.ops.softmax.stats import exp_below
 
 
 def causal(query: Array, key: Array) -> masks.Mask:
@@ -126,8 +127,9 @@ def retained_mass(
 ) -> Float[Array, 'B T N']:
   """The share of the softmax that `mask` keeps of what `base` admits."""
 
-  def lse(mask):
+  def denominator(mask):
     value = jnp.zeros((*key.shape[:3], 1), key.dtype)
-    return attention(query, key, value, mask=mask, return_lse=True)[1]
+    return attention_with_stats(query, key, value, mask=mask)[1]
 
-  return jnp.exp(lse(mask) - lse(base))
+  kept, whole = denominator(mask), denominator(base)
+  return kept.total * exp_below(kept.top, whole.top) / whole.total

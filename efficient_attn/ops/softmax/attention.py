@@ -21,9 +21,10 @@ from efficient_attn.ops import masks, scores
 from efficient_attn.ops.softmax.attention_blockwise import attention_blockwise
 from efficient_attn.ops.softmax.attention_reference import attention_reference
 from efficient_attn.ops.softmax.attention_tiles import choose_tiles
+from efficient_attn.ops.softmax.stats import Stats
 from efficient_attn.values import ConfigError
 
-# Each takes checked arguments and returns (out, lse); what it cannot do it
+# Each takes checked arguments and returns (out, Stats); what it cannot do it
 # answers with a NotImplementedError that names what can.
 IMPLEMENTATIONS = {
   'reference': attention_reference,
@@ -76,13 +77,43 @@ def attention(
     The output in the query's dtype and, if `return_lse`, its log denominator
     in at least float32 (sinks included; -inf for a row without keys).
   """
+  out, stats = attention_with_stats(
+    query,
+    key,
+    value,
+    mask=mask,
+    bias=bias,
+    scale=scale,
+    logits_soft_cap=logits_soft_cap,
+    sinks=sinks,
+    implementation=implementation,
+  )
+  return (out, stats.lse) if return_lse else out
+
+
+def attention_with_stats(
+  query: Float[Array, 'B T N H'],
+  key: Float[Array, 'B S K H'],
+  value: Float[Array, 'B S K V'],
+  *,
+  mask: masks.Mask | None = None,
+  bias: Float[Array, '...'] | scores.Score | None = None,
+  scale: float | None = None,
+  logits_soft_cap: float | None = None,
+  sinks: Float[Array, 'N'] | None = None,
+  implementation: str | Sequence[str] | None = None,
+) -> tuple[Float[Array, 'B T N V'], Stats]:
+  """Returns what `attention` does, and the denominators, which `merge` takes.
+
+  Takes the arguments of `attention`.
+  """
   bias = _as_score(bias)
   _check(query, key, value, mask, bias, logits_soft_cap, sinks)
   names, _ = _candidates(query, key, implementation)
   reasons = []
   for name in names:
     try:
-      out, lse = IMPLEMENTATIONS[name](
+      return IMPLEMENTATIONS[name](
         query,
         key,
         value,
@@ -94,8 +125,6 @@ def attention(
       )
     except NotImplementedError as error:
       reasons.append(f'{name}: {error}')
-    else:
-      return (out, lse) if return_lse else out
   raise NotImplementedError('attention: ' + '; '.join(reasons))
 
 

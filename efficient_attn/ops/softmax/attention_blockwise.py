@@ -6,8 +6,9 @@ of one block of query rows,
     m' = max(m, max_j s_j)     p_j = exp(s_j - m')     a = exp(m - m')
     l' = a l + sum p_j         o' = a o + p_j v_j
 
-and at the end out = o / l, lse = m + log l. The backward pass recomputes p
-from lse; with d = rowsum(do * out) - dlse,
+and at the end out = o / l. The backward pass recomputes p = exp(s - m) / l from
+m and l, not from m + log l, which loses log l once logits are large; with
+d = rowsum(do * out) - l dl,
 
     dv_j += p^T do   ds = p * (do v_j^T - d)   dq += ds k_j   dk_j += ds^T q
 
@@ -42,6 +43,7 @@ from efficient_attn.ops.softmax.attention_tiles import (
   take_cols,
   take_rows,
 )
+from efficient_attn.ops.softmax.stats import Stats, exp_below
 
 ORDERS = ('query', 'key')
 
@@ -59,7 +61,7 @@ def attention_blockwise(
   block_q: int | None = None,
   block_k: int | None = None,
   order: str = 'query',
-) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']]:
+) -> tuple[Float[Array, 'B T N V'], Stats]:
   """Attention that never holds more than a tile of logits.
 
   Args:
@@ -77,8 +79,8 @@ def attention_blockwise(
       or of keys ('key', FlashAttention).
 
   Returns:
-    The output in the query's dtype, and the log of the softmax denominator in
-    at least float32; 0 and -inf where a row attends to nothing.
+    The output in the query's dtype, 0 where a row attends to nothing, and the
+    softmax denominators in at least float32.
   """
   B, T, N, H = query.shape
   S, K, V = value.shape[1:]
@@ -97,7 +99,7 @@ def attention_blockwise(
     shared=bool(T % block_q or (tiles[:, 1] > S - block_k).any()),
     run_time=mask is not None and mask.maybe(*corner) is not True,
   )
-  out, lse = _attend(
+  out, stats = _attend(
     options,
     query.transpose(0, 2, 1, 3).reshape(B, K, N // K, T, H),
     key.transpose(0, 2, 1, 3),
@@ -107,7 +109,8 @@ def attention_blockwise(
     None if sinks is None else sinks.reshape(K, N // K),
   )
   out = out.reshape(B, N, T, V).transpose(0, 2, 1, 3)
-  return out, lse.reshape(B, N, T).transpose(0, 2, 1)
+  stats = jax.tree.map(lambda x: x.reshape(B, N, T).transpose(0, 2, 1), stats)
+  return out, stats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +182,7 @@ def _logits(options, q, k, mask, bias, tile, turned=False):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(options, q, k, v, mask, bias, sinks):
-  """[B,K,G,T,H] [B,K,S,H] [B,K,S,V] -> out [B,K,G,T,V], lse [B,K,G,T]."""
+  """[B,K,G,T,H] [B,K,S,H] [B,K,S,V] -> out [B,K,G,T,V], Stats [B,K,G,T]."""
   B, K, G, T, _ = q.shape
   S, R, C = k.shape[2], options.block_q, options.block_k
   stats = jnp.promote_types(q.dtype, jnp.float32)
@@ -216,7 +219,7 @@ def _absorb(options, q, k, v, mask, bias, tile, running):
     )
     top = jnp.maximum(m, jnp.max(s, axis=-1))
     anchor = jnp.where(top == -jnp.inf, 0, top)
-    p = jnp.exp(s - anchor[..., None])
+    p = exp_below(s, anchor[..., None])
     decay = jnp.exp(m - anchor)
     pv = _dot('bkrc,bkcv->bkrv', p.astype(v.dtype), take_cols(v, tile))
     l = l * decay + jnp.sum(p, axis=-1)
@@ -226,11 +229,9 @@ def _absorb(options, q, k, v, mask, bias, tile, running):
 
 
 def _finish(m, l, acc, dtype):
-  """The output and the log denominator of rows that have seen every key."""
-  nothing = l == 0
-  total = jnp.where(nothing, 1, l)
-  out = (acc / total[..., None]).astype(dtype)
-  return out, jnp.where(nothing, -jnp.inf, m + jnp.log(total))
+  """The output and the denominator of rows that have seen every key."""
+  stats = Stats(jnp.where(l == 0, 0, m), l)
+  return stats.divide(acc).astype(dtype), stats
 
 
 def _put(rows, running, tile):
@@ -245,22 +246,20 @@ def _put(rows, running, tile):
 
 
 def _attend_forward(options, q, k, v, mask, bias, sinks):
-  out, lse = _attend(options, q, k, v, mask, bias, sinks)
-  return (out, lse), (q, k, v, mask, bias, sinks, out, lse)
+  out, stats = _attend(options, q, k, v, mask, bias, sinks)
+  return (out, stats), (q, k, v, mask, bias, sinks, out, stats)
 
 
 def _attend_backward(options, residuals, cotangents):
-  q, k, v, mask, bias, sinks, out, lse = residuals
-  dout, dlse = cotangents
+  q, k, v, mask, bias, sinks, out, (top, total) = residuals
+  dout, (_, dtotal) = cotangents  # top has no gradient
   B, K, G, T, _ = q.shape
   S, R, C = k.shape[2], options.block_q, options.block_k
-  stats = lse.dtype
+  stats = total.dtype
 
-  nothing = lse == -jnp.inf
   # As a dot: XLA sums short rows on a CPU twenty times slower.
-  delta = _dot('bkgtv,bkgtv->bkgt', dout, out) - dlse
-  delta = jnp.where(nothing, 0, delta)
-  lse = jnp.where(nothing, 0, lse)
+  delta = _dot('bkgtv,bkgtv->bkgt', dout, out) - total * dtotal
+  share = jnp.where(total == 0, 0, 1 / total)  # of a weight 1
 
   def step(carry, entry, mask):
     dq, dk, dv, dbias = carry
@@ -270,7 +269,8 @@ def _attend_backward(options, residuals, cotangents):
       qi, doi = take_rows(q, tile), take_rows(dout, tile)
       kj, vj = take_cols(k, tile), take_cols(v, tile)
       s, slope = _logits(options, qi, kj, mask, bias, tile, turned=True)
-      p = jnp.exp(s - take_rows(lse, tile)[..., None, :])
+      p = exp_below(s, take_rows(top, tile)[..., None, :])
+      p = p * take_rows(share, tile)[..., None, :]
       dp = _dot('bkcv,bkrv->bkcr', vj, doi)
       ds = p * (dp - take_rows(delta, tile)[..., None, :])
       if bias is not None:
@@ -316,8 +316,8 @@ def _attend_backward(options, residuals, cotangents):
 
   dsinks = None
   if sinks is not None:
-    p = jnp.exp(sinks.astype(stats)[..., None] - lse)
-    dsinks = -jnp.sum(jnp.where(nothing, 0, p * delta), axis=(0, 3))
+    p = share * exp_below(sinks.astype(stats)[..., None], top)
+    dsinks = -jnp.sum(p * delta, axis=(0, 3))
   primal = (q, k, v, bias, sinks)
   found = (dq, dk, dv, dbias, dsinks)
   dq, dk, dv, dbias, dsinks = jax.tree.map(cotangent, primal, found)

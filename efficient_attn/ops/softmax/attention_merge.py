@@ -1,12 +1,13 @@
 """Split-KV attention: pieces of the keys, attended apart and merged exactly.
 
-    o = sum_j e^(lse_j - lse) o_j,   lse = log sum_j e^lse_j
+    o = sum_j w_j o_j / sum_j w_j,   w_j = total_j e^(top_j - max_i top_i)
 
-where piece j of the keys gave (o_j, lse_j). A query of a decoder is one row, so
-its keys are what there is to share out: FlashDecoding (Dao et al. 2023,
+where piece j of the keys gave o_j and the denominator total_j e^top_j. A query
+of a decoder is one row, so its keys are what there is to share out:
+FlashDecoding (Dao et al. 2023,
 https://crfm.stanford.edu/2023/10/12/flashdecoding.html). O(T S) work in
 `num_splits` independent pieces; `ops.attention` is the definition. A learned
-sink is one more piece, of lse sink_n and output 0.
+sink is one more piece, of denominator e^sink_n and output 0.
 """
 
 import jax
@@ -15,31 +16,30 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from efficient_attn.ops import masks
-from efficient_attn.ops.softmax.attention import attention
+from efficient_attn.ops.softmax.attention import attention_with_stats
+from efficient_attn.ops.softmax.stats import Stats, exp_below, largest
 
 
 def merge(
-  outs: Float[Array, 'J *rows V'], lses: Float[Array, 'J *rows']
-) -> tuple[Float[Array, '*rows V'], Float[Array, '*rows']]:
+  outs: Float[Array, 'J *rows V'], stats: Stats
+) -> tuple[Float[Array, '*rows V'], Stats]:
   """Joins the attention of disjoint pieces of the keys.
 
   Args:
     outs: the output of every piece.
-    lses: their log denominators, -inf where a row had no keys.
+    stats: their denominators, [J, *rows].
 
   Returns:
-    The output, in the dtype of `outs`, and the log denominator of all keys
-    together; 0 and -inf where no piece had any.
+    The output, in the dtype of `outs`, and the denominator of all keys
+    together.
   """
-  top = lses.max(0)
-  top = lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
-  weights = jnp.exp(lses - top)
-  total = weights.sum(0)
-  nothing = total == 0
-  total = jnp.where(nothing, 1, total)
-  out = jnp.sum(weights[..., None] * outs, 0) / total[..., None]
-  lse = jnp.where(nothing, -jnp.inf, top + jnp.log(total))
-  return out.astype(outs.dtype), lse
+  empty = stats.total == 0
+  tops = jnp.where(empty, -jnp.inf, stats.top)
+  top = largest(jnp.moveaxis(tops, 0, -1))
+  weights = stats.total * exp_below(lax.stop_gradient(tops), top)
+  found = Stats(top, weights.sum(0))
+  out = found.divide(jnp.sum(weights[..., None] * outs, 0))
+  return out.astype(outs.dtype), found
 
 
 def split_attention(
@@ -52,7 +52,7 @@ def split_attention(
   mask: masks.Mask | None = None,
   scale: float | None = None,
   logits_soft_cap: float | None = None,
-) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']]:
+) -> tuple[Float[Array, 'B T N V'], Stats]:
   """Attention of few queries over many keys, in pieces of equal length.
 
   Args:
@@ -66,7 +66,7 @@ def split_attention(
     logits_soft_cap: c in c tanh(logits / c).
 
   Returns:
-    The output and its log denominator.
+    The output and its denominator.
   """
   T, S = query.shape[1], key.shape[1]
   if not 1 <= num_splits <= S:
@@ -86,7 +86,7 @@ def split_attention(
     return jnp.moveaxis(jnp.pad(x, widths).reshape(shape), axis, 0)
 
   def piece(key, value, admitted):
-    return attention(
+    return attention_with_stats(
       query,
       key,
       value,
@@ -94,7 +94,6 @@ def split_attention(
       scale=scale,
       logits_soft_cap=logits_soft_cap,
       implementation='reference',
-      return_lse=True,
     )
 
   parts = pieces(key, 1), pieces(value, 1), pieces(admitted, 3)

@@ -8,10 +8,10 @@ time and memory; forward mode, higher order and float64 all work.
 """
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from efficient_attn.ops import masks, scores
+from efficient_attn.ops.softmax.stats import Stats, exp_below, largest
 
 
 def attention_reference(
@@ -24,12 +24,12 @@ def attention_reference(
   scale: float | None = None,
   logits_soft_cap: float | None = None,
   sinks: Float[Array, 'N'] | None = None,
-) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']]:
+) -> tuple[Float[Array, 'B T N V'], Stats]:
   """Attention with the whole matrix of logits in memory.
 
   Returns:
-    The output in the query's dtype, and the log of the softmax denominator in
-    at least float32; 0 and -inf where a row attends to nothing.
+    The output in the query's dtype, 0 where a row attends to nothing, and the
+    softmax denominators in at least float32.
   """
   B, T, N, H = query.shape
   S, K, V = value.shape[1:]
@@ -58,18 +58,14 @@ def attention_reference(
   if mask is not None:
     logits = jnp.where(folded(mask.dense(T, S)), logits, -jnp.inf)
 
-  top = jnp.max(logits, axis=-1)
+  sunk = []
   if sinks is not None:
-    sinks = sinks.astype(stats).reshape(K, G, 1)
-    top = jnp.maximum(top, sinks)
-  top = lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
-  weights = jnp.exp(logits - top[..., None])
+    sunk = [sinks.astype(stats).reshape(K, G, 1)]
+  top = largest(logits, *sunk)
+  weights = exp_below(logits, top[..., None])
   total = jnp.sum(weights, axis=-1)
-  if sinks is not None:
-    total = total + jnp.exp(sinks - top)
-  nothing = total == 0
-  total = jnp.where(nothing, 1, total)
-  lse = jnp.where(nothing, -jnp.inf, top + jnp.log(total))
+  for sink in sunk:
+    total = total + exp_below(sink, top)
 
   # Divided after the product, which is V wide where the weights are S wide.
   out = jnp.einsum(
@@ -78,6 +74,7 @@ def attention_reference(
     v,
     preferred_element_type=stats,
   )
-  out = out.reshape(B, K, G, T, V) / total[..., None]
+  out = Stats(top, total).divide(out.reshape(B, K, G, T, V))
   out = out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, V).astype(query.dtype)
-  return out, lse.transpose(0, 3, 1, 2).reshape(B, T, N)
+  top, total = (x.transpose(0, 3, 1, 2).reshape(B, T, N) for x in (top, total))
+  return out, Stats(top, total)

@@ -11,12 +11,15 @@ the result is that of `ops.attention` under `masks.Strided` or `masks.Fixed`,
 the definitions, in O(T (stride + T / stride)) instead of O(T^2).
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from efficient_attn.ops import masks
-from efficient_attn.ops.softmax.attention import attention
+from efficient_attn.ops.softmax.attention import attention_with_stats
 from efficient_attn.ops.softmax.attention_merge import merge
 from efficient_attn.values import ConfigError
 
@@ -43,12 +46,11 @@ def strided_attention(
   _check(stride=stride)
   T = query.shape[1]
   right = 0 if causal else stride - 1
-  near = attention(
+  near = attention_with_stats(
     query,
     key,
     value,
     mask=masks.Window(stride - 1, right),
-    return_lse=True,
     **options,
   )
   # The other tokens of a residue class: its own token is among the near ones.
@@ -60,13 +62,13 @@ def strided_attention(
     x = _cut(x, stride).swapaxes(1, 2)
     return x.reshape(-1, *x.shape[2:])
 
-  far = attention(
+  far = attention_with_stats(
     *map(classes, (query, key, value)),
     mask=others,
-    return_lse=True,
     **options,
   )
-  far = [_join(x, stride, T, classes=True) for x in far]
+  join = functools.partial(_join, stride=stride, T=T, classes=True)
+  far = jax.tree.map(join, far)
   return _merged(near, far)
 
 
@@ -109,10 +111,11 @@ def fixed_attention(
     x = _cut(x, stride)
     return x.reshape(-1, *x.shape[2:])
 
-  near = attention(
-    *map(blocks, (query, key, value)), mask=own, return_lse=True, **options
+  near = attention_with_stats(
+    *map(blocks, (query, key, value)), mask=own, **options
   )
-  near = [_join(x, stride, T, classes=False) for x in near]
+  join = functools.partial(_join, stride=stride, T=T, classes=False)
+  near = jax.tree.map(join, near)
 
   def ends(x):
     x = _cut(x, stride)[:, :, stride - summary :]
@@ -121,8 +124,8 @@ def fixed_attention(
   mask = masks.Blocks(others, stride, summary)
   if T % stride:
     mask &= masks.Dense(_tokens(T, stride)[:, stride - summary :].reshape(-1))
-  far = attention(
-    query, ends(key), ends(value), mask=mask, return_lse=True, **options
+  far = attention_with_stats(
+    query, ends(key), ends(value), mask=mask, **options
   )
   return _merged(near, far)
 
@@ -159,5 +162,4 @@ def _join(x, stride, T, classes):
 
 
 def _merged(*parts):
-  outs, lses = map(jnp.stack, zip(*parts, strict=True))
-  return merge(outs, lses)[0]
+  return merge(*jax.tree.map(lambda *x: jnp.stack(x), *parts))[0]

@@ -7,10 +7,10 @@ products of queries and keys; O(T S) time and memory.
 """
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from efficient_attn.ops.shapes import check_shapes
+from efficient_attn.ops.softmax.stats import Stats, exp_below, largest
 
 
 def attend_logits(
@@ -27,9 +27,8 @@ def attend_logits(
   logits = logits.astype(stats)
   if mask is not None:
     logits = jnp.where(mask, logits, -jnp.inf)
-  top = jnp.max(logits, axis=-1, keepdims=True)
-  top = lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
-  weights = jnp.exp(logits - top)
+  top = largest(logits)
+  weights = exp_below(logits, top[..., None])
   total = jnp.sum(weights, axis=-1)
   weights = jnp.broadcast_to(weights, (B, *weights.shape[1:]))
   out = jnp.einsum(
@@ -38,7 +37,7 @@ def attend_logits(
     heads_first(value),
     preferred_element_type=stats,
   )
-  out = out / jnp.where(total == 0, 1, total)[..., None]
+  out = Stats(top, total).divide(out)
   return heads_first(out).astype(value.dtype)
 
 

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from efficient_attn.ops import masks, scores
 from efficient_attn.ops.softmax.score_functions import dot
+from efficient_attn.ops.softmax.stats import Stats, exp_below, largest
 
 
 def softmax(
@@ -30,11 +31,9 @@ def softmax(
   """Weights e^z over their sum, `where` there are any; else zeros."""
   if where is not True:
     z = jnp.where(where, z, -jnp.inf)
-  top = jnp.max(z, axis=-1, keepdims=True)
-  top = jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
-  weights = jnp.exp(z - top)
-  total = jnp.sum(weights, axis=-1, keepdims=True)
-  return weights / jnp.where(total == 0, 1, total)
+  top = largest(z)
+  weights = exp_below(z, top[..., None])
+  return Stats(top, jnp.sum(weights, axis=-1)).divide(weights)
 
 
 def hard(z: Float[Array, '*rows S']) -> Float[Array, '*rows S']:
