@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -86,4 +89,17 @@ def prefetch(batches: grain.IterDataset, workers: int) -> grain.IterDataset:
   """Prepares batches in other processes; how many decides their order."""
   if workers and not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()  # grain reads its own, also in a notebook
-  return batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+  return batches.mp_prefetch(
+    grain.MultiprocessingOptions(num_workers=workers), _end_with_parent
+  )
+
+
+def _end_with_parent(index, count):
+  """Ends this worker when the trainer does, also when that was killed."""
+  del index, count
+
+  def wait():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+  threading.Thread(target=wait, daemon=True).start()
