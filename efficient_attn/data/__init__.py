@@ -12,11 +12,13 @@ from typing import NamedTuple
 from efficient_attn.config import ConfigError, DataConfig, choose
 from efficient_attn.data import digits, tasks, text
 from efficient_attn.data.batches import Data
+from efficient_attn.data.damage import BadDataError
 from efficient_attn.data.text import compressed_bits_per_byte
 from efficient_attn.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
   'DATASETS',
+  'BadDataError',
   'Data',
   'Tokenizer',
   'complete',

@@ -12,11 +12,13 @@ import glob
 import hashlib
 import os
 import sysconfig
+from typing import NamedTuple
 
 import numpy as np
 
 from efficient_attn.config import ConfigError, DataConfig, nearest
-from efficient_attn.data import batches, optional, sources
+from efficient_attn.data import batches, files, optional, records, sources
+from efficient_attn.data.damage import BadDataError, line
 
 # In the standard library's folder but not its text: installed packages,
 # caches, and the tests, which some distributions leave out.
@@ -30,37 +32,44 @@ SKIPPED_FOLDERS = (
 )
 
 
-def load(
-  config: DataConfig, layout: sources.Layout
-) -> tuple[sources.Source, sources.Source]:
-  """Returns the training and the validation source."""
-  train = _open('path', config)
+class Documents(NamedTuple):
+  """Both splits, and a hash of the files that they come from."""
+
+  train: sources.Source
+  valid: sources.Source
+  fingerprint: str
+
+
+def load(config: DataConfig, layout: sources.Layout) -> Documents:
+  """Opens what `data.path` and `data.valid_path` name."""
+  train, fingerprint = _open('path', config)
   if config.valid_path:
-    valid = _open('valid_path', config)
+    valid, other = _open('valid_path', config)
+    fingerprint += other
   else:
     train, valid = _split(train, config)
-  return tuple(
-    sources.Files(documents, layout)
-    if isinstance(documents, list)
-    else documents
-    for documents in (train, valid)
+  splits = (
+    sources.Files(split, layout) if isinstance(split, list) else split
+    for split in (train, valid)
   )
+  return Documents(*splits, fingerprint)
 
 
 def _open(key, config):
-  """Returns the spans of text files, or a source of records."""
+  """Returns spans of text files or a source of records, and a fingerprint."""
   path = getattr(config, key)
   if path.startswith('hf:'):
     split = 'train' if key == 'path' else 'validation'
-    documents = _hugging_face(f'data.{key}', path, split, config.text_key)
-  elif not path:
-    documents = _spans(standard_library())
+    dataset = _hugging_face(f'data.{key}', path, split)
+    documents = records.Table(dataset, config.text_key, [path])
+    fingerprint = _fingerprint(path, dataset)
   else:
-    documents = _files(f'data.{key}', path, config.text_key)
+    paths = _paths(f'data.{key}', path) if path else standard_library()
+    fingerprint = files.fingerprint(paths)
+    documents = _files(f'data.{key}', path, paths, config.text_key)
   if not len(documents):
     raise ConfigError(f'data.{key}={path!r} has no text; name another file')
-  _ = documents[0]  # a wrong data.text_key fails here
-  return documents
+  return documents, fingerprint
 
 
 def standard_library() -> list[str]:
@@ -73,39 +82,47 @@ def standard_library() -> list[str]:
   return sorted(paths)
 
 
-def _files(key, path, text_key):
-  paths = [path] if os.path.isfile(path) else []
-  paths = paths or sorted(
-    filter(os.path.isfile, glob.glob(path, recursive=True))
-  )
+def _paths(key, path):
+  """Returns the files that a path or glob names."""
+  found = [path] if os.path.lexists(path) else glob.glob(path, recursive=True)
+  for name in found:
+    if not os.path.exists(name):
+      raise BadDataError(f'{key}={path!r}: {name!r} is a link to no file')
+  paths = sorted(filter(os.path.isfile, found))
   if not paths:
     folder = ' (a folder: add /*.jsonl or the like)' * os.path.isdir(path)
     raise ConfigError(
       f'{key}={path!r}{folder}: no such file; give a file, a glob, or '
       "'hf:<dataset>'"
     )
-  suffixes = {os.path.splitext(p)[1] for p in paths}
-  if len(suffixes) > 1:
+  return paths
+
+
+def _files(key, path, paths, text_key):
+  kinds = {os.path.splitext(p)[1] for p in paths} if path else {'.txt'}
+  if len(kinds) > 1:
     raise ConfigError(
-      f'{key}={path!r} matches {sorted(suffixes)}; give one kind of file'
+      f'{key}={path!r} matches {sorted(kinds)}; give one kind of file'
     )
-  (suffix,) = suffixes
-  if suffix == '.txt':
-    return _spans(paths)
-  if suffix not in sources.RECORDS:
+  (kind,) = kinds
+  if kind not in FORMATS:
     raise ConfigError(
-      f'{key}={path!r}: cannot read {suffix!r} files; '
-      f'{nearest(suffix, (".txt", *sources.RECORDS))}'
+      f'{key}={path!r}: cannot read {kind!r} files; {nearest(kind, FORMATS)}'
     )
-  return sources.RECORDS[suffix](key, paths, text_key)
+  opened = [files.File(p, p) for p in paths]
+  return FORMATS[kind](key, opened, text_key)
 
 
-def _spans(paths):
-  sizes = [(path, os.path.getsize(path)) for path in paths]
-  return [sources.Span(path, 0, size) for path, size in sizes if size]
+def _spans(key, paths, text_key):
+  del key, text_key
+  sizes = [(file, files.size(file)) for file in paths]
+  return [sources.Span(file, 0, size) for file, size in sizes if size]
 
 
-def _hugging_face(key, path, split, text_key):
+FORMATS = {'.txt': _spans} | records.RECORDS
+
+
+def _hugging_face(key, path, split):
   """Opens 'hf:<folder>', 'hf:<owner>/<name>' or '...<name>/<subset>'."""
   datasets = optional.require('datasets', key, path)
   name = path.removeprefix('hf:')
@@ -116,9 +133,8 @@ def _hugging_face(key, path, split, text_key):
       owner_and_name, subset = name.split('/')[:2], name.split('/')[2:]
       dataset = datasets.load_dataset('/'.join(owner_and_name), *subset)
   except Exception as error:  # the library and its network raise many kinds
-    reason = str(error).partition('\n')[0]
     raise ConfigError(
-      f'{key}={path!r} cannot be opened ({reason}); give '
+      f'{key}={path!r} cannot be opened ({line(error)}); give '
       "'hf:<folder of save_to_disk>' or 'hf:<owner>/<name>[/<subset>]'"
     ) from error
   if isinstance(dataset, dict):
@@ -127,7 +143,18 @@ def _hugging_face(key, path, split, text_key):
         f'{key}={path!r} has no split {split!r}; it has {", ".join(dataset)}'
       )
     dataset = dataset[split]
-  return sources.Table(dataset, text_key)
+  return dataset
+
+
+def _fingerprint(path, dataset):
+  """Returns that of a folder's files, or what the library calls so."""
+  folder = path.removeprefix('hf:')
+  if not os.path.isdir(folder):
+    return dataset._fingerprint
+  inside = glob.glob(
+    os.path.join(glob.escape(folder), '**/*.arrow'), recursive=True
+  )
+  return files.fingerprint(inside)
 
 
 def _split(documents, config):
@@ -145,8 +172,7 @@ def _split(documents, config):
     split = [[span._replace(stop=cut)], [span._replace(start=cut)]]
     split = [[s for s in spans if s.start < s.stop] for spans in split]
   else:
-    folder = os.path.commonpath([os.path.dirname(s.path) for s in documents])
-    names = [os.path.relpath(s.path, folder) for s in documents]
+    names = files.relative([span.file.name for span in documents])
     held = [validates(name, every) for name in names]
     if not any(held):
       held = [name == min(names, key=_hash) for name in names]
@@ -168,4 +194,4 @@ def validates(name: str, every: int) -> bool:
 
 
 def _hash(name):
-  return int(hashlib.sha256(name.encode()).hexdigest(), 16)
+  return int(hashlib.sha256(os.fsencode(name)).hexdigest(), 16)

@@ -42,14 +42,14 @@ def load(
     marks=2 if segments else 1,
     lines=not exact,
   )
-  train, valid = documents.load(config, layout)
+  found = documents.load(config, layout)
   make_rows = functools.partial(
     _rows, config=config, tokenizer=tokenizer, segments=segments
   )
-  records = grain.MapDataset.source(train).seed(seed).shuffle().repeat()
+  records = grain.MapDataset.source(found.train).seed(seed).shuffle().repeat()
   streams = [make_rows(records[row::batch_size], shuffled=True) for row in rows]
   batched = grain.experimental.ZipIterDataset(streams).map(_stack)
-  in_order = make_rows(grain.MapDataset.source(valid), shuffled=False)
+  in_order = make_rows(grain.MapDataset.source(found.valid), shuffled=False)
   row = jax.ShapeDtypeStruct((config.seq_len + 1,), np.int32)
   example = dict(tokens=row, segment_ids=row, positions=row)
   return batches.Data(
@@ -59,7 +59,7 @@ def load(
     valid_example=example,
     tokenizer=tokenizer,
     vocab_size=tokenizer.vocab_size,
-    valid_bytes=functools.partial(_raw, valid),
+    valid_bytes=functools.partial(_raw, found.valid),
   )
 
 

@@ -79,7 +79,7 @@ def _texts(source):
 def test_every_record_is_in_one_split(name, tmp_path):
   path = FORMATS[name](tmp_path)
   loaded = documents.load(DataConfig(path=path, valid_every=6), LAYOUT)
-  train, valid = (_texts(source) for source in loaded)
+  train, valid = (_texts(source) for source in loaded[:2])
   assert sorted(train + valid) == sorted(TEXTS)
   held = batches.held_out(len(TEXTS), 6)
   assert valid == [t for t, h in zip(TEXTS, held, strict=True) if h]
@@ -93,7 +93,7 @@ def test_pieces_of_files_join_to_the_documents(tmp_path, piece, lines, marks):
     (tmp_path / f'{i:02}.txt').write_text(text * 3)
   config = DataConfig(path=str(tmp_path / '*.txt'), valid_every=6)
   loaded = documents.load(config, sources.Layout(piece, marks, lines))
-  train, valid = (_texts(source) for source in loaded)
+  train, valid = (_texts(source) for source in loaded[:2])
   held = [documents.validates(f'{i:02}.txt', 6) for i in range(len(TEXTS))]
   for split, wanted in ((train, False), (valid, True)):
     assert split == [
@@ -107,7 +107,7 @@ def test_pieces_of_files_join_to_the_documents(tmp_path, piece, lines, marks):
 def test_cuts_in_a_long_line_keep_characters_whole(tmp_path):
   (tmp_path / 'a.txt').write_text('世界' * 500)
   config = DataConfig(path=str(tmp_path / 'a.txt'), valid_every=5)
-  for source in documents.load(config, sources.Layout(50, 1, True)):
+  for source in documents.load(config, sources.Layout(50, 1, True))[:2]:
     for part in (source[i][0] for i in range(len(source))):
       assert '\ufffd' not in part.text.decode()
 
@@ -115,7 +115,7 @@ def test_cuts_in_a_long_line_keep_characters_whole(tmp_path):
 def test_a_lone_file_gives_its_last_part(tmp_path):
   (tmp_path / 'a.txt').write_text(''.join(TEXTS))
   config = DataConfig(path=str(tmp_path / 'a.txt'), valid_every=10)
-  (train,), (valid,) = map(_texts, documents.load(config, LAYOUT))
+  (train,), (valid,) = map(_texts, documents.load(config, LAYOUT)[:2])
   assert train + valid == ''.join(TEXTS)
   assert train.endswith('\n') and 0.05 < len(valid) / len(train) < 0.15
 
@@ -124,7 +124,7 @@ def test_valid_path_leaves_all_of_path_for_training(tmp_path):
   path = _jsonl(tmp_path)
   (tmp_path / 'v.txt').write_text('valid')
   config = DataConfig(path=path, valid_path=str(tmp_path / 'v.txt'))
-  train, valid = documents.load(config, LAYOUT)
+  train, valid, _ = documents.load(config, LAYOUT)
   assert (_texts(train), _texts(valid)) == (TEXTS, ['valid'])
 
 
@@ -134,7 +134,9 @@ def test_the_splits_of_a_hugging_face_dataset(tmp_path):
     {k: datasets.Dataset.from_dict({'text': v}) for k, v in splits.items()}
   ).save_to_disk(tmp_path / 'saved')
   path = f'hf:{tmp_path / "saved"}'
-  train, valid = documents.load(DataConfig(path=path, valid_path=path), LAYOUT)
+  train, valid, _ = documents.load(
+    DataConfig(path=path, valid_path=path), LAYOUT
+  )
   assert (_texts(train), _texts(valid)) == (['a', 'b'], ['c'])
 
 
@@ -154,11 +156,11 @@ def test_the_split_never_changes():
 def test_the_standard_library_is_split_by_file():
   config = DataConfig()
   layout = sources.Layout(piece=4096, marks=1, lines=False)
-  train, valid = documents.load(config, layout)
+  train, valid, _ = documents.load(config, layout)
   assert 0.02 < len(valid) / len(train) < 0.1
   traceback = os.path.join(os.path.dirname(os.__file__), 'traceback.py')
-  assert traceback in [span.path for span in valid._spans]
-  paths = [span.path for s in (train, valid) for span in s._spans]
+  assert traceback in [span.file.path for span in valid._spans]
+  paths = [span.file.path for s in (train, valid) for span in s._spans]
   assert len(paths) == len(set(paths)) > 300
   assert not any('/test/' in path or 'site-packages' in path for path in paths)
 
@@ -214,7 +216,7 @@ def test_datasets_of_the_hub(monkeypatch):
     raise ConnectionError('offline\nby choice')
 
   monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
-  train, _ = documents.load(DataConfig(path='hf:owner/name/subset'), LAYOUT)
+  train, _, _ = documents.load(DataConfig(path='hf:owner/name/subset'), LAYOUT)
   assert set(_texts(train)) < set(TEXTS)
   with pytest.raises(ConfigError, match="'hf:a/b' .*(offline).*save_to_disk"):
     documents.load(DataConfig(path='hf:a/b'), LAYOUT)
