@@ -52,7 +52,7 @@ def load(config: DataConfig, layout: sources.Layout) -> Documents:
     sources.Files(split, layout) if isinstance(split, list) else split
     for split in (train, valid)
   )
-  return Documents(*splits, fingerprint)
+  return Documents(*map(sources.Tolerant, splits), fingerprint)
 
 
 def _open(key, config):

@@ -7,13 +7,17 @@ then mixes pieces of all files, and nothing is read before it is needed.
 
 import codecs
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from efficient_attn.data import files
-from efficient_attn.data.damage import BadDataError
+from efficient_attn.data.damage import BadDataError, allowed
+
+# Not absl's, which checkpoints silence.
+LOG = logging.getLogger('efficient_attn.data')
 
 CONTINUATION = bytes(range(0x80, 0xC0))  # bytes that do not start a character
 
@@ -151,3 +155,40 @@ class Chosen:
 
   def __getitem__(self, index) -> list[Part]:
     return self.source[int(self.numbers[index])]
+
+
+class Tolerant:
+  """A source whose damaged records are empty documents.
+
+  Which ones are empty depends on the records alone, so that a run resumes
+  exactly. Each process logs and counts those that it meets, once.
+  """
+
+  def __init__(self, source: Source):
+    self._source = source
+    self._damaged = set()
+
+  def __len__(self):
+    return len(self._source)
+
+  def __getitem__(self, index) -> list[Part]:
+    try:
+      return self._source[index]
+    except BadDataError as error:
+      self._skip(int(index), error)
+      return [Part('')]
+
+  def _skip(self, index, error):
+    if index in self._damaged:
+      return
+    count, limit = len(self._damaged) + 1, allowed(len(self))
+    if count > limit:
+      raise BadDataError(
+        f'{error} (damaged record {count} of {len(self)}, of which {limit} may '
+        'be skipped; repair or remove them)'
+      ) from error
+    self._damaged.add(index)
+    LOG.warning(
+      'skipped a damaged record, %d so far (up to %d may be): %s',
+      *(count, limit, error),
+    )

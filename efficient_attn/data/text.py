@@ -27,6 +27,7 @@ import numpy as np
 
 from efficient_attn.config import DataConfig
 from efficient_attn.data import batches, documents, sources
+from efficient_attn.data.damage import BadDataError, Restored
 from efficient_attn.data.tokenizer import ByteTokenizer, load_tokenizer
 
 
@@ -43,18 +44,17 @@ def load(
     lines=not exact,
   )
   found = documents.load(config, layout)
-  make_rows = functools.partial(
-    _rows, config=config, tokenizer=tokenizer, segments=segments
-  )
+  encode = functools.partial(_Encoder, tokenizer=tokenizer, segments=segments)
   records = grain.MapDataset.source(found.train).seed(seed).shuffle().repeat()
-  streams = [make_rows(records[row::batch_size], shuffled=True) for row in rows]
-  batched = grain.experimental.ZipIterDataset(streams).map(_stack)
-  in_order = make_rows(grain.MapDataset.source(found.valid), shuffled=False)
+  encoded = records.map(encode(shuffled=True, patience=20 * len(found.train)))
+  streams = [_rows(encoded[row::batch_size], config) for row in rows]
+  batched = Restored(grain.experimental.ZipIterDataset(streams).map(_stack))
+  in_order = grain.MapDataset.source(found.valid).map(encode(shuffled=False))
   row = jax.ShapeDtypeStruct((config.seq_len + 1,), np.int32)
   example = dict(tokens=row, segment_ids=row, positions=row)
   return batches.Data(
     train=batches.prefetch(batched, config.workers),
-    valid=batches.finite(in_order, batch_size, rows),
+    valid=batches.finite(_rows(in_order, config), batch_size, rows),
     example=example,
     valid_example=example,
     tokenizer=tokenizer,
@@ -63,35 +63,53 @@ def load(
   )
 
 
-def _rows(records, *, config, tokenizer, segments, shuffled):
-  encode = functools.partial(
-    _encode, tokenizer=tokenizer, segments=segments, shuffled=shuffled
-  )
-  pairs = records.map(encode).to_iter_dataset(batches.READ)
+def _rows(encoded, config):
+  pairs = encoded.to_iter_dataset(batches.READ)
+  segments = config.packing == 'segments'
   return _Pack(pairs, config.seq_len).map(
     functools.partial(_row, segments=segments)
   )
 
 
-def _encode(parts, *, tokenizer, segments, shuffled):
-  """Returns [N, 2]: the token before each token (-1: none to see), and it."""
-  end = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], int)
-  pairs = []
-  for part in parts:
-    tokens = [tokenizer.encode(part.text)]
+class _Encoder:
+  """Turns records into [N, 2]: the token before each one, and that token.
+
+  The former is -1 where there is none to see.
+  """
+
+  def __init__(self, *, tokenizer, segments, shuffled, patience=0):
+    self._tokenizer, self._segments = tokenizer, segments
+    self._shuffled = shuffled
+    self._patience = patience  # records without a token in a row; 0: any
+    self._silent = 0
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    self._end = np.array(end, int)
+
+  def __call__(self, parts):
+    pairs = np.concatenate([self._encode(part) for part in parts])
+    self._silent = 0 if len(pairs) else self._silent + 1
+    if self._silent > self._patience > 0:
+      raise BadDataError(
+        f'the last {self._silent} records of data.path had no text or no token '
+        'of data.tokenizer; name other files'
+      )
+    return {'pairs': pairs.astype(np.int32)}
+
+  def _encode(self, part):
+    end, segments = self._end, self._segments
+    tokens = [self._tokenizer.encode(part.text)]
     if part.begins and segments:
       tokens.insert(0, end)
     if part.ends:
       tokens.append(end)
     tokens = np.concatenate(tokens)
-    if segments and (part.begins or shuffled):
+    if segments and (part.begins or self._shuffled):
       known = end[:0]
     else:
-      known = tokenizer.encode(part.before) if part.before else end
+      known = self._tokenizer.encode(part.before) if part.before else end
     previous = known[-1] if len(known) else -1
     shifted = np.concatenate([[previous], tokens])[: len(tokens)]
-    pairs.append(np.stack([shifted, tokens], axis=1))
-  return {'pairs': np.concatenate(pairs).astype(np.int32)}
+    return np.stack([shifted, tokens], axis=1)
 
 
 def _row(packed, *, segments):

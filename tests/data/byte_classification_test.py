@@ -101,3 +101,14 @@ def test_mistakes(imdb):
   for file in (imdb / 'test' / 'pos').iterdir():
     file.unlink()
   fails('has no test/pos/', path=str(imdb))
+
+
+def test_documents_that_vanish_are_damaged_data(imdb):
+  batches = iter(data.load(texts(path=str(imdb)), batch_size=4).train)
+  next(batches)
+  for file in imdb.rglob('*.txt'):
+    file.unlink()
+  state = batches.get_state()
+  with pytest.raises(data.BadDataError, match='cannot be read: No such file'):
+    next(batches)
+  assert batches.get_state() == state

@@ -1,18 +1,23 @@
-"""Damaged data is told of in one line."""
+"""Damaged data: one line at opening, skipped later, and at last an error."""
 
 import itertools
 import json
+import logging
+import os
 
+import array_record.python.array_record_module as array_record
 import datasets
 import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import tokenizers
 
 from efficient_attn import data
 from efficient_attn.config import ConfigError, DataConfig
 from efficient_attn.data import files, records
+from efficient_attn.data.damage import allowed
 
 TEXTS = [f'document {i} ' + 'größer ' * (i % 7) for i in range(60)]
 GOOD = [json.dumps({'text': text}).encode() for text in TEXTS]
@@ -70,6 +75,30 @@ def test_the_ends_of_json_lines_are_read_at_opening(name, where, tmp_path):
   assert_one_line(path, message, str(path), f'byte {byte}')
 
 
+@pytest.mark.parametrize('name', BAD_LINES)
+def test_a_damaged_line_is_an_empty_document(name, tmp_path, caplog):
+  path = tmp_path / 'a.jsonl'
+  lines = GOOD.copy()
+  lines[20] = b'{"text": ""}'
+  expected = take(load(write_lines(path, lines)).train, 80)  # epochs
+  lines[20] = BAD_LINES[name][0]
+  loaded = load(write_lines(path, lines))
+  batches = iter(loaded.train)
+  before = take(batches, 5)
+  state = json.loads(json.dumps(batches.get_state()))
+  jax.tree.map(
+    np.testing.assert_array_equal, before + take(batches, 75), expected
+  )
+  (record,) = caplog.records
+  assert record.levelno == logging.WARNING
+  message = record.getMessage()
+  assert BAD_LINES[name][1] in message and str(path) in message
+  assert '1 so far' in message and '\n' not in message
+  fresh = iter(load(path).train)
+  fresh.set_state(state)
+  jax.tree.map(np.testing.assert_array_equal, take(fresh, 9), expected[5:14])
+
+
 def test_white_space_is_no_record(tmp_path):
   lines = GOOD[:40]
   first = load(write_lines(tmp_path / 'a.jsonl', lines))
@@ -96,8 +125,91 @@ def test_lines_longer_than_what_is_read_at_once(tmp_path):
   ] * 3
 
 
+def test_how_many_may_be_damaged():
+  found = [allowed(n) for n in (0, 1, 2, 7, 100, 1000, 5000, 10**6)]
+  assert found == [0, 0, 1, 3, 10, 10, 50, 10**4]
+
+
+def broken_middle(path):
+  """Writes lines of which those in the middle are damaged."""
+  lines = GOOD.copy()
+  lines[20:40] = [b'{'] * 20
+  return write_lines(path, lines)
+
+
+def test_too_many_end_the_run_at_a_state_to_save(tmp_path, caplog):
+  path = broken_middle(tmp_path / 'a.jsonl')
+  batches = iter(load(path, batch_size=8).train)
+  done = []
+  with pytest.raises(data.BadDataError, match='damaged record 11 of .* 10 may'):
+    for batch in batches:
+      state = batches.get_state()
+      done.append(batch)
+  assert len(done) > 1 and len(caplog.records) == 10
+  assert batches.get_state() == state
+  # Repaired by emptying them, the run goes on as if it had not stopped.
+  text = path.read_bytes().replace(b'{\n', b'{"text": ""}\n')
+  path.write_bytes(text)
+  whole = take(load(path, batch_size=8).train, len(done) + 9)
+  jax.tree.map(np.testing.assert_array_equal, done, whole[: len(done)])
+  fresh = iter(load(path, batch_size=8).train)
+  fresh.set_state(json.loads(json.dumps(state)))
+  jax.tree.map(np.testing.assert_array_equal, take(fresh, 9), whole[-9:])
+
+
+@pytest.mark.parametrize('damage', ['deleted', 'cut', 'unreadable'])
+@pytest.mark.parametrize('name', ['{}.txt', '{}.jsonl'])
+def test_files_that_vanish_end_the_run(name, damage, tmp_path, monkeypatch):
+  for i in range(8):
+    lines = [json.dumps({'text': 'text ' * 50 + str(j)}) for j in range(60)]
+    (tmp_path / name.format(i)).write_text('\n'.join(lines))
+  batches = iter(load(tmp_path / name.format('*'), batch_size=4).train)
+  take(batches, 3)
+  for file in tmp_path.glob(name.format('*')):
+    if damage == 'deleted':
+      file.unlink()
+    elif damage == 'cut':
+      os.truncate(file, 10)
+  if damage == 'unreadable':
+    monkeypatch.setattr('builtins.open', _refuse)
+  with pytest.raises(data.BadDataError) as caught:
+    for _ in batches:
+      state = batches.get_state()
+  assert '\n' not in str(caught.value) and str(tmp_path) in str(caught.value)
+  assert batches.get_state() == state
+  with pytest.raises(data.BadDataError):
+    next(batches)
+  assert batches.get_state() == state
+
+
 def _refuse(path, *args, **kwargs):
   raise PermissionError(13, 'Permission denied', path)
+
+
+def test_workers_report_what_is_damaged(tmp_path, capfd):
+  path = broken_middle(tmp_path / 'a.jsonl')
+  batches = iter(load(path, batch_size=8, workers=1).train)
+  try:
+    with pytest.raises(data.BadDataError, match='damaged record 11 of'):
+      for _ in batches:
+        state = batches.get_state()
+    assert batches.get_state() == state
+  finally:
+    batches.close()
+  printed = capfd.readouterr().err
+  assert 'skipped a damaged record, 1 so far' in printed
+  assert str(path) in printed and 'Traceback' not in printed
+
+
+@pytest.mark.parametrize('text', ['', None])
+def test_data_without_text_does_not_hang(text, tmp_path):
+  words = tokenizers.Tokenizer(tokenizers.models.WordLevel({'a': 0}, 'a'))
+  words.save(str(tmp_path / 'tokenizer.json'))
+  lines = [json.dumps({'text': text}).encode()] * 12
+  path = write_lines(tmp_path / 'a.jsonl', lines)
+  loaded = load(path, tokenizer=str(tmp_path / 'tokenizer.json'))
+  with pytest.raises(data.BadDataError, match='records of data.path had no'):
+    next(iter(loaded.train))
 
 
 def _save(path, table, **options):
@@ -142,6 +254,54 @@ def test_parquet_of_other_strings_and_without_rows(tmp_path):
   assert_one_line(tmp_path / 'b.parquet', 'has no text')
 
 
+def test_parquet_whose_strings_are_not_utf8(tmp_path, caplog):
+  texts = [text.encode() for text in TEXTS]
+  texts[30] = b'\xff\xfe'
+  column = pa.array(texts, pa.binary()).view(pa.string())
+  _save(tmp_path / 'a.parquet', {'text': column})
+  loaded = load(tmp_path / 'a.parquet', valid_path=str(tmp_path / 'a.parquet'))
+  assert loaded.valid_bytes() == b''.join(t for t in texts if t[0] != 255)
+  (record,) = caplog.records
+  assert f"row 30 of '{tmp_path / 'a.parquet'}'" in record.getMessage()
+
+
+def _array_record(path, records):
+  writer = array_record.ArrayRecordWriter(str(path), 'group_size:1')
+  for record in records:
+    writer.write(record)
+  writer.close()
+  return path
+
+
+def test_damaged_array_records(tmp_path, caplog):
+  path = _array_record(tmp_path / 'a.array_record', GOOD)
+  whole = path.read_bytes()
+  bad = tmp_path / 'b.array_record'
+  for content in (b'', whole[:-100], whole[: len(whole) // 2], whole[:999]):
+    bad.write_bytes(content)
+    assert_one_line(tmp_path / '*.array_record', repr(str(bad)), 'or damaged')
+  bad.unlink()
+  for lines, message in [
+    ([*GOOD, b'{'], "record 60 of '.*' is not JSON"),
+    ([b'\xff', *GOOD], "record 0 of '.*' is not UTF-8"),
+  ]:
+    _array_record(bad, lines)
+    with pytest.raises(ConfigError, match=message):
+      load(bad)
+  _array_record(bad, GOOD[:20] + [b'{', b'[' * 10**5] + GOOD[20:])
+  take(load(bad, valid_path=str(path)).train, 80)
+  assert len(caplog.records) == 2
+  # One chunk whose checksum is wrong.
+  content = bytearray(whole)
+  content[1500:1504] = b'abcd'
+  bad.write_bytes(content)
+  take(load(bad, valid_path=str(path)).train, 80)
+  assert len(caplog.records) == 3
+  assert repr(str(bad)) in caplog.records[2].getMessage()
+  _array_record(bad, [])
+  assert_one_line(bad, 'has no text')
+
+
 @pytest.mark.parametrize('name', ['a.txt', 'a.jsonl', 'a.parquet'])
 def test_files_that_cannot_be_read(name, tmp_path, monkeypatch):
   path = tmp_path / name
@@ -155,3 +315,18 @@ def test_files_that_cannot_be_read(name, tmp_path, monkeypatch):
   path.write_bytes(b'text')
   monkeypatch.setattr('builtins.open', _refuse)
   assert_one_line(path, repr(str(path)), 'cannot be read: Permission denied')
+
+
+def test_subwords_need_utf8(tmp_path, caplog):
+  words = tokenizers.Tokenizer(tokenizers.models.WordLevel({'a': 0}, 'a'))
+  words.save(str(tmp_path / 'tokenizer.json'))
+  words = str(tmp_path / 'tokenizer.json')
+  latin = 'größer\n'.encode('latin-1')
+  path = tmp_path / 'a.txt'
+  path.write_bytes(b'text\n' * 9 + latin * 999)
+  assert_one_line(path, repr(str(path)), 'byte 47 is not', tokenizer=words)
+  take(load(path).train, 3)  # as bytes
+  path.write_bytes(b'text\n' * 2000 + latin + b'text\n' * 2000)
+  take(load(path, tokenizer=words).train, 2)
+  (record,) = caplog.records
+  assert 'byte 10002 is not UTF-8' in record.getMessage()

@@ -159,8 +159,8 @@ def test_the_standard_library_is_split_by_file():
   train, valid, _ = documents.load(config, layout)
   assert 0.02 < len(valid) / len(train) < 0.1
   traceback = os.path.join(os.path.dirname(os.__file__), 'traceback.py')
-  assert traceback in [span.file.path for span in valid._spans]
-  paths = [span.file.path for s in (train, valid) for span in s._spans]
+  assert traceback in [span.file.path for span in valid._source._spans]
+  paths = [span.file.path for s in (train, valid) for span in s._source._spans]
   assert len(paths) == len(set(paths)) > 300
   assert not any('/test/' in path or 'site-packages' in path for path in paths)
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from efficient_attn.config import ConfigError
-from efficient_attn.data import documents
+from efficient_attn.data import documents, files
 from efficient_attn.data.tasks.example import Example, Task, answers, check
 
 CLASSES = ('neg', 'pos')
@@ -82,12 +82,12 @@ class ByteClassification(Task):
       return None
     items = []
     for label, name in enumerate(CLASSES):
-      files = os.path.join('train' if train else 'test', name, '*.txt')
-      paths = sorted(glob.glob(files, root_dir=self.path))
+      pattern = os.path.join('train' if train else 'test', name, '*.txt')
+      paths = sorted(glob.glob(pattern, root_dir=self.path))
       if not paths:
         raise ConfigError(
-          f'data.options.path={self.path!r} has no {files}; give a folder with '
-          "train/ and test/, in both neg/ and pos/ (IMDB's is aclImdb)"
+          f'data.options.path={self.path!r} has no {pattern}; give a folder '
+          "with train/ and test/, in both neg/ and pos/ (IMDB's is aclImdb)"
         )
       items += [(os.path.join(self.path, path), label) for path in paths]
     return items
@@ -95,8 +95,11 @@ class ByteClassification(Task):
   def read(self, item: tuple[str, int]) -> Example:
     """Returns one document, whose only answer (0 or 1) is at its end."""
     path, label = item
-    with open(path, 'rb') as file:
-      text = file.read(self.seq_len)
+    try:
+      with open(path, 'rb') as file:
+        text = file.read(self.seq_len)
+    except OSError as error:
+      raise files.unreadable(path, error) from error
     return self._example(text.rjust(self.seq_len, b'\0'), label)
 
   def _example(self, text, label):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from efficient_attn.config import ConfigError
-from efficient_attn.data import digits
+from efficient_attn.data import digits, files
 from efficient_attn.data.tasks.example import Example, Task, answers
 
 TRAIN = tuple(f'data_batch_{i}.bin' for i in range(1, 6))
@@ -62,7 +62,10 @@ def _batch(path, name):
       "cifar-10-batches-bin of CIFAR-10's binary version (its Python version "
       'is not read: pickles of others can run their code)'
     )
-  data = np.fromfile(file, np.uint8)
+  try:
+    data = np.fromfile(file, np.uint8)
+  except OSError as error:
+    raise files.unreadable(file, error) from error
   whole = len(data) and len(data) % RECORD == 0
   if not whole or (data[::RECORD] > 9).any():
     raise ConfigError(
