@@ -99,7 +99,7 @@ def _paths(key, path):
 
 
 def _files(key, path, paths, text_key):
-  kinds = {os.path.splitext(p)[1] for p in paths} if path else {'.txt'}
+  kinds = {files.kind(p) for p in paths} if path else {'.txt'}
   if len(kinds) > 1:
     raise ConfigError(
       f'{key}={path!r} matches {sorted(kinds)}; give one kind of file'
@@ -109,7 +109,7 @@ def _files(key, path, paths, text_key):
     raise ConfigError(
       f'{key}={path!r}: cannot read {kind!r} files; {nearest(kind, FORMATS)}'
     )
-  opened = [files.File(p, p) for p in paths]
+  opened = [files.plain(key, p) for p in paths]
   return FORMATS[kind](key, opened, text_key)
 
 
@@ -119,7 +119,14 @@ def _spans(key, paths, text_key):
   return [sources.Span(file, 0, size) for file, size in sizes if size]
 
 
+# By the end of the name; those that are read from front to back may be
+# compressed.
 FORMATS = {'.txt': _spans} | records.RECORDS
+FORMATS |= {
+  kind + suffix: FORMATS[kind]
+  for kind in ('.txt', '.jsonl')
+  for suffix in files.COMPRESSED
+}
 
 
 def _hugging_face(key, path, split):

@@ -1,11 +1,25 @@
-"""Bytes of files, damaged or not, and what tells them from others."""
+"""Bytes of files: damaged, compressed, and told apart from others.
 
+`.gz` and `.zst` streams have no random access, which shuffling needs. `plain`
+therefore decompresses a file once, into the user's cache folder
+($XDG_CACHE_HOME or ~/.cache), and all reads go to that copy. Memory stays
+bounded, worker processes and later runs share the copy, and the price is disk
+space. The name of a copy is a hash of the path, the modification time and the
+fingerprint of the original, and it appears only when it is complete.
+"""
+
+import gzip
 import hashlib
 import os
+import pathlib
+import shutil
+import tempfile
+import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from efficient_attn.data.damage import BadDataError
+from efficient_attn.data import optional
+from efficient_attn.data.damage import BadDataError, line
 
 SAMPLE = 4096  # bytes of each part of a file that a fingerprint reads
 
@@ -14,8 +28,8 @@ class File(NamedTuple):
   """A file of plain bytes.
 
   Attributes:
-    name: what errors call it.
-    path: where its bytes are.
+    name: the path that the user gave.
+    path: where its bytes are; differs if `name` is compressed.
   """
 
   name: str
@@ -55,6 +69,63 @@ def unreadable(name: str, error: OSError) -> BadDataError:
   """Returns what is raised about a file that the system does not give."""
   reason = error.strerror or error
   return BadDataError(f'{name!r} cannot be read: {reason}')
+
+
+def kind(path: str) -> str:
+  """Returns '.jsonl.gz' of a.jsonl.gz and '.txt' of a.txt."""
+  root, suffix = os.path.splitext(path)
+  return (os.path.splitext(root)[1] if suffix in COMPRESSED else '') + suffix
+
+
+def plain(config_key: str, path: str) -> File:
+  """Returns a file that random access can read; see above."""
+  suffix = os.path.splitext(path)[1]
+  if suffix not in COMPRESSED:
+    return File(path, path)
+  folder = _cache()
+  try:
+    stat = os.stat(path)
+    if not stat.st_size:
+      raise EOFError('it is empty')
+    identity = f'{os.path.realpath(path)}\0{stat.st_mtime_ns}\0'
+    identity = os.fsencode(identity + fingerprint([path]))
+    target = folder / hashlib.sha256(identity).hexdigest()
+    if not target.exists():
+      folder.mkdir(parents=True, exist_ok=True)
+      _decompress(COMPRESSED[suffix](config_key, path), target)
+  except (EOFError, OSError, zlib.error) as error:
+    raise BadDataError(
+      f'{path!r} cannot be decompressed into {str(folder)!r}: {line(error)}'
+    ) from error
+  return File(path, str(target))
+
+
+def _cache():
+  try:
+    home = pathlib.Path.home() / '.cache'
+  except RuntimeError:  # there is none
+    home = tempfile.gettempdir()
+  root = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or home)
+  return root / 'efficient_attn' / 'decompressed'
+
+
+def _decompress(stream, target):
+  handle, new = tempfile.mkstemp(dir=target.parent)
+  try:
+    with stream, open(handle, 'wb') as file:
+      shutil.copyfileobj(stream, file, 2**20)
+    os.replace(new, target)  # another process may have been first
+  except BaseException:
+    os.unlink(new)
+    raise
+
+
+def _zstandard(config_key, path):
+  pyarrow = optional.require('pyarrow', config_key, path)
+  return pyarrow.input_stream(path, compression='zstd')
+
+
+COMPRESSED = {'.gz': lambda _, path: gzip.open(path), '.zst': _zstandard}
 
 
 def fingerprint(paths: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
 """Damaged data: one line at opening, skipped later, and at last an error."""
 
+import gzip
 import itertools
 import json
 import logging
@@ -302,7 +303,7 @@ def test_damaged_array_records(tmp_path, caplog):
   assert_one_line(bad, 'has no text')
 
 
-@pytest.mark.parametrize('name', ['a.txt', 'a.jsonl', 'a.parquet'])
+@pytest.mark.parametrize('name', ['a.txt', 'a.jsonl', 'a.txt.gz', 'a.parquet'])
 def test_files_that_cannot_be_read(name, tmp_path, monkeypatch):
   path = tmp_path / name
   path.symlink_to(tmp_path / 'nothing')
@@ -330,3 +331,55 @@ def test_subwords_need_utf8(tmp_path, caplog):
   take(load(path, tokenizer=words).train, 2)
   (record,) = caplog.records
   assert 'byte 10002 is not UTF-8' in record.getMessage()
+
+
+@pytest.mark.parametrize('suffix', ['.gz', '.zst'])
+@pytest.mark.parametrize('kind', ['.txt', '.jsonl'])
+def test_compressed_files_are_read_like_others(kind, suffix, tmp_path):
+  contents = [b'\n'.join(GOOD[i * 12 : i * 12 + 12]) for i in range(5)]
+  for i, content in enumerate(contents):
+    (tmp_path / f'{i}{kind}').write_bytes(content)
+    _compress(tmp_path / f'{i}{kind}{suffix}', content)
+  plain = load(tmp_path / f'[1-4]{kind}', valid_path=str(tmp_path / f'0{kind}'))
+  both = tmp_path / f'[1-4]{kind}{suffix}'
+  valid_path = str(tmp_path / f'0{kind}{suffix}')
+  for _ in range(2):
+    packed = load(both, valid_path=valid_path)
+    for ours, theirs in (
+      (plain.train, packed.train),
+      (plain.valid, packed.valid),
+    ):
+      jax.tree.map(
+        np.testing.assert_array_equal, take(ours, 30), take(theirs, 30)
+      )
+    copies = list((tmp_path / 'cache').rglob('*'))
+    assert sum(file.is_file() for file in copies) == 5
+  path = tmp_path / f'1{kind}{suffix}'
+  for content in (
+    b'',
+    path.read_bytes()[:-9],
+    b'text',
+    path.read_bytes() + b'x',
+  ):
+    path.write_bytes(content)
+    assert_one_line(both, repr(str(path)), 'cannot be decompressed')
+  assert sum(file.is_file() for file in (tmp_path / 'cache').rglob('*')) == 5
+
+
+def _compress(path, content):
+  if path.suffix == '.gz':
+    path.write_bytes(gzip.compress(content))
+  else:
+    half = len(content) // 2  # two frames, as tools write that work in parallel
+    with open(path, 'wb') as file:
+      for part in (content[:half], content[half:]):
+        file.write(pa.compress(part, 'zstd', asbytes=True))
+
+
+def test_compressed_files_of_one_kind(tmp_path):
+  for name in ('a.jsonl', 'a.jsonl.gz', 'b.parquet.gz', 'c.gz', 'd.json.gz'):
+    (tmp_path / name).write_bytes(gzip.compress(GOOD[0]))
+  assert_one_line(tmp_path / 'a*', "['.jsonl', '.jsonl.gz']", 'one kind')
+  for name in ('b.parquet.gz', 'c.gz'):
+    assert_one_line(tmp_path / name, 'cannot read')
+  assert_one_line(tmp_path / 'd.json.gz', "did you mean '.jsonl.gz'?")
