@@ -14,17 +14,25 @@ import numpy as np
 
 from efficient_attn.config import ConfigError
 from efficient_attn.data import optional
+from efficient_attn.data.damage import BadDataError, line
 
-# What tokenizers call the end of a document, when no tokenizer_config.json
-# beside the file says it.
-EOS_TOKENS = (
-  '<|endoftext|>',
-  '<|end_of_text|>',
-  '</s>',
-  '<eos>',
-  '<|im_end|>',
-  '[SEP]',
+# What tokenizers call the end of a document, when no file beside theirs says
+# it: letters and slashes of names in brackets, such as <|endoftext|> or [EOS].
+EOS_NAMES = (
+  'endoftext',
+  '/s',
+  'eos',
+  'imend',
+  'endofsentence',
+  'endofdocument',
+  'endofsequence',
+  'eostoken',
+  'eod',
+  'eot',
+  'eotid',
+  'sep',
 )
+MAX_IDS = 2**24  # far more than any model embeds, and ids have to be int32
 
 
 class Tokenizer(Protocol):
@@ -66,25 +74,35 @@ class HFTokenizer:
   def __init__(self, path: str):
     file = pathlib.Path(path)
     if not file.is_file():
+      folder = ' (a folder: add /tokenizer.json)' * file.is_dir()
       raise ConfigError(
-        f"data.tokenizer={path!r}: no such file; give 'bytes' or the path of a "
-        'tokenizer.json'
+        f"data.tokenizer={path!r}{folder}: no such file; give 'bytes' or the "
+        'path of a tokenizer.json'
       )
     tokenizers = optional.require('tokenizers', 'data.tokenizer', path)
     try:
-      self._tokenizer = tokenizers.Tokenizer.from_file(path)
+      data = file.read_bytes()
+    except OSError as error:
+      raise ConfigError(
+        f'data.tokenizer={path!r} cannot be read: {error.strerror}'
+      ) from error
+    try:
+      self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
     except Exception as error:  # the library raises nothing narrower
       raise ConfigError(
-        f'data.tokenizer={path!r} is not a tokenizer.json: {error}'
+        f'data.tokenizer={path!r} is not a tokenizer.json: {line(error)}'
       ) from error
+    self._path = path
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
     vocab = self._tokenizer.get_vocab()
-    self.vocab_size = max(vocab.values()) + 1
-    named = [_configured_eos(file.parent / 'tokenizer_config.json')]
-    self.eos_id = next(
-      (vocab[t] for t in (*named, *EOS_TOKENS) if t in vocab), None
-    )
+    self.vocab_size = max(vocab.values(), default=-1) + 1
+    if not 0 < self.vocab_size <= MAX_IDS:
+      raise ConfigError(
+        f'data.tokenizer={path!r} has {len(vocab)} tokens with ids up to '
+        f'{self.vocab_size - 1}; ids must be below {MAX_IDS}'
+      )
+    self.eos_id = _end_token(file.parent, vocab)
     self.token_bytes = self._count_bytes(vocab)
 
   def _count_bytes(self, vocab):
@@ -101,21 +119,58 @@ class HFTokenizer:
 
   def encode(self, text: str | bytes) -> np.ndarray:
     """Returns int32 ids, with no special tokens added."""
-    if isinstance(text, bytes):
-      text = text.decode(errors='replace')
-    encoded = self._tokenizer.encode(text, add_special_tokens=False)
-    return np.array(encoded.ids, np.int32)
+    return np.array(self._encode(_string(text)).ids, np.int32)
+
+  def _encode(self, text):
+    try:
+      return self._tokenizer.encode(text, add_special_tokens=False)
+    except Exception as error:  # the library raises nothing narrower
+      raise BadDataError(
+        f'data.tokenizer={self._path!r} cannot encode {text[:20]!r}...: '
+        f'{line(error)}'
+      ) from error
 
   def decode(self, ids) -> str:
     """Returns the text of `ids`; invalid bytes become U+FFFD."""
     return self._tokenizer.decode(np.asarray(ids).tolist())
 
 
-def _configured_eos(file):
+def _string(text):
+  return text.decode(errors='replace') if isinstance(text, bytes) else text
+
+
+def _end_token(folder, vocab):
+  """Returns the id of the token that ends a document, or None."""
+  for name in ('tokenizer_config.json', 'special_tokens_map.json'):
+    token = _read_json(folder / name).get('eos_token')
+    token = token.get('content') if isinstance(token, dict) else token
+    if isinstance(token, str) and token in vocab:
+      return vocab[token]
+  found = _read_json(folder / 'generation_config.json').get('eos_token_id')
+  known = set(vocab.values())
+  for index in found if isinstance(found, list) else [found]:
+    if isinstance(index, int) and index in known:
+      return index
+  bracketed = filter(_BRACKETS.match, sorted(vocab, key=vocab.get)[::-1])
+  named = {re.sub('[^a-z/]', '', t.lower()): vocab[t] for t in bracketed}
+  return next((named[name] for name in EOS_NAMES if name in named), None)
+
+
+_BRACKETS = re.compile(r'[<\[{].*[>\]}]$', re.DOTALL)
+
+
+def _read_json(file):
+  """Returns the mapping in a file, which need not exist."""
   if not file.is_file():
-    return None
-  token = json.loads(file.read_text()).get('eos_token')
-  return token['content'] if isinstance(token, dict) else token
+    return {}
+  try:
+    found = json.loads(file.read_bytes())
+  except (OSError, ValueError, RecursionError) as error:
+    raise ConfigError(
+      f'{str(file)!r}, which may name the end of a document, is not JSON '
+      f'({line(error)}); repair or remove it'
+    ) from error
+  return found if isinstance(found, dict) else {}
 
 
 def _num_bytes(token: str, byte_level: bool) -> int:

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import tokenizers
+from tokenizers import models
 
 from efficient_attn.config import ConfigError
 from efficient_attn.data.tokenizer import load_tokenizer
@@ -20,7 +21,7 @@ def _byte_level(folder, special='<|endoftext|>'):
     [TEXT],
     tokenizers.trainers.BpeTrainer(
       vocab_size=300,
-      special_tokens=[special],
+      special_tokens=[special] if isinstance(special, str) else special,
       initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
       show_progress=False,
     ),
@@ -84,3 +85,82 @@ def test_mistakes_name_the_key(tmp_path, monkeypatch):
   monkeypatch.setitem(__import__('sys').modules, 'tokenizers', None)
   with pytest.raises(ConfigError, match=r"pip install 'efficient_attn\[hf\]'"):
     load_tokenizer(str(bad))
+
+
+@pytest.mark.parametrize(
+  'name', ['[EOS]', '<｜end▁of▁sentence｜>', '<EOS>', '<|eos|>', '<|eot_id|>']
+)
+def test_end_tokens_of_other_names(name, tmp_path):
+  assert load_tokenizer(_byte_level(tmp_path, special=name)).eos_id == 0
+
+
+def test_words_are_no_end_token(tmp_path):
+  vocab = {'eos': 0, 'sep': 1, '<s>': 2, '[PAD]': 3, '</p>': 4}
+  path = str(tmp_path / 'tokenizer.json')
+  tokenizers.Tokenizer(models.WordLevel(vocab, '<s>')).save(path)
+  assert load_tokenizer(path).eos_id is None
+
+
+@pytest.mark.parametrize(
+  'name, content, eos',
+  [
+    ('tokenizer_config', {'eos_token': '<stop>'}, 1),
+    ('tokenizer_config', {'eos_token': {'content': '<stop>'}}, 1),
+    ('tokenizer_config', {'eos_token': None}, 0),
+    ('tokenizer_config', {'eos_token': '<absent>'}, 0),
+    ('tokenizer_config', [1], 0),
+    ('special_tokens_map', {'eos_token': {'content': '<stop>'}}, 1),
+    ('generation_config', {'eos_token_id': 1}, 1),
+    ('generation_config', {'eos_token_id': [999, 1, 0]}, 1),
+    ('generation_config', {'eos_token_id': None}, 0),
+  ],
+)
+def test_files_that_name_the_end_token(name, content, eos, tmp_path):
+  path = _byte_level(tmp_path, special=['</s>', '<stop>'])
+  (tmp_path / f'{name}.json').write_text(json.dumps(content))
+  assert load_tokenizer(path).eos_id == eos
+
+
+@pytest.mark.parametrize('content', [b'', b'{', b'\xff', b'[' * 10**5])
+def test_broken_files_beside_it(content, tmp_path):
+  path = _byte_level(tmp_path)
+  (tmp_path / 'generation_config.json').write_bytes(content)
+  with pytest.raises(ConfigError, match='generation_config.json.* is not JSON'):
+    load_tokenizer(path)
+
+
+@pytest.mark.parametrize(
+  'vocab, message',
+  [
+    ({}, 'has 0 tokens'),
+    ({'a': 0, 'b': 4_100_000_000}, 'ids up to 4100000000'),
+    ({'a': 2**33}, 'is not a tokenizer.json'),
+    ({'a': -1}, 'is not a tokenizer.json'),
+  ],
+)
+def test_broken_vocabularies(vocab, message, tmp_path):
+  path = tmp_path / 'tokenizer.json'
+  tokenizers.Tokenizer(models.WordLevel({'a': 0}, 'a')).save(str(path))
+  content = json.loads(path.read_text())
+  content['model']['vocab'] = vocab
+  path.write_text(json.dumps(content))
+  with pytest.raises(ConfigError, match=message):
+    load_tokenizer(str(path))
+
+
+@pytest.mark.parametrize('content', [b'', b'null', b'\xff', b'{"model": "a'])
+def test_broken_tokenizer_files(content, tmp_path):
+  path = tmp_path / 'tokenizer.json'
+  path.write_bytes(content)
+  with pytest.raises(ConfigError, match='is not a tokenizer.json') as caught:
+    load_tokenizer(str(path))
+  assert '\n' not in str(caught.value)
+  with pytest.raises(ConfigError, match='add /tokenizer.json'):
+    load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_that_cannot_encode(tmp_path):
+  path = str(tmp_path / 'tokenizer.json')
+  tokenizers.Tokenizer(models.WordLevel({'a': 0}, '[UNK]')).save(path)
+  with pytest.raises(ConfigError, match="cannot encode 'b'.*UNK"):
+    load_tokenizer(path).encode('b')
