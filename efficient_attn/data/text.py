@@ -5,7 +5,8 @@ shuffled records, tokenized and cut into rows one after the other. So a batch
 mixes B documents however long they are, and processes, which own rows, read
 disjoint records and together the same batches as one process would.
 
-A batch is `dict(tokens, segment_ids, positions)`, each [B, seq_len + 1] int32.
+A batch is `dict(tokens, segment_ids, positions)`, each [B, seq_len + 1] int32;
+with a tokenizer also `bytes`, those of the text that each token stands for.
 Rows overlap by one token, so that as the target of the one before it
 (`tokens[:, 1:]`) every token counts exactly once an epoch. A target counts if
 its segment id is positive and equal to that of its input.
@@ -44,7 +45,9 @@ def load(
     lines=not exact,
   )
   found = documents.load(config, layout)
-  encode = functools.partial(_Encoder, tokenizer=tokenizer, segments=segments)
+  encode = functools.partial(
+    _Encoder, tokenizer=tokenizer, segments=segments, sized=not exact
+  )
   records = grain.MapDataset.source(found.train).seed(seed).shuffle().repeat()
   encoded = records.map(encode(shuffled=True, patience=20 * len(found.train)))
   streams = [_rows(encoded[row::batch_size], config) for row in rows]
@@ -74,11 +77,13 @@ def _rows(encoded, config):
 class _Encoder:
   """Turns records into [N, 2]: the token before each one, and that token.
 
-  The former is -1 where there is none to see.
+  The former is -1 where there is none to see. With `sized` [N, 3]: also how
+  many bytes of the text the token stands for.
   """
 
-  def __init__(self, *, tokenizer, segments, shuffled, patience=0):
+  def __init__(self, *, tokenizer, segments, sized, shuffled, patience=0):
     self._tokenizer, self._segments = tokenizer, segments
+    self._columns = 3 if sized else 2
     self._shuffled = shuffled
     self._patience = patience  # records without a token in a row; 0: any
     self._silent = 0
@@ -93,28 +98,33 @@ class _Encoder:
         f'the last {self._silent} records of data.path had no text or no token '
         'of data.tokenizer; name other files'
       )
-    return {'pairs': pairs.astype(np.int32)}
+    return {'pairs': pairs[:, : self._columns].astype(np.int32)}
 
   def _encode(self, part):
     end, segments = self._end, self._segments
-    tokens = [self._tokenizer.encode(part.text)]
+    ids, sizes = self._tokenizer.encode_sized(part.text)
+    tokens, counts = [ids], [sizes]
     if part.begins and segments:
       tokens.insert(0, end)
+      counts.insert(0, np.zeros_like(end))
     if part.ends:
+      # What the tokenizer drops has bytes, too.
+      dropped = 0 if len(ids) else len(_as_bytes(part.text))
       tokens.append(end)
-    tokens = np.concatenate(tokens)
+      counts.append(np.full_like(end, dropped))
+    tokens, counts = np.concatenate(tokens), np.concatenate(counts)
     if segments and (part.begins or self._shuffled):
       known = end[:0]
     else:
       known = self._tokenizer.encode(part.before) if part.before else end
     previous = known[-1] if len(known) else -1
     shifted = np.concatenate([[previous], tokens])[: len(tokens)]
-    return np.stack([shifted, tokens], axis=1)
+    return np.stack([shifted, tokens, counts], axis=1)
 
 
 def _row(packed, *, segments):
   """Returns one row of a batch from seq_len pairs."""
-  previous, tokens = packed['pairs'].T
+  previous, tokens, *sizes = packed['pairs'].T
   ids = (packed['pairs_segment_ids'] > 0).astype(np.int32)  # 0 is padding
   if segments:
     begins = previous < 0
@@ -124,11 +134,14 @@ def _row(packed, *, segments):
   index = np.arange(len(ids))
   changes = np.concatenate([[True], ids[1:] != ids[:-1]])
   positions = index - np.maximum.accumulate(index * changes)
-  return dict(
+  row = dict(
     tokens=np.concatenate([np.maximum(previous[:1], 0), tokens]),
     segment_ids=ids.astype(np.int32),
     positions=positions.astype(np.int32),
   )
+  if sizes:  # the first token is no target of this row
+    row['bytes'] = np.insert(sizes[0], 0, 0)
+  return row
 
 
 def _stack(rows):
@@ -165,7 +178,11 @@ class _PackIterator(grain.DatasetIterator):
 
 def _raw(source) -> bytes:
   parts = (part.text for i in range(len(source)) for part in source[i])
-  return b''.join(t.encode() if isinstance(t, str) else t for t in parts)
+  return b''.join(map(_as_bytes, parts))
+
+
+def _as_bytes(text):
+  return text.encode() if isinstance(text, str) else text
 
 
 def compressed_bits_per_byte(data: bytes) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """Text to token ids and back: raw bytes, or a Hugging Face tokenizer file.
 
-`token_bytes` says how many UTF-8 bytes each id stands for, so that the loss of
-any tokenizer can be reported in bits per byte: sum(loss) / log(2) over
-sum(token_bytes[targets]).
+The loss of any tokenizer can be reported in bits per byte of the text itself,
+as it was before lower case, unknown words and the like: sum(loss) / log(2) over
+the bytes that `encode_sized` gives the targets, which add up to the text's.
 """
 
 import json
@@ -40,10 +40,14 @@ class Tokenizer(Protocol):
 
   vocab_size: int
   eos_id: int | None  # ends a document, and stands before the first token
-  token_bytes: np.ndarray  # [vocab_size] int32
+  # [vocab_size] int32; None where only `encode_sized` can say it.
+  token_bytes: np.ndarray | None
 
   def encode(self, text: str | bytes) -> np.ndarray:
     """Returns int32 ids, with no special tokens added."""
+
+  def encode_sized(self, text: str | bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Returns ids, and how many UTF-8 bytes of `text` each stands for."""
 
   def decode(self, ids) -> str:
     """Returns the text of `ids`; invalid bytes become U+FFFD."""
@@ -57,11 +61,17 @@ class ByteTokenizer:
 
   def __init__(self):
     self.token_bytes = np.ones(256, np.int32)
+    self.token_bytes[self.eos_id] = 0
 
   def encode(self, text: str | bytes) -> np.ndarray:
     """Returns the bytes of `text`."""
     data = text.encode() if isinstance(text, str) else text
     return np.frombuffer(data, np.uint8).astype(np.int32)
+
+  def encode_sized(self, text: str | bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the bytes of `text`, of one byte each."""
+    ids = self.encode(text)
+    return ids, np.ones_like(ids)
 
   def decode(self, ids) -> str:
     """Returns the text of `ids`; invalid bytes become U+FFFD."""
@@ -70,6 +80,8 @@ class ByteTokenizer:
 
 class HFTokenizer:
   """A `tokenizer.json` of the `tokenizers` library."""
+
+  token_bytes = None
 
   def __init__(self, path: str):
     file = pathlib.Path(path)
@@ -103,23 +115,27 @@ class HFTokenizer:
         f'{self.vocab_size - 1}; ids must be below {MAX_IDS}'
       )
     self.eos_id = _end_token(file.parent, vocab)
-    self.token_bytes = self._count_bytes(vocab)
-
-  def _count_bytes(self, vocab):
-    decoder = json.loads(self._tokenizer.to_str())['decoder']
-    byte_level = 'ByteLevel' in json.dumps(
-      decoder
-    )  # also in a Sequence of them
-    counts = np.zeros(self.vocab_size, np.int32)
-    for token, index in vocab.items():
-      counts[index] = _num_bytes(token, byte_level)
-    for index, token in self._tokenizer.get_added_tokens_decoder().items():
-      counts[index] = 0 if token.special else len(token.content.encode())
-    return counts
 
   def encode(self, text: str | bytes) -> np.ndarray:
     """Returns int32 ids, with no special tokens added."""
     return np.array(self._encode(_string(text)).ids, np.int32)
+
+  def encode_sized(self, text: str | bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Returns ids, and how many UTF-8 bytes of `text` each stands for.
+
+    A token has the bytes from the end of the one before it to its own, and the
+    last one also what follows it, so that they add up to the text whatever the
+    tokenizer drops, adds or changes. The first token of a character that is
+    several has all of it.
+    """
+    text = _string(text)
+    encoded = self._encode(text)
+    ids = np.array(encoded.ids, np.int32)
+    ends = np.array([end for _, end in encoded.offsets], int)
+    ends = np.clip(np.maximum.accumulate(ends), 0, len(text))
+    ends[-1:] = len(text)
+    sizes = np.diff(_byte_offsets(text)[ends], prepend=0)
+    return ids, sizes.astype(np.int32)
 
   def _encode(self, text):
     try:
@@ -137,6 +153,15 @@ class HFTokenizer:
 
 def _string(text):
   return text.decode(errors='replace') if isinstance(text, bytes) else text
+
+
+def _byte_offsets(text):
+  """Returns [len(text) + 1]: where each character starts in UTF-8."""
+  if text.isascii():
+    return np.arange(len(text) + 1)
+  codes = np.frombuffer(text.encode('utf-32-le'), np.uint32)
+  sizes = 1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)
+  return np.concatenate([[0], np.cumsum(sizes)])
 
 
 def _end_token(folder, vocab):
@@ -171,14 +196,6 @@ def _read_json(file):
       f'({line(error)}); repair or remove it'
     ) from error
   return found if isinstance(found, dict) else {}
-
-
-def _num_bytes(token: str, byte_level: bool) -> int:
-  if byte_level:  # the vocabulary writes every byte as one character
-    return len(token)
-  if re.fullmatch('<0x[0-9A-F]{2}>', token):  # sentencepiece's single bytes
-    return 1
-  return len(token.removeprefix('##').replace('▁', ' ').encode())
 
 
 def load_tokenizer(name: str) -> Tokenizer:

@@ -67,7 +67,9 @@ def next_token(config: Config, token_bytes: np.ndarray | None) -> Callable:
     labels = tokens[:, 1:]
     objective, nll = cross_entropy(logits, labels, **vars(config.loss))
     sums = _sums(objective, nll, logits, labels, weights)
-    if token_bytes is not None:
+    if 'bytes' in batch:
+      sums['bytes'] = jnp.sum(batch['bytes'][:, 1:] * weights)
+    elif token_bytes is not None:
       sizes = jnp.asarray(token_bytes, jnp.float32)
       sizes = sharding.lookup(sizes, labels, 'batch', None)
       sums['bytes'] = jnp.sum(sizes * weights)

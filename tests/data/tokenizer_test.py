@@ -3,7 +3,9 @@ import json
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import models
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import models, normalizers, pre_tokenizers
 
 from efficient_attn.config import ConfigError
 from efficient_attn.data.tokenizer import load_tokenizer
@@ -38,7 +40,7 @@ def test_bytes():
   assert tokenizer.decode(ids) == 'é\x01'
   assert tokenizer.decode([0xC3]) == '\ufffd'
   assert (tokenizer.vocab_size, tokenizer.eos_id) == (256, 0)
-  assert tokenizer.token_bytes.sum() == 256
+  assert tokenizer.token_bytes.tolist() == [0] + [1] * 255
 
 
 def test_byte_level(tmp_path):
@@ -47,9 +49,11 @@ def test_byte_level(tmp_path):
   assert ids.dtype == np.int32 and len(ids) < len(TEXT)
   assert tokenizer.decode(ids) == TEXT
   np.testing.assert_array_equal(tokenizer.encode(TEXT.encode()), ids)
-  assert tokenizer.vocab_size == len(tokenizer.token_bytes) > ids.max()
-  assert tokenizer.token_bytes[ids].sum() == len(TEXT.encode())
-  assert tokenizer.eos_id == 0 and tokenizer.token_bytes[0] == 0
+  assert tokenizer.vocab_size > ids.max()
+  sized, sizes = tokenizer.encode_sized(TEXT)
+  np.testing.assert_array_equal(sized, ids)
+  assert sizes.sum() == len(TEXT.encode())
+  assert tokenizer.eos_id == 0
 
 
 def test_words_with_spaces_and_byte_fallback(tmp_path):
@@ -63,7 +67,8 @@ def test_words_with_spaces_and_byte_fallback(tmp_path):
   model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
   model.save(str(tmp_path / 'tokenizer.json'))
   tokenizer = load_tokenizer(str(tmp_path / 'tokenizer.json'))
-  assert tokenizer.token_bytes[tokenizer.encode('a 世')].sum() == 6
+  _, sizes = tokenizer.encode_sized('a 世')
+  assert sizes.sum() == 5  # the first of its two spaces is not of the text
   assert tokenizer.eos_id is None
 
 
@@ -164,3 +169,98 @@ def test_a_tokenizer_that_cannot_encode(tmp_path):
   tokenizers.Tokenizer(models.WordLevel({'a': 0}, '[UNK]')).save(path)
   with pytest.raises(ConfigError, match="cannot encode 'b'.*UNK"):
     load_tokenizer(path).encode('b')
+
+
+WORDS = {
+  '[UNK]': 0,
+  'a': 1,
+  'straße': 2,
+  'the': 3,
+  '##t': 4,
+  'i': 5,
+  '[SEP]': 6,
+}
+LOWER = normalizers.Sequence(
+  [
+    normalizers.NFKD(),
+    normalizers.Lowercase(),
+    normalizers.StripAccents(),
+    normalizers.Strip(),
+  ]
+)
+BERT = normalizers.BertNormalizer()
+PIECES = [('<unk>', 0.0), ('▁', -2.0), ('▁the', -3.0), ('a', -3.0), ('é', -4.0)]
+BYTES = {f'<0x{i:02X}>': i for i in range(256)}
+# Of every kind: model, normalizer, pre-tokenizer.
+KINDS = {
+  'byte_level': (None, None, pre_tokenizers.ByteLevel()),
+  'byte_level_nfc': (None, normalizers.NFC(), pre_tokenizers.ByteLevel()),
+  'byte_level_lower': (None, LOWER, pre_tokenizers.ByteLevel()),
+  'words': (
+    models.WordLevel(WORDS, '[UNK]'),
+    LOWER,
+    pre_tokenizers.Whitespace(),
+  ),
+  'word_pieces': (
+    models.WordPiece(WORDS, unk_token='[UNK]'),
+    BERT,
+    pre_tokenizers.BertPreTokenizer(),
+  ),
+  'unigram': (
+    models.Unigram(PIECES, 0),
+    normalizers.Sequence([normalizers.Nmt(), LOWER]),
+    pre_tokenizers.Metaspace(),
+  ),
+  'byte_fallback': (
+    models.BPE(BYTES | {'▁': 256, 'a': 257}, [], byte_fallback=True),
+    normalizers.Sequence(
+      [normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')]
+    ),
+    None,
+  ),
+  'drops_what_it_has_not': (models.BPE({'a': 0, 'b': 1}, []), None, None),
+}
+
+
+@pytest.fixture(scope='module')
+def of_every_kind(tmp_path_factory):
+  loaded = {}
+  for name, (model, normalizer, pre_tokenizer) in KINDS.items():
+    folder = tmp_path_factory.mktemp(name)
+    path = _byte_level(folder)
+    made = tokenizers.Tokenizer.from_file(path)
+    if model is not None:
+      made = tokenizers.Tokenizer(model)
+      made.add_special_tokens(['<|endoftext|>'])
+    if normalizer is not None:
+      made.normalizer = normalizer
+    if pre_tokenizer is not None:
+      made.pre_tokenizer = pre_tokenizer
+    made.save(path)
+    loaded[name] = load_tokenizer(path)
+  return loaded
+
+
+TEXTS = st.lists(
+  st.sampled_from(
+    ['Straße ', 'THE', ' ', '\n', '世界', 'É', '<|endoftext|>', '🙂']
+  )
+  | st.text(max_size=5)
+).map(''.join)
+
+
+@settings(deadline=None, max_examples=60)
+@given(text=TEXTS)
+@pytest.mark.parametrize('name', KINDS)
+def test_tokens_have_all_bytes_of_the_text(of_every_kind, name, text):
+  tokenizer = of_every_kind[name]
+  ids, sizes = tokenizer.encode_sized(text)
+  np.testing.assert_array_equal(ids, tokenizer.encode(text))
+  assert ids.shape == sizes.shape and sizes.dtype == np.int32
+  assert (sizes >= 0).all()
+  assert sizes.sum() == (len(text.encode()) if len(ids) else 0)
+
+
+def test_each_token_has_its_own_bytes(of_every_kind):
+  _, sizes = of_every_kind['words'].encode_sized('  The straße, ÉÉ <unknown>\n')
+  assert sizes.tolist() == [5, 8, 1, 5, 2, 7, 2]
