@@ -33,6 +33,8 @@ class Data:
     vocab_size: Number of tokens; None for images.
     num_classes: Of images; None for tokens.
     valid_bytes: Returns the raw validation text; None for images.
+    fingerprint: Changes with the data, though not every byte is looked at; a
+      run that continues on other data than it began with can be told by it.
   """
 
   train: grain.IterDataset
@@ -43,6 +45,7 @@ class Data:
   vocab_size: int | None = None
   num_classes: int | None = None
   valid_bytes: Callable[[], bytes] | None = None
+  fingerprint: str
 
 
 def held_out(count: int, every: int) -> np.ndarray:

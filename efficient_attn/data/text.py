@@ -19,6 +19,7 @@ its segment id is positive and equal to that of its input.
 """
 
 import functools
+import hashlib
 import lzma
 import zlib
 
@@ -55,6 +56,7 @@ def load(
   in_order = grain.MapDataset.source(found.valid).map(encode(shuffled=False))
   row = jax.ShapeDtypeStruct((config.seq_len + 1,), np.int32)
   example = dict(tokens=row, segment_ids=row, positions=row)
+  identity = f'{found.fingerprint} {tokenizer.fingerprint}'
   return batches.Data(
     train=batches.prefetch(batched, config.workers),
     valid=batches.finite(_rows(in_order, config), batch_size, rows),
@@ -63,6 +65,7 @@ def load(
     tokenizer=tokenizer,
     vocab_size=tokenizer.vocab_size,
     valid_bytes=functools.partial(_raw, found.valid),
+    fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
   )
 
 

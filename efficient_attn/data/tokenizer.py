@@ -5,6 +5,7 @@ as it was before lower case, unknown words and the like: sum(loss) / log(2) over
 the bytes that `encode_sized` gives the targets, which add up to the text's.
 """
 
+import hashlib
 import json
 import pathlib
 import re
@@ -42,6 +43,7 @@ class Tokenizer(Protocol):
   eos_id: int | None  # ends a document, and stands before the first token
   # [vocab_size] int32; None where only `encode_sized` can say it.
   token_bytes: np.ndarray | None
+  fingerprint: str  # of what decides the ids
 
   def encode(self, text: str | bytes) -> np.ndarray:
     """Returns int32 ids, with no special tokens added."""
@@ -58,6 +60,7 @@ class ByteTokenizer:
 
   vocab_size = 256
   eos_id = 0
+  fingerprint = 'bytes'
 
   def __init__(self):
     self.token_bytes = np.ones(256, np.int32)
@@ -115,6 +118,7 @@ class HFTokenizer:
         f'{self.vocab_size - 1}; ids must be below {MAX_IDS}'
       )
     self.eos_id = _end_token(file.parent, vocab)
+    self.fingerprint = f'{hashlib.sha256(data).hexdigest()} {self.eos_id}'
 
   def encode(self, text: str | bytes) -> np.ndarray:
     """Returns int32 ids, with no special tokens added."""

@@ -128,4 +128,5 @@ def load(
     example=examples[0],
     valid_example=valid_examples[0],
     vocab_size=max(task.num_tokens, valid_task.num_tokens),
+    fingerprint=task.fingerprint(True) + valid_task.fingerprint(False),
   )

@@ -92,6 +92,13 @@ class ByteClassification(Task):
       items += [(os.path.join(self.path, path), label) for path in paths]
     return items
 
+  def content(self, train: bool) -> list[bytes]:
+    """Returns a hash of the files, or Python's own text."""
+    if not self.path:
+      return [self._texts[package, train] for package in PACKAGES]
+    paths = [path for path, _ in self.stored(train)]
+    return [files.fingerprint(paths).encode()]
+
   def read(self, item: tuple[str, int]) -> Example:
     """Returns one document, whose only answer (0 or 1) is at its end."""
     path, label = item

@@ -1,6 +1,7 @@
 """What a task draws: tokens, and what to answer where."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +35,18 @@ class Task:
     """Returns the items of a split, of which `read` makes examples."""
     del train
     return None
+
+  def fingerprint(self, train: bool) -> str:
+    """Returns a hash of what the examples of a split are made from."""
+    content = hashlib.sha256(repr(self).encode())
+    for part in self.content(train):
+      content.update(part)
+    return content.hexdigest()
+
+  def content(self, train: bool) -> Iterable[bytes]:
+    """Returns what `fingerprint` covers beside the options."""
+    del train
+    return ()
 
 
 def answers(tokens, labels, where) -> Example:

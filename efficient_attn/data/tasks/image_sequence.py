@@ -35,6 +35,10 @@ class ImageSequence(Task):
     images, labels = _cifar(self.path, train) if self.path else _digits(train)
     return list(zip(images, labels, strict=True))
 
+  def content(self, train: bool) -> list[bytes]:
+    """Returns the pixels of every image."""
+    return [pixels.tobytes() for pixels, _ in self.stored(train)]
+
   def read(self, item: tuple[np.ndarray, Any]) -> Example:
     """Returns one example, whose only answer (0 to 9) is at its end."""
     pixels, label = item
