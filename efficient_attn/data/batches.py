@@ -35,6 +35,7 @@ class Data:
     valid_bytes: Returns the raw validation text; None for images.
     fingerprint: Changes with the data, though not every byte is looked at; a
       run that continues on other data than it began with can be told by it.
+    notes: Lines for the user about how the data is read.
   """
 
   train: grain.IterDataset
@@ -46,6 +47,7 @@ class Data:
   num_classes: int | None = None
   valid_bytes: Callable[[], bytes] | None = None
   fingerprint: str
+  notes: tuple[str, ...] = ()
 
 
 def held_out(count: int, every: int) -> np.ndarray:

@@ -57,6 +57,7 @@ def load(
   row = jax.ShapeDtypeStruct((config.seq_len + 1,), np.int32)
   example = dict(tokens=row, segment_ids=row, positions=row)
   identity = f'{found.fingerprint} {tokenizer.fingerprint}'
+  notes = (NO_END.format(config.tokenizer),)
   return batches.Data(
     train=batches.prefetch(batched, config.workers),
     valid=batches.finite(_rows(in_order, config), batch_size, rows),
@@ -66,7 +67,15 @@ def load(
     vocab_size=tokenizer.vocab_size,
     valid_bytes=functools.partial(_raw, found.valid),
     fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
+    notes=notes if tokenizer.eos_id is None and not segments else (),
   )
+
+
+NO_END = (
+  'data.tokenizer={!r} has no token that ends a document, so that with '
+  "data.packing='concat' documents follow each other without a mark; name one "
+  'as eos_token in a tokenizer_config.json beside the file'
+)
 
 
 def _rows(encoded, config):

@@ -192,6 +192,7 @@ def test_subwords(corpus, subwords, files, packing):
     assert tokenizer.decode(ended) == raw.decode()
   else:  # nothing to predict a document's first token from
     assert 0 < len(raw) - counted < 60
+    assert bool(loaded.notes) == (packing == 'concat')
   batch = next(iter(loaded.train))
   assert batch['tokens'].shape == (3, 25)
   assert batch['tokens'].max() < tokenizer.vocab_size
@@ -216,6 +217,7 @@ def test_bytes_are_those_of_the_text(corpus, files, packing):
     valid_every=4,
   )
   loaded = data.load(config, batch_size=3)
+  assert loaded.notes == ()
   counted = sum(_counted(batch).sum() for batch in loaded.valid)
   assert counted == len(loaded.valid_bytes())
   batch = next(iter(loaded.train))
