@@ -99,6 +99,8 @@ def run(
 
     writer = stack.enter_context(MetricWriter(workdir, config.steps, first))
     writer.message(describe(config, architecture, mesh, first))
+    for note in dataset.notes:
+      writer.message(note)
     stop = stack.enter_context(StopSignal(config.log_every))
     tracer = stack.enter_context(Tracer(config.profile_steps, workdir))
     guard = NonFiniteGuard(config.skip_nonfinite, checkpoints)
