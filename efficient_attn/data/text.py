@@ -56,6 +56,7 @@ def load(
   in_order = grain.MapDataset.source(found.valid).map(encode(shuffled=False))
   row = jax.ShapeDtypeStruct((config.seq_len + 1,), np.int32)
   example = dict(tokens=row, segment_ids=row, positions=row)
+  example |= {} if exact else dict(bytes=row)
   identity = f'{found.fingerprint} {tokenizer.fingerprint}'
   notes = (NO_END.format(config.tokenizer),)
   return batches.Data(

@@ -140,3 +140,14 @@ def test_mistakes_name_the_key():
     data.load(DataConfig(name='txt'), batch_size=4)
   with pytest.raises(ConfigError, match='batch_size=4 .* 3 processes'):
     data.load(DataConfig(), batch_size=4, process_count=3)
+
+
+def test_example_is_a_row_of_every_batch(config):
+  found = data.load(config, batch_size=2)
+  for batches, row in (
+    (found.train, found.example),
+    (found.valid, found.valid_example),
+  ):
+    batch = next(iter(batches))
+    shapes = {k: (x.shape[1:], x.dtype) for k, x in batch.items()}
+    assert shapes == {k: (x.shape, x.dtype) for k, x in row.items()}

@@ -230,3 +230,11 @@ def test_compressors_are_the_yardstick():
   assert set(rates) == {'zlib', 'xz'} and max(rates.values()) < 0.5
   noise = np.random.default_rng(0).bytes(10_000)
   assert min(data.compressed_bits_per_byte(noise).values()) >= 8
+
+
+def test_example_is_a_row_also_of_subwords(corpus, subwords):
+  config = DataConfig(seq_len=8, path=f'{corpus}/*.txt', tokenizer=subwords)
+  found = data.load(config, batch_size=2)
+  batch = next(iter(found.train))
+  shapes = {k: (x.shape[1:], x.dtype) for k, x in batch.items()}
+  assert shapes == {k: (x.shape, x.dtype) for k, x in found.example.items()}
