@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from efficient_attn import sharding
 from efficient_attn.config import Config
 from efficient_attn.train.loss import means
 from efficient_attn.train.optimizer import eval_params
@@ -107,6 +108,9 @@ def split(x: jax.Array, parts: int) -> jax.Array:
   """Splits [B, ...] into [parts, B / parts, ...].
 
   Part i holds every parts-th row from row i on, so that rows sharded over
-  devices stay where they are.
+  devices stay where they are. Which of the two new axes is sharded must be
+  said: JAX takes the first one that the devices divide.
   """
-  return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+  rows = sharding.activation_spec(('batch',) + (None,) * x.ndim)
+  x = x.reshape(-1, parts, *x.shape[1:], out_sharding=sharding.current(rows))
+  return jnp.moveaxis(x, 1, 0)

@@ -15,6 +15,8 @@ CONFIG = configs.resolve(
   dict(
     steps=6,
     batch_size=8,
+    accumulate=2,
+    ema=0.5,
     log_every=1,
     model=dict(
       name='lm',
