@@ -44,6 +44,7 @@ class Tokenizer(Protocol):
   # [vocab_size] int32; None where only `encode_sized` can say it.
   token_bytes: np.ndarray | None
   fingerprint: str  # of what decides the ids
+  known: np.ndarray  # [vocab_size] bool: false for gaps in the vocabulary
 
   def encode(self, text: str | bytes) -> np.ndarray:
     """Returns int32 ids, with no special tokens added."""
@@ -52,7 +53,7 @@ class Tokenizer(Protocol):
     """Returns ids, and how many UTF-8 bytes of `text` each stands for."""
 
   def decode(self, ids) -> str:
-    """Returns the text of `ids`; invalid bytes become U+FFFD."""
+    """Returns the text of known `ids`; invalid bytes become U+FFFD."""
 
 
 class ByteTokenizer:
@@ -65,6 +66,7 @@ class ByteTokenizer:
   def __init__(self):
     self.token_bytes = np.ones(256, np.int32)
     self.token_bytes[self.eos_id] = 0
+    self.known = np.ones(256, bool)
 
   def encode(self, text: str | bytes) -> np.ndarray:
     """Returns the bytes of `text`."""
@@ -77,8 +79,9 @@ class ByteTokenizer:
     return ids, np.ones_like(ids)
 
   def decode(self, ids) -> str:
-    """Returns the text of `ids`; invalid bytes become U+FFFD."""
-    return np.asarray(ids, np.uint8).tobytes().decode(errors='replace')
+    """Returns the text of known `ids`; invalid bytes become U+FFFD."""
+    ids = _check_known(ids, self.known)
+    return ids.astype(np.uint8).tobytes().decode(errors='replace')
 
 
 class HFTokenizer:
@@ -119,6 +122,8 @@ class HFTokenizer:
       )
     self.eos_id = _end_token(file.parent, vocab)
     self.fingerprint = f'{hashlib.sha256(data).hexdigest()} {self.eos_id}'
+    self.known = np.zeros(self.vocab_size, bool)
+    self.known[list(vocab.values())] = True
 
   def encode(self, text: str | bytes) -> np.ndarray:
     """Returns int32 ids, with no special tokens added."""
@@ -151,8 +156,19 @@ class HFTokenizer:
       ) from error
 
   def decode(self, ids) -> str:
-    """Returns the text of `ids`; invalid bytes become U+FFFD."""
-    return self._tokenizer.decode(np.asarray(ids).tolist())
+    """Returns the text of known `ids`; invalid bytes become U+FFFD."""
+    return self._tokenizer.decode(_check_known(ids, self.known).tolist())
+
+
+def _check_known(ids, known):
+  """Returns ids as an array; one without text would vanish or be another."""
+  ids = np.asarray(ids, np.int64)
+  lost = ids[~np.isin(ids, np.flatnonzero(known))]
+  if lost.size:
+    raise ValueError(
+      f'token {lost[0]} is not in the vocabulary of {known.sum()} tokens'
+    )
+  return ids
 
 
 def _string(text):

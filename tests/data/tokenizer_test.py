@@ -80,6 +80,24 @@ def test_end_token_of_the_configuration_beside_it(tmp_path):
   assert load_tokenizer(path).eos_id == 0
 
 
+def test_unknown_ids_are_not_decoded(tmp_path):
+  gapped = tmp_path / 'tokenizer.json'
+  tokenizers.Tokenizer(
+    tokenizers.models.WordLevel({'a': 0, 'b': 3}, unk_token='a')
+  ).save(str(gapped))
+  tokenizer = load_tokenizer(str(gapped))
+  assert tokenizer.known.tolist() == [True, False, False, True]
+  assert tokenizer.decode([0, 3]) == 'a b' and tokenizer.decode([]) == ''
+  for ids, tokenizer in (
+    ([0, 1], tokenizer),
+    ([4], tokenizer),
+    ([65, 256], load_tokenizer('bytes')),
+    ([-1], load_tokenizer('bytes')),
+  ):
+    with pytest.raises(ValueError, match=f'token {ids[-1]} is not in the'):
+      tokenizer.decode(ids)
+
+
 def test_mistakes_name_the_key(tmp_path, monkeypatch):
   with pytest.raises(ConfigError, match='data.tokenizer=.*no such file'):
     load_tokenizer('gpt2')
