@@ -7,13 +7,14 @@ keys and values of 64 tokens, whatever the length.
 """
 
 import argparse
+import os
 import time
 
 import jax
 import numpy as np
 
 from efficient_attn import cli
-from efficient_attn.config import ConfigError
+from efficient_attn.config import ConfigError, choose
 
 
 def main():
@@ -26,8 +27,8 @@ def main():
   parser.add_argument(
     '--temperature', type=float, default=0.8, help='0: greedy'
   )
-  parser.add_argument('--top_k', type=int, default=0, help='0: all')
-  parser.add_argument('--top_p', type=float, default=0.95)
+  parser.add_argument('--top_k', type=int, default=0, help='0 or -1: all')
+  parser.add_argument('--top_p', type=float, default=0.95, help='1: all')
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument(
     '--kv_policy', default='', help='h2o, snapkv, tova, streaming_llm; off'
@@ -37,7 +38,26 @@ def main():
   )
   args = parser.parse_args()
   with cli.clear_errors():
+    check(args)
     print_samples(args)
+
+
+def check(args: argparse.Namespace) -> None:
+  """Checks what needs no model."""
+  from efficient_attn.decode.eviction import POLICIES
+  from efficient_attn.decode.sampling import check_options
+
+  for name in ('length', 'num_samples', 'kv_budget'):
+    value = getattr(args, name)
+    if value < 1:
+      raise ConfigError(f'--{name}={value} must be at least 1')
+  if not 0 <= args.seed < 2**32:
+    raise ConfigError(f'--seed={args.seed} must be in [0, 2^32)')
+  check_options(args.temperature, args.top_k, args.top_p)
+  if args.kv_policy:
+    choose('--kv_policy', args.kv_policy, POLICIES)
+  if not args.prompt:
+    raise ConfigError('--prompt is empty; give at least one token')
 
 
 def print_samples(args: argparse.Namespace) -> None:
@@ -48,17 +68,26 @@ def print_samples(args: argparse.Namespace) -> None:
   from efficient_attn.train.load import load_model
 
   config, model = load_model(args.workdir)
-  if config.model.name != 'lm':
-    raise ConfigError(f'{args.workdir} is a {config.model.name}, not an lm')
+  if config.model.name != 'lm' or config.data.name != 'text':
+    raise ConfigError(
+      f'--workdir={args.workdir!r} is a {config.model.name} of '
+      f'data.name={config.data.name!r}; only an lm of text continues a prompt'
+    )
   if args.kv_policy:
     try:
       model = evict(model, args.kv_policy, args.kv_budget)
     except NotImplementedError as e:
       raise ConfigError(f'--kv_policy={args.kv_policy}: {e}') from None
   tokenizer = load_tokenizer(config.data.tokenizer)
-  prompt = np.asarray(tokenizer.encode(args.prompt), np.int32)
+  prompt = np.asarray(tokenizer.encode(os.fsencode(args.prompt)), np.int32)
   if not len(prompt):
-    raise ConfigError('--prompt is empty; give at least one token')
+    raise ConfigError(f'--prompt={args.prompt!r} has no tokens; give another')
+  if prompt.max() >= config.model.vocab_size:
+    raise ConfigError(
+      f'--prompt={args.prompt!r} has token {prompt.max()}, but '
+      f'model.vocab_size={config.model.vocab_size}; is data.tokenizer='
+      f'{config.data.tokenizer!r} the one of the run?'
+    )
   start = time.perf_counter()
   tokens = generate(
     model,
@@ -68,6 +97,7 @@ def print_samples(args: argparse.Namespace) -> None:
     temperature=args.temperature,
     top_k=args.top_k,
     top_p=args.top_p,
+    allowed=tokenizer.known[: config.model.vocab_size],
   )
   for row in np.asarray(tokens):
     print(tokenizer.decode(np.concatenate([prompt, row])), end='\n\n')

@@ -1,9 +1,6 @@
 """Caches of a fixed number of tokens: what they hold, and what it costs."""
 
-import argparse
 import functools
-import runpy
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +13,7 @@ from efficient_attn.config import ConfigError, LMConfig
 from efficient_attn.decode.eviction import POLICIES, Evicting, evict
 from efficient_attn.decode.generate import generate
 from efficient_attn.layers.mixers.softmax.attention import Attention
-from tests.launch.scripts import ROOT
+from tests.launch.scripts import sample
 
 NAMES = sorted(POLICIES)
 
@@ -245,31 +242,14 @@ def test_leaves_the_model_as_it_was():
   assert jax.tree.structure(model) == before
 
 
-def sample(monkeypatch, capsys, model, *flags):
-  """Runs launch/sample.py on a model that no run has trained."""
-  config = argparse.Namespace(
-    model=argparse.Namespace(name='lm'),
-    data=argparse.Namespace(tokenizer='bytes'),
-  )
-  monkeypatch.setattr(
-    'efficient_attn.train.load.load_model', lambda workdir: (config, model)
-  )
-  argv = ['sample.py', '--workdir=x', '--prompt=ab', '--length=9', *flags]
-  monkeypatch.setattr(sys, 'argv', argv)
-  try:
-    runpy.run_path(str(ROOT / 'launch' / 'sample.py'), run_name='__main__')
-  except SystemExit as e:
-    assert e.code == 2
-  return capsys.readouterr()
-
-
 def test_sample_script(monkeypatch, capsys):
   def run(pattern, *flags):
     flags = ('--temperature=0', *flags)
-    return sample(monkeypatch, capsys, model_of(pattern), *flags)
+    _, *said = sample(monkeypatch, capsys, model_of(pattern), *flags)
+    return said
 
-  full = run('attention').out.rpartition('\n\n')[0]
-  large = run('attention', '--kv_policy=h2o', '--kv_budget=64').out
+  full = run('attention')[0].rpartition('\n\n')[0]
+  large = run('attention', '--kv_policy=h2o', '--kv_budget=64')[0]
   assert full.startswith('ab') and large.rpartition('\n\n')[0] == full
-  error = run('gla', '--kv_policy=h2o').err
+  error = run('gla', '--kv_policy=h2o')[1]
   assert error.startswith('error: --kv_policy=h2o: ') and 'GLA' in error

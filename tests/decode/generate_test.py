@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from efficient_attn import models
-from efficient_attn.config import LMConfig
+from efficient_attn.config import ConfigError, LMConfig
 from efficient_attn.decode.generate import generate
 from efficient_attn.decode.sampling import sample
 from efficient_attn.layers.mixers import MIXERS
@@ -14,9 +14,14 @@ from efficient_attn.layers.mixers import MIXERS
 PROMPT = jax.random.randint(jax.random.key(3), (2, 5), 0, 32)
 
 
-def model_of(*pattern):
+def model_of(*pattern, **options):
   config = LMConfig(
-    d_model=16, num_heads=2, num_layers=2, vocab_size=32, pattern=pattern
+    d_model=16,
+    num_heads=2,
+    num_layers=2,
+    vocab_size=32,
+    pattern=pattern,
+    **options,
   )
   return models.init(config, jax.random.key(0))
 
@@ -78,6 +83,65 @@ def test_length_one():
   assert generate(model, PROMPT, jax.random.key(0), length=1).shape == (2, 1)
 
 
+def test_learned_positions_are_not_repeated():
+  model = model_of('attention', position='learned', max_len=8)
+  key = jax.random.key(0)
+  fits = dict(temperature=0, length=4)  # the last token is not read
+  assert generate(model, PROMPT, key, **fits).shape == (2, 4)
+  for prompt, length in ((PROMPT, 5), (jnp.tile(PROMPT, (1, 2)), 1)):
+    with pytest.raises(ValueError, match=r'learned positions.*max_len=8'):
+      generate(model, prompt, key, length=length)
+
+
+@pytest.mark.parametrize(
+  'mixer,options',
+  [
+    ('sinkhorn', dict(block_size=2, max_blocks=4)),
+    ('synthesizer', dict(max_len=8)),
+    ('cosformer', dict(max_length=8)),
+  ],
+)
+def test_a_mixer_refuses_more_than_its_table(mixer, options):
+  model = model_of(mixer, mixers={mixer: options})
+  with pytest.raises(ConfigError, match=f'{mixer}: .*{list(options)[-1]}'):
+    generate(model, PROMPT, jax.random.key(0), length=5)
+
+
+@pytest.mark.parametrize('temperature', [0, 5.0])
+def test_only_allowed_tokens_are_drawn(temperature):
+  allowed = np.zeros(20, bool)
+  allowed[[3, 4, 17]] = True
+  found = generate(
+    model_of('gla'),
+    PROMPT,
+    jax.random.key(0),
+    length=40,
+    temperature=temperature,
+    top_k=5,
+    allowed=allowed,
+  )
+  assert set(np.ravel(found)) <= {3, 4, 17}
+
+
+@pytest.mark.parametrize(
+  'options',
+  [
+    dict(length=0),
+    dict(length=2, temperature=-1.0),
+    dict(length=2, temperature=float('nan')),
+    dict(length=2, top_k=33),
+    dict(length=2, top_k=-2),
+    dict(length=2, top_p=0.0),
+    dict(length=2, top_p=1.1),
+  ],
+  ids=str,
+)
+def test_options_out_of_range(options):
+  name, value = list(options.items())[-1]
+  with pytest.raises(ConfigError, match=f'{name}={value}'):
+    generate(model_of('gla'), PROMPT, jax.random.key(0), **options)
+
+
 LOGITS = jnp.log(jnp.array([0.1, 0.4, 0.2, 0.3]))
 
 
@@ -99,6 +163,9 @@ def draws(**options):
     (dict(top_p=1e-6), [0, 1, 0, 0]),
     (dict(top_k=3, top_p=0.5), [0, 4 / 7, 0, 3 / 7]),
     (dict(temperature=0), [0, 1, 0, 0]),
+    (dict(temperature=1e-40), [0, 1, 0, 0]),
+    (dict(temperature=1e-37, top_k=3), [0, 1, 0, 0]),
+    (dict(top_k=-1), [0.1, 0.4, 0.2, 0.3]),
   ],
   ids=str,
 )

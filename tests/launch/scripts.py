@@ -1,7 +1,9 @@
 """The scripts of launch/ as processes, started as a user starts them."""
 
+import argparse
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
 import time
@@ -66,3 +68,27 @@ def losses(workdir):
   found = {row['step']: row['train/loss'] for row in rows}
   assert len(found) == len(rows)
   return found
+
+
+def sample(monkeypatch, capsys, model, *flags, name='lm', data='text'):
+  """Calls sample.py on a model that no run has trained.
+
+  Returns the exit code, stdout and stderr.
+  """
+  config = argparse.Namespace(
+    model=argparse.Namespace(name=name, vocab_size=256),
+    data=argparse.Namespace(name=data, tokenizer='bytes'),
+  )
+  if model is not None:
+    config.model.vocab_size = model.embed.table.shape[0]
+  monkeypatch.setattr(
+    'efficient_attn.train.load.load_model', lambda workdir: (config, model)
+  )
+  argv = ['sample.py', '--workdir=x', '--prompt=ab', '--length=9', *flags]
+  monkeypatch.setattr(sys, 'argv', argv)
+  code = 0
+  try:
+    runpy.run_path(str(ROOT / 'launch' / 'sample.py'), run_name='__main__')
+  except SystemExit as e:
+    code = e.code
+  return code, *capsys.readouterr()

@@ -1,0 +1,101 @@
+"""sample.py says in one line what is wrong, and prints no other tokens."""
+
+import functools
+import re
+
+import jax
+import pytest
+
+from efficient_attn import models
+from efficient_attn.config import LMConfig
+from tests.launch.scripts import sample
+
+
+@functools.cache
+def model_of(vocab_size=256, position='none'):
+  config = LMConfig(
+    d_model=8,
+    num_heads=1,
+    num_layers=1,
+    vocab_size=vocab_size,
+    position=position,
+    max_len=8,
+    ffn='none',
+  )
+  return models.init(config, jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+  'flag,message',
+  [
+    ('--length=0', '--length=0 must be at least 1'),
+    ('--num_samples=0', '--num_samples=0 must be at least 1'),
+    ('--kv_budget=-4', '--kv_budget=-4 must be at least 1'),
+    ('--kv_policy=h20', "--kv_policy='h20' is unknown; did you mean 'h2o'?"),
+    ('--seed=-1', '--seed=-1 must be in [0, 2^32)'),
+    ('--temperature=-1', 'temperature=-1.0 must be a number >= 0; 0 is greedy'),
+    ('--temperature=nan', 'temperature=nan must be a number >= 0; 0 is greedy'),
+    ('--temperature=inf', 'temperature=inf must be a number >= 0; 0 is greedy'),
+    ('--top_k=-2', 'top_k=-2 must be >= 0; 0 keeps all tokens'),
+    ('--top_p=0', 'top_p=0.0 must be in (0, 1]; 1 keeps all tokens'),
+    ('--top_p=1.5', 'top_p=1.5 must be in (0, 1]; 1 keeps all tokens'),
+    ('--top_p=nan', 'top_p=nan must be in (0, 1]; 1 keeps all tokens'),
+    ('--prompt=', '--prompt is empty; give at least one token'),
+  ],
+)
+def test_mistakes_are_found_before_the_model_is_loaded(
+  flag, message, monkeypatch, capsys
+):
+  said = sample(monkeypatch, capsys, None, flag)
+  assert said == (2, '', f'error: {message}\n')
+
+
+@pytest.mark.parametrize(
+  'flags,model,message',
+  [
+    (['--top_k=257'], {}, 'top_k=257 is more than the 256 tokens of the .*'),
+    (
+      [],
+      dict(position='learned'),
+      'a prompt of 2 tokens and length=9 need 10 learned positions, but '
+      'model.max_len=8; shorten them',
+    ),
+    (
+      ['--prompt=a~'],
+      dict(vocab_size=100),
+      "--prompt='a~' has token 126, but model.vocab_size=100; .*",
+    ),
+  ],
+)
+def test_what_does_not_fit_the_model(
+  flags, model, message, monkeypatch, capsys
+):
+  code, out, err = sample(monkeypatch, capsys, model_of(**model), *flags)
+  assert (code, out) == (2, '')
+  assert re.fullmatch(f'error: {message}\n', err), err
+
+
+@pytest.mark.parametrize('name,data', [('vit', 'digits'), ('lm', 'mqar')])
+def test_only_text_is_sampled(name, data, monkeypatch, capsys):
+  code, out, err = sample(monkeypatch, capsys, None, name=name, data=data)
+  assert (code, out) == (2, '')
+  assert err.startswith(
+    f"error: --workdir='x' is a {name} of data.name='{data}'"
+  )
+  assert err.count('\n') == 1
+
+
+def test_tokens_past_the_tokenizer_are_not_drawn(monkeypatch, capsys):
+  # Three of four tokens of the model are not bytes.
+  code, out, err = sample(
+    monkeypatch, capsys, model_of(1024), '--num_samples=8', '--top_p=1'
+  )
+  assert code == 0, err
+  assert out.count('ab') >= 8
+
+
+def test_a_prompt_may_be_any_bytes(monkeypatch, capsys):
+  code, out, _ = sample(
+    monkeypatch, capsys, model_of(), '--prompt=a\udcff', '--length=1'
+  )
+  assert code == 0 and out.startswith('a\ufffd')
