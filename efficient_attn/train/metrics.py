@@ -27,9 +27,8 @@ SHOWN = {
   'tokens_per_second': lambda x: f'{tqdm.format_sizeof(x)} tokens/s',
   'images_per_second': lambda x: f'{tqdm.format_sizeof(x)} images/s',
 }
-_BAR = '{bar:8} {n_fmt}/{total_fmt}{postfix}, '
-_LINE = 'step {n_fmt}/{total_fmt}{postfix}, {elapsed} elapsed, '
-_LEFT = '{remaining} left'
+_BAR = '{bar:8} {n_fmt}/{total_fmt}{postfix}'
+_LINE = 'step {n_fmt}/{total_fmt}{postfix}, {elapsed} elapsed'
 _SECONDS_BETWEEN_LINES = 10
 
 
@@ -72,8 +71,10 @@ class MetricWriter:
       mininterval=0.1 if self._terminal else math.inf,
       miniters=1,
       dynamic_ncols=self._terminal,
-      bar_format=(_BAR if self._terminal else _LINE) + _LEFT,
+      bar_format=_BAR if self._terminal else _LINE,
     )
+    self._format = self._bar.bar_format
+    self._steps = self._seconds = 0  # that `step_seconds` stands for
 
   def write(
     self, step: int, metrics: Mapping[str, float], prefix: str = 'train'
@@ -92,9 +93,20 @@ class MetricWriter:
       self._file.flush()
     shown = ', '.join(f(values[k]) for k, f in SHOWN.items() if k in values)
     if prefix == 'train':
+      self._estimate(step, values.get('step_seconds'))
       self._show(step, shown)
     else:
       self.message(f'step {step}: {prefix} {shown}')
+
+  def _estimate(self, step, seconds):
+    """Shows the time left, which tqdm would count from the compilation on."""
+    if seconds is not None:
+      self._steps += step - self._bar.n
+      self._seconds += (step - self._bar.n) * seconds
+    if self._steps:
+      left = (self._bar.total - step) * self._seconds / self._steps
+      shown = f', {tqdm.format_interval(left)} left'
+      self._bar.bar_format = self._format + shown
 
   def _show(self, step, shown):
     self._bar.set_postfix_str(shown, refresh=False)

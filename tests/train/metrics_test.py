@@ -132,8 +132,31 @@ def test_a_log_gets_a_plain_line_now_and_then(tmp_path, capsys, monkeypatch):
     'step 100: valid loss 1.500',
   ]
   assert 'loss 1.250, 1.803 bits/byte, 18.2k tokens/s, 00:' in lines[1]
-  assert lines[1].endswith('left') and '\r' not in ''.join(lines)
+  assert lines[1].endswith('elapsed') and '\r' not in ''.join(lines)
   assert lines[-1].endswith('25.0% accuracy')
+
+
+def test_the_time_left_is_that_of_steps_alone(tmp_path, monkeypatch, capsys):
+  now = [0.0]
+  monkeypatch.setattr(metrics.time, 'monotonic', lambda: now[0])
+  with MetricWriter(tmp_path, 2050, 50) as writer:
+    # A minute of compilation, and one of validation after step 60.
+    for step, seconds, clock in (
+      (51, None, 60),
+      (60, 1.0, 70),
+      (70, 1.0, 140),
+      (90, 2.5, 190),
+    ):
+      now[0] = clock
+      timed = {} if seconds is None else {'step_seconds': seconds}
+      writer.write(step, {'loss': 1.0} | timed)
+  lines = capsys.readouterr().err.splitlines()
+  assert lines[0].endswith('elapsed')  # nothing is known yet
+  assert lines[1].endswith(', 33:10 left')  # 1990 s
+  assert lines[2].endswith(', 33:00 left')
+  mean = (9 + 10 + 20 * 2.5) / 39
+  left = metrics.tqdm.format_interval(1960 * mean)
+  assert lines[3].endswith(f', {left} left')
 
 
 def test_a_terminal_gets_a_bar(tmp_path, monkeypatch):
@@ -146,9 +169,9 @@ def test_a_terminal_gets_a_bar(tmp_path, monkeypatch):
     writer.message('saved')
     writer.write(4, {'loss': 1.0})
   text = terminal.getvalue()
-  assert ' 2/4, ' in text and 'saved\n' in text
+  assert ' 2/4\r' in text and 'saved\n' in text
   last = text.rstrip('\n').split('\r')[-1]
-  assert last.startswith('######## 4/4, loss 1.000, ')
+  assert last == '######## 4/4, loss 1.000'
 
 
 def drawn(workdir):
