@@ -4,5 +4,5 @@
 #
 #   bash launch/test.sh [--all] [pytest arguments]
 
-EXTRAS=${EXTRAS:-dev} source "$(dirname "$0")/setup.sh"
+EXTRAS=dev,${EXTRAS:-} source "$(dirname "$0")/setup.sh"
 python -m pytest -n "${TEST_WORKERS:-auto}" "$@"

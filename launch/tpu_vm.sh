@@ -26,5 +26,5 @@ gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all --command="
   mkdir -p efficient_attn
   tar -xzf efficient_attn.tar.gz -C efficient_attn
   cd efficient_attn
-  EXTRAS=tpu PYTHON=${PYTHON:-python3} source launch/setup.sh
+  EXTRAS=tpu ${PYTHON:+PYTHON=$(printf %q "$PYTHON")} source launch/setup.sh
   JAX_COORDINATOR_ADDRESS=auto $(printf '%q ' "${train[@]}")"

@@ -36,7 +36,10 @@ def cluster(tmp_path):
   programs, checkout = tmp_path / 'bin', tmp_path / 'efficient_attn'
   for folder in (programs, checkout / 'launch'):
     folder.mkdir(parents=True)
-  (checkout / 'launch/setup.sh').write_text('set -euo pipefail\n')
+  (checkout / 'launch/setup.sh').write_text(
+    'set -euo pipefail\n'
+    'echo "$EXTRAS ${INSTALL:-} ${PYTHON:-}" > "$SAID/setup"\n'
+  )
   for name, body in STAND_INS.items():
     (programs / name).write_text(f'#!/usr/bin/env bash\n{body}\n')
     (programs / name).chmod(0o755)
@@ -83,6 +86,7 @@ def test_slurm_trains(cluster):
   run(['bash', ROOT / 'launch/slurm.sbatch', '--config.steps=3'], cluster)
   check_train(cluster[0], 'runs/a b', steps=3)
   assert not (cluster[0] / 'scontrol').exists()
+  assert (cluster[0] / 'setup').read_text() == 'cuda no \n'
 
 
 def test_slurm_fails_when_training_fails(cluster):
@@ -110,6 +114,17 @@ def test_tpu_vm_trains_on_every_host(cluster):
   calls = (cluster[0] / 'gcloud').read_text()
   assert calls.count('--zone=here --worker=all') == 2
   assert calls.count('slice') == 2
+
+
+def test_tpu_vm_quotes_what_the_hosts_read(cluster):
+  python, path = '/opt/my python/bin/python3', """/a b/it's "$HOME"*.txt"""
+  cluster[1]['PYTHON'] = python
+  run(
+    ['bash', ROOT / 'launch/tpu_vm.sh', f'--config.data.path={path}'], cluster
+  )
+  assert (cluster[0] / 'setup').read_text() == f'tpu  {python}\n'
+  flags = (cluster[0] / 'train').read_text().splitlines()
+  assert f'--config.data.path={path}' in flags
 
 
 def test_gke_jobset_trains_on_every_host(cluster):
