@@ -73,6 +73,19 @@ a { color: inherit; text-underline-offset: .15em; }
 """
 
 
+class Name(str):
+  """Text that is shown as it is: no markup, on one line.
+
+  Other text may have code in backticks and links within the page.
+  """
+
+  def __new__(cls, text: str):
+    """Puts a space for line breaks and for what cannot be printed."""
+    return super().__new__(
+      cls, ''.join(c if c.isprintable() else ' ' for c in text)
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Heading:
   """A section begins."""
@@ -85,7 +98,7 @@ class Heading:
 
   def markdown(self) -> str:
     """For report.md."""
-    return f'## {self.text}'
+    return f'## {_markdown(self.text)}'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +130,10 @@ class Code:
 
   def markdown(self) -> str:
     """For report.md."""
-    return f'```\n{self.text}\n```'
+    fence = '```'
+    while fence in self.text:
+      fence += '`'
+    return f'{fence}\n{self.text}\n{fence}'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +167,7 @@ class Table:
       for i, cell in enumerate(row):
         classes = ' '.join(filter(None, (layout[i], kind(cell))))
         said = f' class="{classes}"' if classes else ''
-        yield f'<{tag}{said}>{_inline(show(cell))}</{tag}>'
+        yield f'<{tag}{said}>{_inline(cell)}</{tag}>'
 
     head = ''.join(cells('th', self.head))
     body = ''.join(
@@ -166,7 +182,7 @@ class Table:
     """For report.md."""
     lines = [self.head, ['---'] * len(self.head), *self.rows]
     return '\n'.join(
-      '| ' + ' | '.join(show(cell).replace('|', r'\|') for cell in line) + ' |'
+      '| ' + ' | '.join(_markdown(cell, '|') for cell in line) + ' |'
       for line in lines
     )
 
@@ -206,18 +222,27 @@ def figure(width: float = 5.2, height: float = 3.4) -> tuple[Figure, object]:
   return made, axes
 
 
-def legend(axes) -> None:
-  """Adds a legend above the axes, where it hides nothing; call it last."""
-  made, (handles, labels) = axes.figure, axes.get_legend_handles_labels()
-  width = 38 + 5.4 * max(map(len, labels), default=0)  # of an entry, in points
+def legend(axes, entries: Mapping[str, object]) -> None:
+  """Adds a legend above the axes, where it hides nothing; call it last.
+
+  Args:
+    axes: of `figure()`.
+    entries: what is drawn, by its name.
+  """
+  made, names = axes.figure, [Name(name) for name in entries]
+  width = 38 + 5.4 * max(map(len, names), default=0)  # of an entry, in points
   columns = max(1, int(72 * made.get_figwidth() / width))
-  rows = math.ceil(len(labels) / columns)
+  rows = math.ceil(len(names) / columns)
   made.set_figheight(made.get_figheight() + 0.18 * rows)
-  made.legend(
-    handles, labels, loc='outside upper left', ncols=columns, frameon=False,
-    labelcolor=INK, fontsize=9, handlelength=1.6, columnspacing=1.2,
-    labelspacing=0.3, borderpad=0.2,
+  drawn = made.legend(
+    list(entries.values()), [' '] * len(names), loc='outside upper left',
+    ncols=columns, frameon=False, labelcolor=INK, fontsize=9, handlelength=1.6,
+    columnspacing=1.2, labelspacing=0.3, borderpad=0.2,
   )  # fmt: skip
+  # Matplotlib would read a name as mathematics, or leave it out for its `_`.
+  for text, name in zip(drawn.get_texts(), names, strict=True):
+    text.set_parse_math(False)
+    text.set_text(name)
 
 
 def curves(
@@ -232,20 +257,21 @@ def curves(
   Axes named in `log`, of 'xy', are logarithmic: x in powers of two.
   """
   made, axes = figure()
-  for (label, (xs, ys)), marker, color in zip(
+  entries = {}
+  for (name, (xs, ys)), marker, color in zip(
     lines.items(),
     itertools.cycle(MARKERS),
     itertools.cycle(COLORS),
     strict=False,
   ):
-    axes.plot(xs, ys, marker=marker, color=color, label=label)
+    (entries[name],) = axes.plot(xs, ys, marker=marker, color=color)
   if 'x' in log:
     axes.set_xscale('log', base=2)
   if 'y' in log:
     axes.set_yscale('log')
   axes.set_xlabel(x)
   axes.set_ylabel(y)
-  legend(axes)
+  legend(axes, entries)
   return Plot(made, caption)
 
 
@@ -294,7 +320,10 @@ def page(title: str, parts: Sequence) -> str:
 
 def markdown(title: str, parts: Sequence) -> str:
   """Returns the report as markdown."""
-  return '\n\n'.join([f'# {title}', *(p.markdown() for p in parts)]) + '\n'
+  return (
+    '\n\n'.join([f'# {_markdown(title)}', *(p.markdown() for p in parts)])
+    + '\n'
+  )
 
 
 def anchor(text: str) -> str:
@@ -316,7 +345,21 @@ def show(cell) -> str:
   return str(cell)
 
 
-def _inline(text: str) -> str:
-  """Escapes text; what stands in backticks is code; links within the page."""
-  text = re.sub(r'`([^`]+)`', r'<code>\1</code>', html.escape(text))
+def _inline(cell) -> str:
+  """Returns HTML: code in backticks and links, except in a `Name`."""
+  text = html.escape(show(cell))
+  if isinstance(cell, Name):
+    return text
+  text = re.sub(r'`([^`]+)`', r'<code>\1</code>', text)
   return LINK.sub(r'<a href="\2">\1</a>', text)
+
+
+def _markdown(cell, special: str = '') -> str:
+  """Returns markdown, with a backslash before `special` characters.
+
+  In a `Name` all are special that can be; `_` is not inside of a word.
+  """
+  text = show(cell)
+  if isinstance(cell, Name):
+    return re.sub(r'([\\`*\[\]<>|$~&#]|\b_|_\b)', r'\\\1', text)
+  return re.sub(f'([{special}])', r'\\\1', text) if special else text

@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 
@@ -25,19 +26,19 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def best_runs(record: Mapping, metric: str, test: str | None = None) -> list:
   """Returns the runs, one a seed, of the best learning rate and decay.
 
-  The best have the best mean of `metric` over seeds and tests.
+  The best have the best mean of `metric` over seeds and tests; NaN is worst.
   """
   grid = {}
   for run in record['runs']:
     pair = run['learning_rate'], run['weight_decay']
     grid.setdefault(pair, []).append(run)
   sign = -1 if 'loss' in metric or 'bits' in metric else 1
-  return max(
-    grid.values(),
-    key=lambda runs: (
-      sign * statistics.fmean(score(run, metric, test) for run in runs)
-    ),
-  )
+
+  def goodness(runs):
+    mean = statistics.fmean(score(run, metric, test) for run in runs)
+    return -math.inf if math.isnan(mean) else sign * mean
+
+  return max(grid.values(), key=goodness)
 
 
 def score(run: Mapping, metric: str, test: str | None = None) -> float:
@@ -77,7 +78,7 @@ def parts(study: Study, records: Sequence[Mapping], command: str) -> list:
     if not rows:
       continue
     if task:
-      found.append(page.Heading(task))
+      found.append(page.Heading(page.Name(task)))
     found.append(_table(study, task, rows))
     found.append(_frontier(study, rows))
     found.append(_curves(study, rows))
@@ -86,7 +87,7 @@ def parts(study: Study, records: Sequence[Mapping], command: str) -> list:
 
 def write(study: Study, records, command: str, out: pathlib.Path) -> None:
   """Writes report.html and report.md."""
-  page.write(out, study.title, parts(study, records, command))
+  page.write(out, page.Name(study.title), parts(study, records, command))
 
 
 def _machines(records) -> list[str]:
@@ -111,7 +112,7 @@ def _table(study, task, records) -> page.Table:
   macro = 'macro_accuracy' in next(
     iter(records[0]['runs'][0]['tests'].values())
   )
-  head = ['mixer', study.metric, '±', *tests]
+  head = ['mixer', study.metric, '±', *map(page.Name, tests)]
   head += ['macro'] * macro + ['published', 'within band'] * bool(published)
   head += ['parameters', 'state bytes', 'training FLOPs', 'learning rate']
   head += ['weight decay', 'skipped steps', 'seconds']
@@ -119,7 +120,7 @@ def _table(study, task, records) -> page.Table:
   for record in records:
     name, runs = record['architecture'], best_runs(record, study.metric)
     mean, half = interval([score(run, study.metric) for run in runs])
-    row = [name, f'{mean:.3f}', f'{half:.3f}']
+    row = [page.Name(name), f'{mean:.3f}', f'{half:.3f}']
     for test in tests:
       row.append(
         f'{statistics.fmean(score(r, study.metric, test) for r in runs):.3f}'
@@ -144,7 +145,11 @@ def _table(study, task, records) -> page.Table:
     row += [sum(run['skipped_steps'] for run in runs), record['seconds']]
     rows.append(row)
   kinds = {'yes': 'good', 'no': 'bad'}
-  return page.Table(head, rows, kind=lambda cell: kinds.get(cell, ''))
+
+  def kind(cell):
+    return '' if isinstance(cell, page.Name) else kinds.get(cell, '')
+
+  return page.Table(head, rows, kind)
 
 
 def _frontier(study, records) -> page.Plot:
@@ -153,12 +158,13 @@ def _frontier(study, records) -> page.Plot:
   for record in records:
     runs = best_runs(record, study.metric)
     mean, half = interval([score(run, study.metric) for run in runs])
-    family = record['architecture'].rstrip(' -0123456789')
+    family = re.sub(r'[ -]\d+$', '', record['architecture'])
     size = max(record['sizes']['state'], 1)
     families.setdefault(family, []).append((size, mean, half))
+  entries = {}
   for i, (family, points) in enumerate(families.items()):
     sizes, means, halves = zip(*sorted(points), strict=True)
-    axes.errorbar(
+    entries[family] = axes.errorbar(
       sizes,
       means,
       None if any(map(math.isnan, halves)) else halves,
@@ -167,30 +173,28 @@ def _frontier(study, records) -> page.Plot:
       markerfacecolor='none',  # to see the one below, too
       linewidth=1,
       capsize=3,
-      label=family,
     )
   axes.set_xscale('log', base=2)
   axes.set_xlabel('bytes of decode state')
   axes.set_ylabel(study.metric)
-  page.legend(axes)
+  page.legend(axes, entries)
   return page.Plot(made, f'{study.metric} against the size of the decode state')
 
 
 def _curves(study, records) -> page.Plot:
-  made, axes = page.figure()
+  (made, axes), entries = page.figure(), {}
   for i, record in enumerate(records):
     color = page.COLORS[i % len(page.COLORS)]
     steps = record['config']['steps']
-    for j, run in enumerate(best_runs(record, study.metric)):
+    for run in best_runs(record, study.metric):
       losses = run['losses']
-      axes.plot(
+      (entries[record['architecture']],) = axes.plot(
         [steps * (k + 0.5) / len(losses) for k in range(len(losses))],
         losses,
         color=color,
         linewidth=1,
-        label=record['architecture'] if j == 0 else None,
       )
   axes.set_xlabel('step')
   axes.set_ylabel('training loss, nats')
-  page.legend(axes)
+  page.legend(axes, entries)
   return page.Plot(made, 'training loss of every seed')

@@ -163,23 +163,22 @@ def _near(says, source, name, others=()) -> Statement:
 
 
 def _plot(values) -> list:
-  made, axes = page.figure(height=4.6)
+  (made, axes), entries = page.figure(height=4.6), {}
   names = [n for n, v in values.items() if isinstance(v, dict)]
   names = [n for n in names if n not in (EQUAL, 'correlation', NO_SQUARES)]
   for i, name in enumerate([*names, EQUAL]):
-    axes.loglog(
+    (entries[name],) = axes.loglog(
       SCALES,
       [_at(values, name, scale) for scale in SCALES],
       marker=page.MARKERS[i % len(page.MARKERS)],
       color=page.INK if name == EQUAL else page.COLORS[i % len(page.COLORS)],
       linestyle=':' if name == EQUAL else '--' if 'FAVOR' in name else '-',
-      label=name,
     )
   axes.set_xticks(SCALES, map(str, SCALES))
   axes.set_xticks([], minor=True)
   axes.set_xlabel('standard deviation of the scores')
   axes.set_ylabel('error of the output')
-  page.legend(axes)
+  page.legend(axes, entries)
   head = ['map', *(f'at {scale}' for scale in SCALES)]
   rows = [
     [name, *(spread(values[name][str(scale)]) for scale in SCALES)]

@@ -163,23 +163,22 @@ def parts(values) -> list:
   """Plots of mass against keys, and a table with the errors."""
   plots = []
   for title, sees in GROUPS.items():
-    made, axes = page.figure()
+    (made, axes), entries = page.figure(), {}
     names = [n for n, row in ROWS.items() if row.sees in sees]
     for i, name in enumerate([*names, CHANCE]):
       keys, mass = ([fmean(at(values, name, s, j)) for s in SHARES]
                     for j in (0, 1))  # fmt: skip
       chance = name == CHANCE
-      axes.plot(
+      (entries[name if chance else ROWS[name].title],) = axes.plot(
         keys,
         mass,
         marker=page.MARKERS[i % len(page.MARKERS)],
         color=page.INK if chance else page.COLORS[i % len(page.COLORS)],
         linestyle=':' if chance else '--' if i >= len(page.COLORS) else '-',
-        label=name if chance else ROWS[name].title,
       )
     axes.set_xlabel('keys computed, a share')
     axes.set_ylabel('softmax mass kept')
-    page.legend(axes)
+    page.legend(axes, entries)
     caption = f'Selectors that {title}: {S} tokens with structure, 4 heads'
     plots.append(page.Plot(made, caption))
   rows = [
