@@ -25,9 +25,13 @@ def main():
   parser.add_argument('--suite', required=True, choices=SUITES)
   parser.add_argument('--rounds', type=int, default=5, help='repetitions')
   parser.add_argument(
-    '--out', default=ROOT / 'experiments' / 'benchmarks' / 'results'
+    '--out',
+    type=pathlib.Path,
+    default=ROOT / 'experiments' / 'benchmarks' / 'results',
+    help='folder of the results',
   )
   args = parser.parse_args()
+  out = args.out.absolute()  # counted from where the user is
   os.chdir(ROOT)
   # A device a core is for runs that spread over them.
   collectives = args.suite in ('grid', 'trainer')
@@ -40,7 +44,7 @@ def main():
     **machine(),
     figures={name: float(f'{value:.4g}') for name, value in figures.items()},
   )
-  path = pathlib.Path(args.out) / record['device'] / f'{args.suite}.json'
+  path = out / record['device'] / f'{args.suite}.json'
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(json.dumps(record, indent=2) + '\n')
   for name, value in record['figures'].items():
