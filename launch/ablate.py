@@ -39,18 +39,28 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(args, changes, command):
   """Plans, trains what is not there yet, and reports."""
-  from experiments.ablations import harness, report, study
+  from experiments.ablations import harness, study
+  from experiments.folder import only_writer
 
   values, studied = study.load(args.config, changes)
   plans = list(harness.plan(values, studied))
   if args.dry_run:
     show(plans, studied)
     return
-  done = harness.done(args.out)
+  with only_writer(args.out):
+    train(plans, studied, command, args.out)
+  print(f'report in {args.out / "report.html"}')
+
+
+def train(plans, studied, command, out):
+  """Trains the programs that `out` lacks; the report is always up to date."""
+  from experiments.ablations import harness, records, report
+
+  done = records.read(out)
 
   def publish():
-    records = [done[p.key] for p in plans if p.key in done]
-    report.write(studied, records, command, args.out)
+    found = [done[p.key] for p in plans if p.key in done]
+    report.write(studied, found, command, out)
 
   publish()
   for i, planned in enumerate(plans, 1):
@@ -69,10 +79,9 @@ def run(args, changes, command):
         flush=True,
       )
 
-    done[planned.key] = harness.run(planned, studied, args.out, progress)
+    done[planned.key] = harness.run(planned, studied, out, progress)
     print()
     publish()
-  print(f'report in {args.out / "report.html"}')
 
 
 def show(plans, studied):

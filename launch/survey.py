@@ -34,6 +34,7 @@ def main() -> None:
 
 def run(args, command: str) -> None:
   """Measures and reports what was asked for."""
+  from experiments.folder import only_writer
   from experiments.survey import report
   from experiments.survey.claims import CLAIMS
   from experiments.survey.run import chosen, measure, verdicts
@@ -51,16 +52,17 @@ def run(args, command: str) -> None:
     if tier not in ('a', 'b', 'c'):
       raise ConfigError(f'--tier={tier}: pass some of a,b,c')
   claims = chosen(CLAIMS, tiers, only)
-  record = measure(claims, args.out)
+  with only_writer(args.out):
+    record = measure(claims, args.out)
+    # Everything measured so far, not only what this call asked for.
+    known = {n: c for n, c in CLAIMS.items() if n in record['claims']}
+    report.write(known, record, command, args.out)
   for name, claim in claims.items():
     found = record['claims'][name]
     for statement, verdict in zip(
       claim.statements, verdicts(claim, found), strict=True
     ):
       print(f'{name}  {verdict:28} {statement.says}')
-  # Everything measured so far, not only what this call asked for.
-  known = {n: c for n, c in CLAIMS.items() if n in record['claims']}
-  report.write(known, record, command, args.out)
   print(f'report in {args.out / "report.html"}')
 
 

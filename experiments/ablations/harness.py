@@ -1,7 +1,8 @@
 """Runs the programs of a study, one after another, and stores each at once.
 
 A study stopped between two programs continues with the first that is missing
-in `results.jsonl`; a program is done if one with its config and grid is.
+in `results.jsonl`; a program is done if one with its config and grid is. All
+programs are checked before the first one trains.
 """
 
 import dataclasses
@@ -17,14 +18,18 @@ import jax
 
 from efficient_attn import config as configs
 from efficient_attn import data
-from efficient_attn.config import Config
+from efficient_attn.config import Config, ConfigError, choose
 from efficient_attn.models import cost
+from efficient_attn.train.check import check as check_run
+from efficient_attn.train.check import check_fit
 from efficient_attn.train.grid import Grid
-from efficient_attn.train.loss import make_loss
+from efficient_attn.train.loss import make_loss, means
 from efficient_attn.train.machine import memory_available
 from efficient_attn.train.state import Architecture
+from efficient_attn.train.step import make_eval_step
 from experiments.ablations.match import matched, sizes
-from experiments.ablations.study import Program, Study, programs
+from experiments.ablations.records import append
+from experiments.ablations.study import Program, Study, naming, programs
 from experiments.machine import machine
 
 CALL = 20  # training steps a call, at most
@@ -44,14 +49,16 @@ def plan(values: Mapping[str, Any], study: Study) -> Iterator[Planned]:
   """Yields the programs of a study, each matched to the first of its task."""
   targets = {}
   for program in programs(values, study):
-    batch = first_batch(program.config)
-    config = program.config
-    if study.match and program.task in targets:
-      target = targets[program.task][study.match]
-      config = matched(config, batch, study.match, target)
-    counted = sizes(config, batch)
+    with naming(program.task, program.architecture):
+      batch = first_batch(program.config)
+      config = program.config
+      if study.match and program.task in targets:
+        target = targets[program.task][study.match]
+        config = matched(config, batch, study.match, target)
+      program = dataclasses.replace(program, config=config)
+      check(program, study.metric)
+      counted = sizes(config, batch)
     targets.setdefault(program.task, counted)
-    program = dataclasses.replace(program, config=config)
     yield Planned(program=program, sizes=counted, key=_key(program, study))
 
 
@@ -61,23 +68,37 @@ def first_batch(config: Config) -> dict:
   return next(iter(dataset.train))
 
 
+def check(program: Program, metric: str) -> None:
+  """Raises when a program cannot be trained, tested or judged by `metric`.
+
+  Every batch shape is traced, so that what a model refuses is known now.
+  """
+  config = program.config
+  architecture = check_run(config).architecture
+  params = architecture.abstract_params()
+  traced = {}
+  for name, tested in {None: config.data, **program.tests}.items():
+    config = dataclasses.replace(config, data=tested)
+    dataset = data.load(tested, batch_size=config.batch_size)
+    check_fit(config, dataset)
+    batch = next(iter(dataset.train if name is None else dataset.valid), None)
+    if batch is None:
+      raise ConfigError(f'sweep.tests: {name!r} has no examples')
+    shapes = str(jax.tree.map(jax.typeof, batch))
+    if shapes not in traced:
+      evaluate = make_eval_step(
+        architecture, make_loss(config, dataset.tokenizer)
+      )
+      traced[shapes] = jax.eval_shape(
+        lambda *x, evaluate=evaluate: means(evaluate(*x)), params, batch
+      )
+    choose('sweep.metric', metric, traced[shapes])
+
+
 def _key(program: Program, study: Study) -> str:
   said = [dataclasses.asdict(program), [vars(run) for run in study.runs]]
   text = json.dumps(said, sort_keys=True, default=str)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def done(out: pathlib.Path) -> dict[str, dict]:
-  """Returns the stored records by key; a half-written last line is ignored."""
-  file = out / 'results.jsonl'
-  found = {}
-  for line in file.read_text().splitlines() if file.exists() else ():
-    try:
-      record = json.loads(line)
-    except ValueError:
-      continue
-    found[record['key']] = record
-  return found
 
 
 def run(planned: Planned, study: Study, out: pathlib.Path, progress) -> dict:
@@ -119,8 +140,7 @@ def run(planned: Planned, study: Study, out: pathlib.Path, progress) -> dict:
     config=configs.as_dict(config),
     runs=records,
   )
-  with (out / 'results.jsonl').open('a') as file:
-    file.write(json.dumps(record) + '\n')
+  append(out, record)
   return record
 
 

@@ -63,6 +63,11 @@ def matched(config: Config, batch: dict, quantity: str, target: float):
     ConfigError: no width comes within a quarter.
   """
   model = config.model
+  if not target:
+    raise ConfigError(
+      f'sweep.match={quantity!r}: the first architecture has no {quantity}; '
+      'match another quantity'
+    )
   step = 2 * model.num_heads
 
   def at(index):

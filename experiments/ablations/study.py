@@ -10,15 +10,23 @@
 An architecture and a task make one program, of all runs of the grid.
 """
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from efficient_attn import config as configs
 from efficient_attn.config import Config, ConfigError, DataConfig
 from efficient_attn.train.grid import Run
-from efficient_attn.values import build
+from efficient_attn.values import (
+  NonNegativeFloat,
+  OneOf,
+  PositiveFloat,
+  Seed,
+  build,
+)
+from experiments import page
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,18 +53,26 @@ class Study:
   architectures: Mapping[str, Any]
   tasks: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {'': {}})
   tests: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {'': {}})
-  learning_rates: tuple[float, ...] = (1e-3,)
-  weight_decays: tuple[float, ...] = (0.1,)
-  seeds: tuple[int, ...] = (0, 1, 2)
+  learning_rates: tuple[PositiveFloat, ...] = (1e-3,)
+  weight_decays: tuple[NonNegativeFloat, ...] = (0.1,)
+  seeds: tuple[Seed, ...] = (0, 1, 2)
   metric: str = 'accuracy'
-  match: str = ''
-  published: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  band: float = 0.0
+  match: Annotated[str, OneOf(('', 'params', 'state', 'flops'))] = ''
+  published: Mapping[str, Mapping[str, float]] = dataclasses.field(
+    default_factory=dict
+  )
+  band: NonNegativeFloat = 0.0
   source: str = ''
 
   def __post_init__(self):
-    valid = ('', 'params', 'state', 'flops')
-    configs.choose('match', self.match, {name: name for name in valid})
+    for key in ('architectures', 'tasks', 'tests'):
+      _check_names(f'sweep.{key}', getattr(self, key))
+    for key in ('learning_rates', 'weight_decays', 'seeds'):
+      values = getattr(self, key)
+      if not values or len(set(values)) < len(values):
+        raise ConfigError(
+          f'sweep.{key}={values} must be one value or more, each once'
+        )
 
   @property
   def runs(self) -> list[Run]:
@@ -70,6 +86,19 @@ class Study:
     ]
 
 
+def _check_names(key: str, groups: Mapping[str, Any]) -> None:
+  if not groups:
+    raise ConfigError(f'{key}={groups} is empty; give one or more by name')
+  for name, changes in groups.items():
+    if not isinstance(name, str):
+      raise ConfigError(f'{key}: the name {name!r} must be a str')
+    if not isinstance(changes, Mapping):
+      raise ConfigError(
+        f'{key}: {name!r} is {changes!r}; it must be the changed keys, as in '
+        "{'model.d_model': 64}"
+      )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
   """One architecture on one task."""
@@ -81,8 +110,8 @@ class Program:
 
   @property
   def name(self) -> str:
-    """Of what is trained, for people."""
-    return '/'.join(filter(None, (self.task, self.architecture)))
+    """Of what is trained, for people: one line."""
+    return page.Name('/'.join(filter(None, (self.task, self.architecture))))
 
 
 def load(path: str, changes: Mapping[str, Any]) -> tuple[dict, Study]:
@@ -107,11 +136,22 @@ def load(path: str, changes: Mapping[str, Any]) -> tuple[dict, Study]:
   )
 
 
+@contextlib.contextmanager
+def naming(task: str, architecture: str) -> Iterator[None]:
+  """Adds the task and the architecture to what is wrong with them."""
+  try:
+    yield
+  except ConfigError as e:
+    name = page.Name('/'.join(filter(None, (task, architecture))))
+    raise ConfigError(f'{name}: {e}') from None
+
+
 def programs(values: Mapping[str, Any], study: Study) -> Iterator[Program]:
   """Yields the programs of a study, unmatched."""
   for task, architecture in itertools.product(study.tasks, study.architectures):
     changes = study.tasks[task] | study.architectures[architecture]
-    config = configs.resolve(configs.override(values, changes))
+    with naming(task, architecture):
+      config = configs.resolve(configs.override(values, changes))
     tests = {
       name: dataclasses.replace(
         config.data, valid_options=config.data.valid_options | options

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import jax
 from tqdm import tqdm
 
+from efficient_attn.config import ConfigError
 from experiments.machine import machine
 from experiments.survey.claim import NOT_HERE, Claim
 
@@ -35,7 +36,12 @@ def measure(claims: Mapping[str, Claim], out: pathlib.Path) -> dict:
   file = out / 'results.json'
   record = machine() | dict(claims={})
   if file.exists():
-    before = json.loads(file.read_text())
+    try:
+      before = json.loads(file.read_bytes())
+    except ValueError as e:
+      raise ConfigError(
+        f'{file} is damaged: {e}; delete it to measure anew'
+      ) from None
     same = all(before.get(key) == record[key] for key in ('device', 'versions'))
     record['claims'] = before['claims'] if same else {}
   done = {n for n, found in record['claims'].items() if 'values' in found}

@@ -1,16 +1,18 @@
 """Studies: what is planned, resumed, matched and reported."""
 
 import argparse
-import json
 import math
 import re
 
 import numpy as np
 import pytest
 
+from efficient_attn import models
 from efficient_attn.config import ConfigError
-from experiments.ablations import harness, report, study
+from experiments import page
+from experiments.ablations import harness, records, report, study
 from experiments.ablations.match import matched, sizes
+from experiments.folder import only_writer
 from launch import ablate
 
 STUDY = """
@@ -52,36 +54,42 @@ def call(config, out=None, **changes):
   ablate.run(args, changes, 'the command')
 
 
-def test_a_study_runs_resumes_and_reports(config, tmp_path, capsys):
+def test_a_study_runs_resumes_and_reports(
+  config, tmp_path, capsys, monkeypatch
+):
+  plans = list(harness.plan(*study.load(config, {})))
+  monkeypatch.setattr(harness, 'plan', lambda *_: plans)
   call(config, tmp_path)
-  records = [
-    json.loads(line)
-    for line in (tmp_path / 'results.jsonl').read_text().splitlines()
-  ]
-  assert [(r['task'], r['architecture']) for r in records] == [
+  wanted = list(records.read(tmp_path).values())
+  assert [(r['task'], r['architecture']) for r in wanted] == [
     (task, name) for task in ('short', 'long') for name in ('attention', 'gla')
   ]
-  for record in records:
+  for record in wanted:
     assert len(record['runs']) == 4 and len(record['runs'][0]['losses']) == 4
     assert set(record['runs'][0]['tests']) == {'same', 'longer'}
-  params = [record['sizes']['params'] for record in records]
+  params = [record['sizes']['params'] for record in wanted]
   assert max(params) < 1.25 * min(params)
   html = (tmp_path / 'report.html').read_text()
   assert html.count('<svg') == 4 and 'src=' not in html
   assert not re.search(r'https?://(?!www\.w3\.org)', html)
   assert 'within band' in (tmp_path / 'report.md').read_text()
 
-  # One program lost, one only half written: those two run again.
+  # One program is lost and one half written; only those run again.
   lines = (tmp_path / 'results.jsonl').read_text().splitlines()
   (tmp_path / 'results.jsonl').write_text(
-    '\n'.join([lines[0], lines[2], lines[3][:100]]) + '\n'
+    '\n'.join([lines[0], lines[2], lines[3][:100]])
   )
-  capsys.readouterr()
-  call(config, tmp_path)
-  assert capsys.readouterr().out.count('done before') == 2
-  again = harness.done(tmp_path)
-  for record in records:
+  for missing in (2, 0):
+    capsys.readouterr()
+    call(config, tmp_path)
+    assert capsys.readouterr().out.count('done before') == 4 - missing
+  again = records.read(tmp_path)
+  for record in wanted:
     assert again[record['key']]['runs'] == record['runs']
+
+  with only_writer(tmp_path):
+    with pytest.raises(ConfigError, match='another process'):
+      call(config, tmp_path)
 
 
 def test_dry_run_writes_nothing(config, capsys):
@@ -90,13 +98,85 @@ def test_dry_run_writes_nothing(config, capsys):
   assert '4 programs' in said and 'short/gla' in said and '2 runs' in said
 
 
-def test_mistakes(config):
-  with pytest.raises(ConfigError, match="did you mean 'seeds'"):
-    study.load(config, {'sweep.seed': '1'})
-  with pytest.raises(ConfigError, match="did you mean 'params'"):
-    study.load(config, {'sweep.match': 'param'})
+@pytest.mark.parametrize(
+  'changes,message',
+  [
+    ({'seed': '1'}, "did you mean 'seeds'"),
+    (
+      {'match': 'param'},
+      "sweep.match='param' is unknown; did you mean 'params'",
+    ),
+    ({'seeds': '-1'}, r'sweep.seeds=\(-1,\): -1 must be in \[0, 2\^32\)'),
+    ({'seeds': '0,1,0'}, r'sweep.seeds=\(0, 1, 0\) must be one .* each once'),
+    ({'seeds': '()'}, r'sweep.seeds=\(\) must be one value or more'),
+    ({'learning_rates': '()'}, r'sweep.learning_rates=\(\) must be one'),
+    ({'learning_rates': '0.1,-0.1'}, '-0.1 must be positive'),
+    ({'learning_rates': '0'}, '0.0 must be positive'),
+    ({'learning_rates': '0.001,1e-3'}, 'each once'),
+    ({'weight_decays': '-0.1'}, r'weight_decays=.*: -0.1 must be >= 0'),
+    ({'architectures': '{}'}, 'sweep.architectures={} is empty'),
+    ({'tasks': '{}'}, 'sweep.tasks={} is empty'),
+    ({'tests': '{}'}, 'sweep.tests={} is empty'),
+    ({'architectures': {'a': 3}}, "sweep.architectures: 'a' is 3; it must be"),
+    ({'architectures': {3: {}}}, 'sweep.architectures: the name 3 must be a'),
+    ({'published': {'a': {'b': 'c'}}}, "sweep.published.a.b='c' must be a"),
+    ({'band': '-1'}, 'sweep.band=-1.0 must be >= 0'),
+  ],
+  ids=str,
+)
+def test_mistakes_are_one_line(changes, message, config):
+  changes = {f'sweep.{key}': value for key, value in changes.items()}
+  with pytest.raises(ConfigError, match=message) as error:
+    study.load(config, changes)
+  assert '\n' not in str(error.value)
+
+
+def test_a_run_is_no_study():
   with pytest.raises(ConfigError, match='has no sweep'):
     study.load('configs/lm/quickstart.py', {})
+
+
+@pytest.mark.parametrize(
+  'changes,message',
+  [
+    (
+      {'sweep.metric': 'acuracy'},
+      "short/attention: sweep.metric='acuracy' is unknown; did you mean 'accu",
+    ),
+    (
+      {'sweep.metric': 'bits_per_byte'},
+      'valid: accuracy, loss, macro_accuracy',
+    ),
+    # What only the last architecture, task or test has.
+    (
+      {'sweep.architectures.gla': {'model.pattern': ('glaa',)}},
+      "^short/gla: .*'glaa' is unknown; did you mean 'gla'",
+    ),
+    (
+      {'sweep.tasks.long': {'model.d_mode': 3}},
+      '^long/attention: model.d_mode',
+    ),
+    (
+      {'sweep.tests.longer': dict(seq_lenn=3)},
+      "data.options.seq_lenn=3 .*did you mean 'seq_len'",
+    ),
+    ({'data.valid_examples': '0'}, "sweep.tests: 'same' has no examples"),
+    ({'optimizer.warmup_steps': '4'}, 'optimizer.warmup_steps=4 must be'),
+    ({'model.vocab_size': '8'}, 'model.vocab_size=8 is below the'),
+    (
+      {'model.name': 'auto_encoder', 'sweep.match': 'state'},
+      "sweep.match='state': the first architecture has no state",
+    ),
+  ],
+  ids=str,
+)
+def test_all_programs_are_checked_before_the_first_trains(
+  changes, message, config, tmp_path
+):
+  with pytest.raises(ConfigError, match=message) as error:
+    call(config, tmp_path / 'out', **changes)
+  assert '\n' not in str(error.value)
+  assert not (tmp_path / 'out').exists()
 
 
 def test_sizes_are_counted_and_matched(config):
@@ -129,6 +209,140 @@ def test_state_of_attention_grows_with_the_length():
     found.append(sizes(resolved, harness.first_batch(resolved))['state'])
   # Two layers, keys and values of 16 channels, 4 bytes.
   assert found == [2 * 2 * 16 * 4 * 32, 2 * 2 * 16 * 4 * 64]
+
+
+def record_of(*scores, name='a', metric='accuracy'):
+  """A record of runs (learning rate, weight decay, scores by seed)."""
+  runs = [
+    dict(
+      learning_rate=rate,
+      weight_decay=decay,
+      seed=seed,
+      skipped_steps=0,
+      tests={'x': {metric: value}, 'y': {metric: value}},
+      losses=[2.0, 1.0],
+    )
+    for rate, decay, values in scores
+    for seed, value in enumerate(values)
+  ]
+  return dict(
+    task='',
+    architecture=name,
+    runs=runs,
+    seconds=1.0,
+    sizes=dict(params=1, state=2, flops=3.0),
+    machine=harness.machine(),
+    config=dict(steps=2),
+  )
+
+
+@pytest.mark.parametrize(
+  'metric,rate,decay',
+  [
+    ('accuracy', 0.2, 0.0),
+    ('macro_accuracy', 0.2, 0.0),
+    ('loss', 0.1, 0.0),
+    ('bits_per_byte', 0.1, 0.0),
+  ],
+)
+def test_the_best_pair_is_chosen(metric, rate, decay):
+  record = record_of(
+    (0.3, 0.0, [math.nan, 0.99]),
+    (0.1, 0.0, [0.1, 0.3]),
+    (0.2, 0.1, [0.9, 0.2]),  # the best run, not the best mean
+    (0.2, 0.0, [0.6, 0.7]),
+    (0.1, 0.1, [0.3, 0.3]),
+    metric=metric,
+  )
+  found = report.best_runs(record, metric)
+  pairs = {(run['learning_rate'], run['weight_decay']) for run in found}
+  assert pairs == {(rate, decay)} and [run['seed'] for run in found] == [0, 1]
+
+
+def test_the_best_pair_of_one_test():
+  record = record_of((0.1, 0.0, [0.5]), (0.2, 0.0, [0.4]))
+  record['runs'][1]['tests']['x']['accuracy'] = 0.55
+  (best,) = report.best_runs(record, 'accuracy')
+  (best_of_x,) = report.best_runs(record, 'accuracy', 'x')
+  assert (best['learning_rate'], best_of_x['learning_rate']) == (0.1, 0.2)
+  assert report.score(best_of_x, 'accuracy') == pytest.approx(0.475)
+
+
+NAMES = (
+  'gla $x^{$', '$', r'a\$b$c$', '_private', 'a|b', '<b>x</b> & ', '`code`',
+  '[x](#y)', 'two\nlines\x1b[0m\0', '__init__', 'yes', '16', '*', '~~x~~', '#',
+)  # fmt: skip
+
+
+def test_names_are_text(tmp_path):
+  studied = study.Study(
+    title='<i>$x^{$ | _a_',
+    architectures=dict.fromkeys(NAMES, {}),
+    tasks={name: {} for name in NAMES},
+    tests={name: {} for name in NAMES},
+    published={NAMES[0]: {'yes': 0.5}},
+  )
+  found = [
+    record_of((0.1, 0.0, [0.5, 0.6]), name=name) | dict(task=NAMES[0])
+    for name in NAMES
+  ]
+  for record in found:
+    for run in record['runs']:
+      run['tests'] = {name: {'accuracy': 0.5} for name in NAMES}
+  report.write(studied, found, 'a `command`', tmp_path)
+  html = (tmp_path / 'report.html').read_text()
+  shown = [page.Name(name) for name in NAMES]
+  assert '\n' not in ''.join(shown) and '\0' not in html
+  cells = re.findall(r'<tr><td[^>]*>(.*?)</td>', html)
+  assert list(map(html_text, cells)) == shown
+  assert 'class="good">yes</td>' not in html.split('</td>')[0]
+  # Every plot has every name, as letters.
+  for svg in re.findall(r'<svg.*?</svg>', html, re.DOTALL):
+    letters = [
+      html_text(text) for text in re.findall(r'<text[^>]*>(.*?)</text>', svg)
+    ]
+    assert set(shown) <= set(letters)
+  lines = (tmp_path / 'report.md').read_text().splitlines()
+  (start,) = (i for i, line in enumerate(lines) if line.startswith('| mixer'))
+  rows = lines[start : start + 2 + len(NAMES)]
+  assert lines[0] == r'# \<i\>\$x^{\$ \| \_a\_'
+  assert len({len(re.findall(r'(?<!\\)\|', row)) for row in rows}) == 1
+  assert '| gla \\$x^{\\$ |' in rows[2] and r'| a\|b |' in '\n'.join(rows)
+
+
+def html_text(text):
+  import html
+
+  assert '<' not in text
+  return html.unescape(text)
+
+
+def test_names_within_words_stay_as_they_are():
+  table = page.Table(['x'], [[page.Name('3 gated_deltanet : 1 mamba2')]])
+  assert '| 3 gated_deltanet : 1 mamba2 |' in table.markdown()
+
+
+def test_losses_are_thinned_by_means():
+  losses = np.arange(7.0)
+  assert harness._thinned(losses, 3) == [0.5, 2.5, 5.0]
+  assert harness._thinned(losses, 100) == list(losses)
+  assert len(harness._thinned(np.arange(1001.0))) == 100
+  assert harness._thinned(np.arange(1000.0))[1] == 14.5
+  assert harness._thinned(np.array([1.234567])) == [1.2346]
+
+
+def test_runs_at_once_fill_half_of_the_memory(config, monkeypatch):
+  program = next(study.programs(*study.load(config, {})))
+  memory = [0]
+  monkeypatch.setattr(harness, 'memory_available', lambda: memory[0])
+  assert harness.runs_at_once(program.config) == 1
+  memory[0] = 10**9
+  once = harness.runs_at_once(program.config)
+  # A run has its parameters and two moments, and computes gradients.
+  params = models.parameter_count(program.config.model)
+  assert 1 < once < 0.5 * memory[0] / (4 * 4 * params)
+  memory[0] *= 3
+  assert abs(harness.runs_at_once(program.config) - 3 * once) <= 3
 
 
 def test_intervals():

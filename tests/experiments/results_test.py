@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from experiments.ablations import harness, report, study
+from experiments.ablations import records, report, study
 from launch import ablate
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -20,7 +20,7 @@ def scores(folder, studied):
       report.score(run, studied.metric)
       for run in report.best_runs(r, studied.metric)
     ]
-    for r in harness.done(folder).values()
+    for r in records.read(folder).values()
   }
 
 

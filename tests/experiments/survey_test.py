@@ -153,6 +153,12 @@ def test_a_failing_claim_stops_nothing_and_is_tried_again(tmp_path):
   assert run.verdicts(ONE, record['claims']['R98']) == [FAILS, HOLDS]
 
 
+def test_a_damaged_file_is_one_line(tmp_path):
+  (tmp_path / 'results.json').write_text('{"claims": {"R97')
+  with pytest.raises(ConfigError, match='results.json is damaged: .*delete it'):
+    run.measure(FAKE, tmp_path)
+
+
 def test_the_command(tmp_path, capsys):
   args = argparse.Namespace(tier='a', only='R05', out=tmp_path)
   survey.run(args, 'the command')
