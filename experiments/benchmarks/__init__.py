@@ -8,4 +8,6 @@ SUITES = {
   'accuracy': 'experiments.benchmarks.accuracy',
   'linear': 'experiments.benchmarks.linear',
   'sparse': 'experiments.benchmarks.sparse',
+  'training': 'experiments.benchmarks.training',
+  'resume': 'experiments.benchmarks.resume',
 }

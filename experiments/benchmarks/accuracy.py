@@ -9,12 +9,16 @@ the order in which the matmuls of a machine sum: the recurrence multiplies
 matrices by vectors, the other forms by matrices.
 """
 
+import concurrent.futures
 import functools
+import itertools
+import multiprocessing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from efficient_attn import cli
 from efficient_attn.ops.recurrent.forms import FORMS
 from experiments.benchmarks import linear_calls, recurrent_calls
 from experiments.errors import largest, relative
@@ -30,31 +34,41 @@ def measure(rounds: int) -> dict[str, float]:
     f'{"op":21}{"form":11}{"dtype":9}  out     /plain   grad    /plain   '
     'largest: out  grad'
   )
-  for name, (draw, contenders) in cases().items():
-    for dtype in DTYPES:
-      runs = {form: both(run) for form, run in contenders(dtype).items()}
-      wanted = both(contenders('float64')['plain'])
-      seeds = [
-        errors(draw(seed), runs, wanted, dtype) for seed in range(rounds)
-      ]
-      medians = {k: np.median([s[k] for s in seeds], 0) for k in runs}
-      base = medians.pop('plain')
-      for form, error in medians.items():
-        norms, most = error
-        ratio, most_ratio = error / base
-        print(
-          f'{name:21}{form:11}{dtype:9}  {norms[0]:.1e}  {ratio[0]:4.2f}   '
-          f'  {norms[1]:.1e}  {ratio[1]:4.2f}              '
-          f'{most_ratio[0]:4.2f}  {most_ratio[1]:4.2f}',
-          flush=True,
-        )
-        for i, what in enumerate(('out', 'grad')):
-          key = f'{name}_{form}_{dtype}_{what}'
-          found[key] = norms[i]
-          found[f'{key}_over_plain'] = ratio[i]
-          found[f'{key}_largest'] = most[i]
-          found[f'{key}_largest_over_plain'] = most_ratio[i]
+  # Most of the time goes into tracing and compiling: a process an op.
+  jobs = itertools.product(cases(), DTYPES, [rounds])
+  with concurrent.futures.ProcessPoolExecutor(
+    min(8, cli.count_cores()), multiprocessing.get_context('spawn')
+  ) as pool:
+    for figures, lines in pool.map(measure_op, *zip(*jobs, strict=True)):
+      print('\n'.join(lines), flush=True)
+      found |= figures
   return found
+
+
+def measure_op(name: str, dtype: str, rounds: int) -> tuple[dict, list[str]]:
+  """Returns the figures of one op in one dtype, and lines that show them."""
+  found, lines = {}, []
+  draw, contenders = cases()[name]
+  runs = {form: both(run) for form, run in contenders(dtype).items()}
+  wanted = both(contenders('float64')['plain'])
+  seeds = [errors(draw(seed), runs, wanted, dtype) for seed in range(rounds)]
+  medians = {k: np.median([s[k] for s in seeds], 0) for k in runs}
+  base = medians.pop('plain')
+  for form, error in medians.items():
+    norms, most = error
+    ratio, most_ratio = error / base
+    lines.append(
+      f'{name:21}{form:11}{dtype:9}  {norms[0]:.1e}  {ratio[0]:4.2f}   '
+      f'  {norms[1]:.1e}  {ratio[1]:4.2f}              '
+      f'{most_ratio[0]:4.2f}  {most_ratio[1]:4.2f}'
+    )
+    for i, what in enumerate(('out', 'grad')):
+      key = f'{name}_{form}_{dtype}_{what}'
+      found[key] = norms[i]
+      found[f'{key}_over_plain'] = ratio[i]
+      found[f'{key}_largest'] = most[i]
+      found[f'{key}_largest_over_plain'] = most_ratio[i]
+  return found, lines
 
 
 def cases() -> dict:

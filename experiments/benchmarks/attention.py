@@ -1,7 +1,8 @@
 """Softmax attention, forward and with gradients: time and memory.
 
 B = 1, N = 8, H = 64, causal. Contenders: `blockwise` and `reference`, the same
-in XLA by jax.nn, torch's fused kernel where torch is installed, and `blockwise`
+in XLA by jax.nn, on a GPU its cuDNN kernel, torch's fused kernel on a CPU where
+torch is installed, and `blockwise`
 under sparse masks, whose time should follow the tiles they visit. On a CPU the
 heads lie on one virtual device a core, as the trainer divides it.
 """
@@ -32,6 +33,7 @@ LENGTHS = {
 DENSE = ('reference', 'jax_nn')
 DENSE_LIMIT = 8192
 HEADS, HEAD_DIM = 8, 64
+JAX_NN = {'jax_nn': 'xla', 'cudnn': 'cudnn'}  # by contender
 
 
 def random_blocks(length: int) -> masks.Mask:
@@ -61,7 +63,7 @@ def measure(rounds: int) -> dict[str, float]:
     qkv = tuple(jax.random.normal(key, shape, dtype) for key in keys)
     qkv = over_heads(qkv)
     for name, make in (('fwd', forward), ('fwd_bwd', gradients)):
-      timed = contenders(make, qkv)
+      timed = contenders(make, qkv, length == LENGTHS[platform][0])
       if platform == 'cpu' and importlib.util.find_spec('torch'):
         timed['torch'] = torch_call(timed['blockwise'], qkv, name == 'fwd_bwd')
       for i, value in interleaved(timed, rounds, DENSE).items():
@@ -77,14 +79,16 @@ def measure(rounds: int) -> dict[str, float]:
   return found
 
 
-def contenders(make, qkv) -> dict:
+def contenders(make, qkv, checked: bool) -> dict:
   """Returns calls without arguments; a wrong one is not timed."""
   length = qkv[0].shape[1]
   names = ['blockwise', *SPARSE]
+  if jax.default_backend() == 'gpu':
+    names.append('cudnn')
   if length <= DENSE_LIMIT:
     names += DENSE
   calls = {name: functools.partial(jax.jit(make(name)), *qkv) for name in names}
-  if length <= 2048:
+  if checked:
     for name, call in calls.items():
       check(name, call, jax.jit(make(name, 'reference')), qkv)
   return calls
@@ -92,8 +96,12 @@ def contenders(make, qkv) -> dict:
 
 def forward(name: str, implementation: str | None = None):
   """Returns an attention of q, k, v by its name among the contenders."""
-  if implementation is None and name == 'jax_nn':
-    return functools.partial(jax.nn.dot_product_attention, is_causal=True)
+  if implementation is None and name in JAX_NN:
+    return functools.partial(
+      jax.nn.dot_product_attention,
+      is_causal=True,
+      implementation=JAX_NN[name],
+    )
   if implementation is None:
     implementation = 'reference' if name == 'reference' else 'blockwise'
 
