@@ -10,7 +10,7 @@ import pytest
 from efficient_attn import models
 from efficient_attn.config import ConfigError
 from experiments import page
-from experiments.ablations import harness, records, report, study
+from experiments.ablations import harness, match, records, report, study
 from experiments.ablations.match import matched, sizes
 from experiments.folder import only_writer
 from launch import ablate
@@ -190,9 +190,24 @@ def test_sizes_are_counted_and_matched(config):
     config = matched(program.config, batch, quantity, times * counted[quantity])
     found = sizes(config, batch)[quantity] / counted[quantity]
     assert found == pytest.approx(times, rel=0.1)
-    assert config.model.d_model % config.model.num_heads == 0
+    assert config.model.d_model % (2 * config.model.num_heads) == 0
   with pytest.raises(ConfigError, match='the nearest to'):
     matched(program.config, batch, 'params', 10)
+
+
+def test_the_nearest_width_is_matched(config, monkeypatch):
+  program = next(study.programs(*study.load(config, {})))
+  monkeypatch.setattr(
+    match, 'sizes', lambda config, batch: {'params': config.model.d_model**2}
+  )
+  # Widths are multiples of 4: 36^2 = 1296, 40^2 = 1600, 44^2 = 1936.
+  for target, width in ((1297, 36), (1439, 36), (1441, 40), (1759, 40)):
+    found = matched(program.config, {}, 'params', target)
+    assert found.model.d_model == width, target
+  assert matched(program.config, {}, 'params', 13).model.d_model == 4
+  for target in (12.7, 0.1, 10**9):  # 16 / 12.7 > 1.25
+    with pytest.raises(ConfigError, match='the nearest to'):
+      matched(program.config, {}, 'params', target)
 
 
 def test_state_of_attention_grows_with_the_length():
