@@ -42,9 +42,14 @@ class Meter:
     self._start += time.perf_counter() - start
 
   def compiled(self, step: int, params) -> None:
-    """Ends the first step: notes its time and measures the ceiling of MFU."""
+    """Ends the first step: notes its time and measures the ceiling of MFU.
+
+    Args:
+      step: of `params`, which may be ahead of the one that is reported.
+      params: waited for, as the next step must not share the ceiling.
+    """
     self.compile_seconds = time.perf_counter() - self._start
-    jax.block_until_ready(params)  # the next step must not share the ceiling
+    jax.block_until_ready(params)
     if self._flops is not None:
       self._ceiling = matmul_ceiling(self._dtype, jax.device_count())
     self.start(step)
@@ -57,15 +62,13 @@ class Meter:
       read: how many tokens or images a step reads.
     """
     steps = step - self._step
-    seconds = (time.perf_counter() - self._start) / max(steps, 1)
-    found = dict(
-      step_seconds=seconds,
-      data_seconds=self._data / max(steps, 1),
-      memory_gib=memory_in_use() / 2**30,
-    )
-    if steps:
+    found = dict(memory_gib=memory_in_use() / 2**30)
+    if steps > 0:  # else the span began after this step
+      seconds = (time.perf_counter() - self._start) / steps
+      found['step_seconds'] = seconds
+      found['data_seconds'] = self._data / steps
       found[f'{self._unit}_per_second'] = read / seconds
       if self._flops is not None:
         found['mfu'] = self._flops / seconds / self._ceiling
-    self.start(step)
+      self.start(step)
     return found

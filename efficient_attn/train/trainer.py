@@ -112,7 +112,7 @@ def run(
       read = values.pop('read')
       values['learning_rate'] = float(schedule(step - 1))
       if step == first + 1:
-        meter.compiled(step, state.params)
+        meter.compiled(int(state.step), state.params)
         writer.message(f'compiled in {meter.compile_seconds:.1f} s')
         writer.write(step, values)
       elif step % config.log_every == 0 or step == config.steps:

@@ -74,7 +74,7 @@ def test_leaves_what_it_promises(one_device):
     'train/data_seconds',
     'train/mfu',
     'train/memory_gib',
-  } <= set(train[1])
+  } <= set(train[2])
   assert all(np.isfinite(value) for row in rows for value in row.values())
   saved = configs.resolve(configs.load(str(one_device / 'config.json')))
   assert saved.model.dtype == 'float32'  # resolved, not ''
