@@ -90,8 +90,6 @@ def _check_names(key: str, groups: Mapping[str, Any]) -> None:
   if not groups:
     raise ConfigError(f'{key}={groups} is empty; give one or more by name')
   for name, changes in groups.items():
-    if not isinstance(name, str):
-      raise ConfigError(f'{key}: the name {name!r} must be a str')
     if not isinstance(changes, Mapping):
       raise ConfigError(
         f'{key}: {name!r} is {changes!r}; it must be the changed keys, as in '

@@ -13,13 +13,12 @@ def test_a_step_that_was_waited_for_before_does_not_count(monkeypatch):
   clock = types.SimpleNamespace(perf_counter=lambda: now[0])
   monkeypatch.setattr(meter, 'time', clock)
   monkeypatch.setattr(meter, 'matmul_ceiling', lambda *_: 1e3)
-  monkeypatch.setattr(meter.cost, 'flops', lambda *_: 100.0)
   config = configs.resolve({'model': {'name': 'lm', 'dtype': 'float32'}})
-  found = meter.Meter(config, None, None)
+  found = meter.Meter(config, 100.0)
   found.start(0)
   now[0] = 60.0
   # Step 1 is reported while step 2 runs; both are done after this.
-  found.compiled(2, {}, {})
+  found.compiled(2, {})
   assert found.compile_seconds == 60
   assert set(found.rates(2, read=8)) == {'memory_gib'}
   now[0] += 4
