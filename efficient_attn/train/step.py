@@ -77,7 +77,10 @@ def make_train_step(
     )
     state = TrainState(state.step + 1, params, opt_state, ema, state.key)
     metrics = means(sums) | dict(
-      grad_norm=grad_norm, read=sums['read'], finite=finite
+      grad_norm=grad_norm,
+      read=sums['read'],
+      weight=sums['weight'],
+      finite=finite,
     )
     return state, metrics
 
