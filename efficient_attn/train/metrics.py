@@ -3,8 +3,11 @@
 A row of `metrics.jsonl` is `{"step": 20, "train/loss": 2.31, ...}`: the values
 after that many steps, under the prefix `train` or `valid`. NaN and infinities,
 which JSON lacks, are written as strings; `read_metrics` returns them as floats.
+Every write is made where it is asked for, so that a disk that is full stops the
+run with an error; a terminal that has gone does not.
 """
 
+import contextlib
 import io
 import json
 import math
@@ -16,8 +19,13 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-import tensorboardX
+from jax.experimental import multihost_utils
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from tqdm import tqdm
+
+from efficient_attn.train.workdir import naming
 
 # The metrics shown while training, and how: a line of about 75 columns.
 SHOWN = {
@@ -30,6 +38,7 @@ SHOWN = {
 _BAR = '{bar:8} {n_fmt}/{total_fmt}{postfix}'
 _LINE = 'step {n_fmt}/{total_fmt}{postfix}, {elapsed} elapsed'
 _SECONDS_BETWEEN_LINES = 10
+_SECONDS_BETWEEN_FLUSHES = 10  # of TensorBoard's file, to the disk itself
 
 
 class MetricWriter:
@@ -51,16 +60,15 @@ class MetricWriter:
       return
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / 'metrics.jsonl'
-    kept = [row for row in _rows(path) if row['step'] <= step]
-    new = path.with_suffix('.new')
-    new.write_text(''.join(json.dumps(row) + '\n' for row in kept))
-    new.replace(path)
+    self._path = workdir / 'metrics.jsonl'
+    kept = [row for row in _rows(self._path) if row['step'] <= step]
+    new = self._path.with_suffix('.new')
+    with naming(new):
+      new.write_text(''.join(json.dumps(row) + '\n' for row in kept))
+      new.replace(self._path)
     self._written = {(row['step'], _prefix(row)) for row in kept}
-    self._file = path.open('a')
-    self._tensorboard = tensorboardX.SummaryWriter(
-      str(workdir / 'tensorboard'), purge_step=step + 1, flush_secs=10
-    )
+    self._file = self._path.open('a')
+    self._events = _Events(workdir / 'tensorboard', step)
     self._terminal = sys.stderr.isatty()
     self._next_line = 0.0
     self._bar = tqdm(
@@ -86,17 +94,33 @@ class MetricWriter:
     if (step, prefix) not in self._written:
       self._written.add((step, prefix))
       row = {f'{prefix}/{name}': value for name, value in values.items()}
-      for tag, value in row.items():
-        self._tensorboard.add_scalar(tag, value, step)
       strict = {k: v if math.isfinite(v) else str(v) for k, v in row.items()}
-      self._file.write(json.dumps({'step': step} | strict) + '\n')
-      self._file.flush()
-    shown = ', '.join(f(values[k]) for k, f in SHOWN.items() if k in values)
+      with naming(self._path):
+        self._file.write(json.dumps({'step': step} | strict) + '\n')
+        self._file.flush()
+      self._events.write(step, row)
     if prefix == 'train':
-      self._estimate(step, values.get('step_seconds'))
-      self._show(step, shown)
+      self.show(step, values)
     else:
-      self.message(f'step {step}: {prefix} {shown}')
+      self.message(f'step {step}: {prefix} {_shown(values)}')
+
+  def has(self, step: int, prefix: str) -> bool:
+    """Whether a row is there; all processes ask, and get the same answer."""
+    there = self._active and (step, prefix) in self._written
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(there)))
+
+  def show(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Shows the progress, without a row."""
+    if not self._active:
+      return
+    self._estimate(step, metrics.get('step_seconds'))
+    with contextlib.suppress(OSError):
+      self._bar.set_postfix_str(_shown(metrics), refresh=False)
+      self._bar.update(step - self._bar.n)
+    due = time.monotonic() >= self._next_line or step == self._bar.total
+    if due and not self._terminal:
+      self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
+      self.message(str(self._bar))
 
   def _estimate(self, step, seconds):
     """Shows the time left, which tqdm would count from the compilation on."""
@@ -108,25 +132,19 @@ class MetricWriter:
       shown = f', {tqdm.format_interval(left)} left'
       self._bar.bar_format = self._format + shown
 
-  def _show(self, step, shown):
-    self._bar.set_postfix_str(shown, refresh=False)
-    self._bar.update(step - self._bar.n)
-    due = time.monotonic() >= self._next_line or step == self._bar.total
-    if due and not self._terminal:
-      self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
-      self.message(str(self._bar))
-
   def message(self, text: str) -> None:
     """Prints a line above the progress bar."""
     if self._active:
-      tqdm.write(text, file=sys.stderr)
+      with contextlib.suppress(OSError):
+        tqdm.write(text, file=sys.stderr)
 
   def close(self) -> None:
     """Ends the bar and the files."""
     if self._active:
-      self._bar.close()
-      self._tensorboard.close()
-      self._file.close()
+      with contextlib.suppress(OSError):
+        self._bar.close()
+      with naming(self._path), self._file:
+        self._events.close()
 
   def __enter__(self):
     return self
@@ -135,16 +153,60 @@ class MetricWriter:
     self.close()
 
 
+class _Events:
+  """TensorBoard's file, written by this thread and not behind its back."""
+
+  def __init__(self, directory: pathlib.Path, step: int):
+    directory.mkdir(parents=True, exist_ok=True)
+    self._directory = directory
+    self._next_flush = 0.0
+    with naming(directory):
+      # The step makes the name unique: two starts may share a second.
+      self._writer = EventsWriter(str(directory / 'events'), f'.{step}')
+      # TensorBoard forgets what an earlier start wrote from that step on.
+      start = SessionLog(status=SessionLog.START)
+      self._add(step=step + 1, session_log=start)
+
+  def _add(self, **event):
+    self._writer.write_event(Event(wall_time=time.time(), **event))
+
+  def write(self, step: int, row: Mapping[str, float]) -> None:
+    with naming(self._directory):
+      for tag, value in row.items():
+        self._add(step=step, summary=scalar(tag, value))
+      if time.monotonic() >= self._next_flush:
+        self._next_flush = time.monotonic() + _SECONDS_BETWEEN_FLUSHES
+        self._writer.flush()
+
+  def close(self) -> None:
+    with naming(self._directory):
+      self._writer.close()
+
+
+def _shown(values):
+  return ', '.join(f(values[k]) for k, f in SHOWN.items() if k in values)
+
+
 def _prefix(row):
   return next((key.split('/')[0] for key in row if '/' in key), '')
 
 
 def _rows(path):
+  """Returns the rows of a file, without lines that a crash has damaged."""
   if not path.exists():
     return []
-  lines = path.read_text().splitlines(keepends=True)
-  # A killed run may leave half a line at the end.
-  return [json.loads(line) for line in lines if line.endswith('\n')]
+  *lines, _ = path.read_bytes().split(b'\n')  # the last one is half or empty
+  return [row for row in map(_row, lines) if row is not None]
+
+
+def _row(line):
+  try:
+    row = json.loads(line)
+    for value in row.values():
+      float(value)
+  except (ValueError, TypeError, AttributeError, OverflowError):
+    return None
+  return row if type(row.get('step')) is int else None
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float]]:

@@ -71,6 +71,40 @@ def test_a_resumed_run_has_each_row_once(tmp_path):
   assert whole == cut
 
 
+@pytest.mark.parametrize(
+  'line',
+  [
+    b'',
+    b'{}',
+    b'[]',
+    b'null',
+    b'3',
+    b'\0' * 40,
+    b'\xff\xfe{"step": 2}',
+    b'{"step": 2, "train/lo',
+    b'{"step": "2", "train/loss": 1.0}',
+    b'{"step": 2.5, "train/loss": 1.0}',
+    b'{"step": true, "train/loss": 1.0}',
+    b'{"step": 2, "train/loss": "nbn"}',
+    b'{"step": 2, "train/loss": [1.0]}',
+    b'{"step": 2, "train/loss": null}',
+    b'{"step": 2, "train/loss": 1' + b'0' * 400 + b'}',
+    b'{"step": 2, "train/loss": 1.0}{"step": 3}',
+    b'{"step": 2, "train/l\x0bss": 1.0}',
+  ],
+)
+def test_a_damaged_line_costs_itself(line, tmp_path):
+  run(tmp_path, 0, 3)
+  path = tmp_path / 'metrics.jsonl'
+  whole = path.read_bytes().splitlines(keepends=True)
+  path.write_bytes(b''.join([*whole[:1], line + b'\n', *whole[2:]]))
+  expected = [json.loads(row) for row in [whole[0], *whole[2:]]]
+  assert read_metrics(tmp_path) == expected
+  run(tmp_path, 3, 4)
+  assert read_metrics(tmp_path)[:-2] == expected
+  plot_loss(tmp_path)
+
+
 def test_a_row_that_is_there_is_not_written_again(tmp_path):
   run(tmp_path, 0, 4)
   with MetricWriter(tmp_path, 10, 4) as writer:
@@ -94,6 +128,18 @@ def events(workdir):
         (event.step, v.tag, v.simple_value) for v in event.summary.value
       ]
   return found
+
+
+def test_tensorboard_forgets_what_is_done_again(tmp_path):
+  run(tmp_path, 0, 4)
+  run(tmp_path, 2, 4)
+  (path,) = (tmp_path / 'tensorboard').glob('*.2')
+  content = path.read_bytes()
+  first = int.from_bytes(content[:8], 'little') + 16
+  length = int.from_bytes(content[first : first + 8], 'little')
+  event = event_pb2.Event.FromString(content[first + 12 : first + 12 + length])
+  assert event.step == 3
+  assert event.session_log.status == event_pb2.SessionLog.START
 
 
 def test_tensorboard_has_the_rows(tmp_path):
