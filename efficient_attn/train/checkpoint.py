@@ -1,66 +1,103 @@
 """Checkpoints of a run: the state and the data iterator, verified on return.
 
-Orbax writes them, asynchronously and atomically, one folder a step. When a
-folder is complete its files' checksums are added, so that a truncated or
-damaged checkpoint is recognised and the one before it is used.
+Orbax writes them, asynchronously, one folder a step, whose final name says that
+it is complete. It is then sealed: each process adds the checksums of the files
+that it wrote, so that a truncated or damaged checkpoint is recognised and the
+one before it is used. One that was not sealed before a kill counts if it loads.
 """
 
 import concurrent.futures
+import contextlib
 import json
 import logging
+import os
 import pathlib
-import warnings
+import re
+import shutil
+import sys
 import zlib
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from efficient_attn.config import ConfigError
+from efficient_attn.config import Config, ConfigError
+from efficient_attn.train import workdir as folder
 
-CHECKSUMS = 'checksums.json'
-UNFINISHED = 'its writing did not finish'
+CHECKSUMS = 'checksums.json'  # of process i > 0: checksums.i.json
+UNFINISHED = '.orbax-checkpoint-tmp'  # what Orbax appends until it commits
+DELETED = '.deleted'  # what is appended before files are removed one by one
+
+
+# The parts of a state, the key that decides on each, and what another means.
+_PARTS = {
+  'params': ('model', 'another model'),
+  'opt_state': ('optimizer', 'another optimizer'),
+  'ema': ('ema', 'another average'),
+}
+
+
+class DamagedError(Exception):
+  """A checkpoint is not what was written."""
 
 
 class Checkpoints:
-  """The checkpoints under `workdir/checkpoints`."""
+  """The checkpoints under `workdir/checkpoints`.
 
-  def __init__(self, workdir: pathlib.Path, keep: int = 2):
-    logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax is talkative
-    self.directory = pathlib.Path(workdir).absolute() / 'checkpoints'
-    policies = ocp.training.preservation_policies
-    self._orbax = ocp.training.Checkpointer(
-      self.directory, preservation_policy=policies.LatestN(keep)
-    )
-    self._sealing = concurrent.futures.ThreadPoolExecutor(1)
+  Args:
+    workdir: of the run.
+    config: of the run, with how many checkpoints it keeps.
+    fingerprint: of the data, which a continued run must have too; '' is not
+      compared.
+  """
+
+  def __init__(
+    self, workdir: pathlib.Path, config: Config, fingerprint: str = ''
+  ):
+    _quieten()
+    self._workdir = pathlib.Path(workdir).absolute()
+    self.directory = self._workdir / 'checkpoints'
+    self._config = config
+    self._fingerprint = fingerprint
+    self._background = concurrent.futures.ThreadPoolExecutor(1)
     self._pending = None
 
   def save(self, step: int, state: Any, iterator: Any) -> None:
     """Saves in the background; the arguments may change once this returns."""
     self.wait()
-    for later in self.steps():
-      if later >= step:  # a damaged one, which `restore` passed over
-        self._orbax.delete(later)
-    writing = self._orbax.save_checkpointables_async(
-      step, dict(state=state, dataset=iterator)
-    )
+    path = self._path(step)
+    if jax.process_index() == 0:
+      for later in self.steps():
+        if later >= step:  # a damaged one, which `restore` passed over
+          _remove(self._path(later))
+    with _clear_writing(path):
+      writing = ocp.save_checkpointables_async(
+        path,
+        dict(state=state, dataset=iterator),
+        custom_metadata=dict(fingerprint=self._fingerprint),
+      )
 
-    def seal():
-      writing.result()
+    def finish():
+      with _clear_writing(path):
+        writing.result()
+      _seal(path)
       if jax.process_index() == 0:
-        _seal(self.directory / str(step))
+        for old in self.steps()[: -self._config.keep_checkpoints]:
+          _remove(self._path(old))
 
-    self._pending = self._sealing.submit(seal)
+    self._pending = self._background.submit(finish)
 
   def wait(self) -> None:
     """Returns when the last save is complete; raises if it failed."""
-    if self._pending is not None:
-      self._pending.result()
-      self._pending = None
+    pending, self._pending = self._pending, None
+    if pending is not None:
+      pending.result()
 
   def steps(self) -> list[int]:
-    """Returns the steps that have a checkpoint, oldest first."""
-    return sorted(c.step for c in self._orbax.checkpoints)
+    """Returns the steps that have a complete checkpoint, oldest first."""
+    return folder.checkpoint_steps(self._workdir)
 
   def restore(self, abstract_state: Any, iterator: Any) -> Any | None:
     """Returns the newest intact state and winds the iterator to it.
@@ -68,58 +105,170 @@ class Checkpoints:
     Args:
       abstract_state: shapes, dtypes and shardings to restore to.
       iterator: set to what follows the last batch of that state, in place; None
-        to leave the data alone.
+        to read the state alone, and write nothing: also of a run that goes on.
 
     Returns:
       The state, or None when there is no checkpoint.
 
     Raises:
-      ConfigError: the checkpoint is of another architecture or number of
-        processes, or all of them are damaged.
+      ConfigError: the checkpoint is of another model, optimizer, number of
+        processes or data, or all of them are damaged.
     """
-    found = self.steps()
-    for step in reversed(found):
-      path = self.directory / str(step)
-      damage = _damage(path)
-      # A kill between the first save and its checksums leaves nothing else.
-      if damage is None or (damage == UNFINISHED and len(found) == 1):
-        self._check_architecture(step, abstract_state)
-        wanted = dict(state=abstract_state)
-        if iterator is not None:
-          _check_processes(path)
-          wanted['dataset'] = iterator
-        return self._orbax.load_checkpointables(step, wanted)['state']
-      warnings.warn(
-        f'checkpoint {path} is damaged ({damage}); trying the one before it',
-        stacklevel=2,
-      )
-    if found:
+    if iterator is not None and jax.process_index() == 0:
+      self._clean()
+    damaged = []
+    # A run that goes on replaces its checkpoints: each turn looks anew.
+    while (step := self._newest_but(damaged)) is not None:
+      path = self._path(step)
+      try:
+        return self._load(path, abstract_state, iterator)
+      except DamagedError as e:
+        damaged.append(step)
+        if path.exists():
+          print(
+            f'warning: checkpoint {path} is damaged ({e}); trying the one '
+            'before it',
+            file=sys.stderr,
+          )
+      except Exception:
+        damaged.append(step)
+        if path.exists():  # not one that was replaced while it was read
+          raise
+    if damaged:
       raise ConfigError(
-        f'{self.directory}: no intact checkpoint among steps {found}; '
-        'start over in a new workdir'
+        f'{self.directory}: no intact checkpoint among steps '
+        f'{sorted(damaged)}; start over in a new workdir'
       )
     return None
 
-  def _check_architecture(self, step, abstract_state):
-    saved = self._orbax.checkpointables_metadata(step).metadata['state']
-    saved, ours = _shapes(saved['params']), _shapes(abstract_state.params)
-    for name in sorted(saved.keys() | ours.keys()):
-      if saved.get(name) != ours.get(name):
-        raise ConfigError(
-          f'the checkpoint {self.directory / str(step)} is of another model: '
-          f'{name} is {saved.get(name, "absent")} there and '
-          f'{ours.get(name, "absent")} here; use its config or a new workdir'
+  def _newest_but(self, damaged):
+    """Returns the newest other step; all processes agree on it."""
+    left = set(self.steps()) - set(damaged)
+    step = np.asarray(max(left, default=-1))
+    step = int(multihost_utils.broadcast_one_to_all(step))
+    return None if step < 0 else step
+
+  def _load(self, path, abstract_state, iterator):
+    sealed = _check(path)
+    try:
+      saved = ocp.checkpointables_metadata(path)
+      if saved.metadata['state'] is None:
+        raise ValueError('there is no metadata of the state')
+      self._check_same_state(path, saved.metadata['state'], abstract_state)
+      wanted = dict(state=abstract_state)
+      if iterator is not None:
+        _check_processes(path)
+        self._check_same_data(path, saved.custom_metadata or {})
+        wanted['dataset'] = iterator
+      state = ocp.load_checkpointables(path, wanted)['state']
+      jax.block_until_ready(state)
+    except ConfigError:
+      raise
+    except (OSError, ValueError, KeyError) as e:
+      if sealed:
+        raise
+      first = str(e).partition('\n')[0]
+      raise DamagedError(f'its writing did not finish: {first}') from e
+    if iterator is not None and not sealed:
+      self._pending = self._background.submit(_seal, path)
+    return state
+
+  def _check_same_state(self, path, saved, abstract_state):
+    for part, (key, cause) in _PARTS.items():
+      there = _shapes(saved.get(part))
+      ours = _shapes(getattr(abstract_state, part))
+      other = [n for n in there.keys() | ours if there.get(n) != ours.get(n)]
+      if not other:
+        continue
+      name = min(other)
+      before = folder.read_config(self._workdir) or self._config
+      changes = ''.join(
+        f', {name}={new!r} and not {old!r}'
+        for name, old, new in folder.differences(
+          getattr(before, key), getattr(self._config, key), key
         )
+      )
+      raise ConfigError(
+        f'the checkpoint {path} is of {cause}: {part}.{name} is '
+        f'{there.get(name, "absent")} there and {ours.get(name, "absent")} '
+        f'here{changes}; use its config or a new workdir'
+      )
+
+  def _check_same_data(self, path, saved):
+    before, now = saved.get('fingerprint', ''), self._fingerprint
+    if before and now and before != now:
+      raise ConfigError(
+        f'the data has changed since {path} was written (fingerprint {now}, '
+        f'then {before}); bring the files back, or use a new workdir'
+      )
+
+  def _clean(self):
+    """Removes what a kill left half-written or half-deleted."""
+    for suffix in (UNFINISHED, DELETED):
+      for path in self.directory.glob(f'*{suffix}'):
+        shutil.rmtree(path, ignore_errors=True)
+
+  def _path(self, step):
+    return self.directory / str(step)
 
   def close(self) -> None:
-    """Waits for the last save and releases what Orbax holds."""
-    self.wait()
-    self._sealing.shutdown()
-    self._orbax.close()
+    """Waits for the last save."""
+    try:
+      self.wait()
+    finally:
+      self._background.shutdown()
+
+
+def _quieten() -> None:
+  """Keeps Orbax from printing the errors that it also raises.
+
+  It raises the first and closes its event loop, which TensorStore's threads
+  then miss, each with a traceback of its own.
+  """
+  for name in ('absl', 'asyncio'):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+  before = sys.unraisablehook
+  if getattr(before, '__name__', '') == 'without_closed_loops':
+    return
+
+  def without_closed_loops(error):
+    if str(error.exc_value) != 'Event loop is closed':
+      before(error)
+
+  sys.unraisablehook = without_closed_loops
+
+
+@contextlib.contextmanager
+def _clear_writing(path):
+  """Removes what could not be written, and says so as the system does.
+
+  TensorStore's errors are ValueErrors whose text has the system's number.
+  """
+  try:
+    yield
+  except (OSError, ValueError) as e:
+    number = getattr(e, 'errno', None)
+    if found := re.search(r"os_error_code='(\d+)'", str(e)):
+      number = int(found[1])
+    if number not in folder.DISK_FAULTS:
+      raise
+    if jax.process_index() == 0:
+      unfinished = path.with_name(path.name + UNFINISHED)
+      shutil.rmtree(unfinished, ignore_errors=True)
+    raise OSError(number, os.strerror(number), str(path)) from e
+
+
+def _remove(path: pathlib.Path) -> None:
+  """Deletes a checkpoint; its name goes first, so that none is half there."""
+  gone = path.with_name(path.name + DELETED)
+  path.rename(gone)
+  shutil.rmtree(gone, ignore_errors=True)  # what is left goes at the next start
 
 
 def _check_processes(path: pathlib.Path) -> None:
   saved = len(list((path / 'dataset').glob('process_*')))
+  if not saved:
+    raise FileNotFoundError('there is no place in the data')
   if saved != jax.process_count():
     raise ConfigError(
       f'the checkpoint {path} is of {saved} processes, each with its place in '
@@ -127,42 +276,88 @@ def _check_processes(path: pathlib.Path) -> None:
     )
 
 
-def _shapes(params) -> dict[str, tuple[int, ...]]:
-  leaves = jax.tree_util.tree_leaves_with_path(params)
+def _shapes(tree) -> dict[str, tuple[int, ...]]:
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {
     jax.tree_util.keystr(path, simple=True, separator='.'): tuple(leaf.shape)
     for path, leaf in leaves
   }
 
 
-def _checksums(path: pathlib.Path) -> dict[str, int]:
-  return {
-    str(file.relative_to(path)): zlib.crc32(file.read_bytes())
-    for file in sorted(path.rglob('*'))
-    if file.is_file() and file.name != CHECKSUMS
-  }
+def _files(path: pathlib.Path) -> list[str]:
+  """Returns the files of a checkpoint that have a checksum once sealed."""
+  return sorted(
+    str(file.relative_to(path))
+    for file in path.rglob('*')
+    if file.is_file() and not file.name.startswith('checksums.')
+  )
+
+
+def _checksums(path: pathlib.Path, names: list[str]) -> dict[str, int]:
+  """Reads several files at once: of large ones, it is most of the time."""
+  with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
+    sums = pool.map(lambda name: _checksum(path / name), names)
+    return dict(zip(names, sums, strict=True))
+
+
+def _checksum(file: pathlib.Path) -> int:
+  checksum = 0
+  with file.open('rb') as content:
+    while block := content.read(2**22):
+      checksum = zlib.crc32(block, checksum)
+  return checksum
 
 
 def _seal(path: pathlib.Path) -> None:
-  """Adds the checksums of a complete checkpoint; the rename makes it atomic."""
-  new = path / (CHECKSUMS + '.new')
-  sums = _checksums(path)
-  new.write_text(json.dumps(sums))
-  new.rename(path / CHECKSUMS)
+  """Adds the checksums of what this process wrote in a complete checkpoint.
+
+  Of the array data, that is its own folder. The first process takes the rest,
+  which is small, and the folders that no process of this run has.
+  """
+  index, count = jax.process_index(), jax.process_count()
+
+  def owner(name):
+    found = re.match(r'state/ocdbt\.process_(\d+)/', name)
+    number = int(found[1]) if found else 0
+    return number if number < count else 0
+
+  own = [name for name in _files(path) if owner(name) == index]
+  file = path / (f'checksums.{index}.json' if index else CHECKSUMS)
+  with folder.naming(file):
+    new = file.with_name(file.name + '.new')
+    new.write_text(json.dumps(_checksums(path, own)))
+    new.rename(file)
 
 
-def _damage(path: pathlib.Path) -> str | None:
-  """Returns what is wrong with a checkpoint, or None."""
+def _check(path: pathlib.Path) -> bool:
+  """Verifies the sealed files of a checkpoint; whether those are all.
+
+  Each process reads its share of them.
+
+  Raises:
+    DamagedError: one is missing or has changed.
+  """
+  sums, problem = {}, ''
   try:
-    sealed = json.loads((path / CHECKSUMS).read_text())
-  except FileNotFoundError:
-    return UNFINISHED
+    for file in path.glob('checksums*.json'):
+      found = json.loads(file.read_bytes())
+      if not isinstance(found, dict):
+        raise ValueError(f'a {type(found).__name__}')
+      sums |= found
+    names = _files(path)
+    own = sorted(sums)[jax.process_index() :: jax.process_count()]
+    missing = sorted(set(own) - set(names))
+    if missing:
+      problem = f'{missing[0]} is missing'
+    else:
+      actual = _checksums(path, own)
+      changed = [name for name in own if actual[name] != sums[name]]
+      problem = f'{changed[0]} has changed' if changed else ''
   except ValueError:
-    return f'{CHECKSUMS} is unreadable'
-  actual = _checksums(path)
-  for name, checksum in sealed.items():
-    if name not in actual:
-      return f'{name} is missing'
-    if actual[name] != checksum:
-      return f'{name} has changed'
-  return None
+    problem = f'{file.name} is unreadable'
+  except OSError as e:
+    problem = str(e)
+  sound = multihost_utils.process_allgather(np.asarray(not problem))
+  if not np.all(sound):
+    raise DamagedError(problem or 'as another process says')
+  return sums.keys() >= set(names)

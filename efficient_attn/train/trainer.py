@@ -16,6 +16,7 @@ from efficient_attn import config as configs
 from efficient_attn import data, sharding
 from efficient_attn.config import Config, ConfigError
 from efficient_attn.models import with_dtype
+from efficient_attn.train import workdir as folder
 from efficient_attn.train.check import check
 from efficient_attn.train.checkpoint import Checkpoints
 from efficient_attn.train.evaluate import evaluate
@@ -40,24 +41,27 @@ def run(
   Args:
     config: the resolved config.
     workdir: gets config.json, metrics.jsonl, tensorboard/, checkpoints/ and
-      loss.png. If it holds checkpoints, the run continues from the newest.
+      loss.png. If it holds checkpoints, the run continues from the newest. No
+      other process may train there meanwhile.
     devices: to run on; all by default.
 
   Returns:
     The final validation metrics; empty when a signal stopped the run.
 
   Raises:
-    ConfigError: the config cannot be run.
+    ConfigError: the config cannot be run, or not in this workdir.
     NonFiniteError: training diverged.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = folder.resolve(workdir)
   checked = check(config)
   config = checked.config
   config = dataclasses.replace(config, model=with_dtype(config.model))
   mesh = sharding.make_mesh(config.mesh, devices)
   check_batch(config, mesh)
-  check_same_data(config, workdir)
   with contextlib.ExitStack() as stack:
+    stack.enter_context(folder.clear_disk_faults(workdir))
+    stack.enter_context(folder.only_writer(workdir))
+    folder.check_same_data(config, workdir)
     stack.enter_context(jax.set_mesh(mesh))
 
     # Data.
@@ -79,7 +83,7 @@ def run(
       architecture = Architecture(config.model)
     optimizer = architecture.optimizer(config)
     loss = make_loss(config, dataset.tokenizer)
-    checkpoints = Checkpoints(workdir, config.keep_checkpoints)
+    checkpoints = Checkpoints(workdir, config, dataset.fingerprint)
     stack.callback(checkpoints.close)
     abstract = architecture.abstract_state(config, optimizer, mesh)
     state = checkpoints.restore(abstract, batches)
@@ -87,9 +91,10 @@ def run(
       state = architecture.init(config, optimizer, mesh)
     jax.block_until_ready(state)
     first = int(state.step)
-    workdir.mkdir(parents=True, exist_ok=True)
+    check_steps(config, workdir, first)
     if jax.process_index() == 0:
-      configs.save(config, workdir / 'config.json')
+      with folder.naming(workdir / 'config.json'):
+        configs.save(config, workdir / 'config.json')
 
     # The two compiled functions.
     train_step = jax.jit(
@@ -158,8 +163,9 @@ def run(
       if not last and due(step, config.eval_every):
         validate(step)
     final = validate(config.steps)
-  if jax.process_index() == 0:
-    plot_loss(workdir)
+    if jax.process_index() == 0:
+      with folder.naming(workdir / 'loss.png'):
+        plot_loss(workdir)
   return final
 
 
@@ -197,18 +203,13 @@ def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
     )
 
 
-def check_same_data(config: Config, workdir: pathlib.Path) -> None:
-  """Raises when a run would continue with other data than it began with."""
-  file = workdir / 'config.json'
-  if not file.exists():
-    return
-  before, now = configs.load(str(file)), configs.as_dict(config)
-  for key in ('seed', 'batch_size', 'data'):
-    if before[key] != now[key]:
-      raise ConfigError(
-        f'{key}={now[key]} but the run in {workdir} began with {before[key]}; '
-        'use a new workdir'
-      )
+def check_steps(config: Config, workdir: pathlib.Path, done: int) -> None:
+  """Raises when a run has already done more steps than are asked for."""
+  if done > config.steps:
+    raise ConfigError(
+      f'steps={config.steps} but the run in {workdir} has done {done}; raise '
+      'steps, or use a new workdir'
+    )
 
 
 def describe(config, architecture, mesh, first) -> str:

@@ -56,6 +56,11 @@ def test_two_processes(tmp_path):
   assert f'continues after step {stopped},' in first
   assert 'step' not in second
 
+  # Each has sealed the arrays that it wrote.
+  newest = two / 'checkpoints' / '80'
+  names = {path.name for path in newest.glob('checksums*')}
+  assert names == {'checksums.json', 'checksums.1.json'}
+
   # Either process reading the other's rows would change the losses.
   assert list(losses(two)) == list(losses(one)) == list(range(1, 81))
   np.testing.assert_allclose(

@@ -189,16 +189,15 @@ def damage(path, how):
   elif how == 'flipped':
     content[len(content) // 2] ^= 1
   largest.write_bytes(content)
-  if how == 'unfinished':
-    (path / CHECKSUMS).unlink()
 
 
-@pytest.mark.parametrize('how', ['truncated', 'flipped', 'unfinished'])
-def test_damaged_checkpoint_falls_back(one_device, how, tmp_path):
+@pytest.mark.parametrize('how', ['truncated', 'flipped'])
+def test_damaged_checkpoint_falls_back(one_device, how, tmp_path, capfd):
   shutil.copytree(one_device, tmp_path / 'run')
   damage(tmp_path / 'run' / 'checkpoints' / '6', how)
-  with pytest.warns(UserWarning, match=r'checkpoints/6 is damaged'):
-    run(tiny(), tmp_path / 'run', jax.devices()[:1])
+  run(tiny(), tmp_path / 'run', jax.devices()[:1])
+  first = capfd.readouterr().err.splitlines()[0]
+  assert first.startswith('warning: ') and 'checkpoints/6 is damaged' in first
   assert losses(tmp_path / 'run') == losses(one_device)
 
 
