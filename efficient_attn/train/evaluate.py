@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 import jax
 
+from efficient_attn.config import ConfigError
 from efficient_attn.train.loss import means
 
 
@@ -25,6 +26,9 @@ def evaluate(
     batches: of host arrays.
     put: lays a batch out on the devices.
     limit: 0 for all.
+
+  Raises:
+    ConfigError: no batch has a target.
   """
   totals = collections.Counter()
   running = None
@@ -34,4 +38,9 @@ def evaluate(
     before, running = running, eval_step(params, put(batch))
     totals.update(jax.device_get(before or {}))
   totals.update(jax.device_get(running or {}))
-  return {name: float(x) for name, x in means(totals).items()} if totals else {}
+  if not totals['weight']:
+    raise ConfigError(
+      'the validation set has no target, so that there is nothing to measure; '
+      'change data.valid_path, valid_options, seq_len or packing'
+    )
+  return {name: float(x) for name, x in means(totals).items()}

@@ -30,7 +30,12 @@ from efficient_attn.train.step import (
   make_eval_step,
   make_train_step,
 )
-from efficient_attn.train.watch import NonFiniteGuard, StopSignal, Tracer
+from efficient_attn.train.watch import (
+  Batches,
+  StepGuard,
+  StopSignal,
+  Tracer,
+)
 
 
 def run(
@@ -74,7 +79,7 @@ def run(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
       )
-    batches = iter(dataset.train)
+    iterator = iter(dataset.train)
     put = batch_putter(mesh)
 
     # Model, optimizer and where they stand.
@@ -86,12 +91,13 @@ def run(
     checkpoints = Checkpoints(workdir, config, dataset.fingerprint)
     stack.callback(checkpoints.close)
     abstract = architecture.abstract_state(config, optimizer, mesh)
-    state = checkpoints.restore(abstract, batches)
+    state = checkpoints.restore(abstract, iterator)
     if state is None:
       state = architecture.init(config, optimizer, mesh)
     jax.block_until_ready(state)
     first = int(state.step)
     check_steps(config, workdir, first)
+    batches = Batches(iterator)
     if jax.process_index() == 0:
       with folder.naming(workdir / 'config.json'):
         configs.save(config, workdir / 'config.json')
@@ -108,7 +114,7 @@ def run(
       writer.message(note)
     stop = stack.enter_context(StopSignal(config.log_every))
     tracer = stack.enter_context(Tracer(config.profile_steps, workdir))
-    guard = NonFiniteGuard(config.skip_nonfinite, checkpoints)
+    guard = StepGuard(config, checkpoints)
     meter = Meter(config, checked.forward_flops)
     schedule = make_schedule(config.optimizer, config.steps)
 
@@ -116,12 +122,16 @@ def run(
       values = guard.check(step, metrics)
       read = values.pop('read')
       values['learning_rate'] = float(schedule(step - 1))
+      row = step in (1, config.steps) or due(step, config.log_every)
       if step == first + 1:
         meter.compiled(int(state.step), state.params)
         writer.message(f'compiled in {meter.compile_seconds:.1f} s')
+        if not row:  # the run without a stop has none here either
+          writer.show(step, values)
+      elif row:
+        values |= meter.rates(step, read)
+      if row:
         writer.write(step, values)
-      elif step % config.log_every == 0 or step == config.steps:
-        writer.write(step, values | meter.rates(step, read))
 
     def validate(step):
       with meter.paused():
@@ -135,24 +145,53 @@ def run(
       writer.write(step, values, prefix='valid')
       return values
 
-    pending = None
+    def report_pending():
+      nonlocal pending
+      if pending:
+        report(*pending)
+      pending = None
+
+    def save(step):
+      nonlocal saved
+      report_pending()
+      checkpoints.save(step, state, iterator)
+      batches.mark()
+      saved = step
+
+    @contextlib.contextmanager
+    def keeping(done):
+      """Saves the steps done before an error of the data goes on.
+
+      Other processes, which have no error, would not join in.
+      """
+      try:
+        yield
+      except Exception:
+        if done > saved and jax.process_count() == 1:
+          batches.rewind()
+          save(done)
+          writer.message(f'saved step {done} because of an error in the data')
+        raise
+
+    pending, saved = None, first
     meter.start(first)
+    # The run may have stopped, or been killed, before this validation.
+    unmeasured = first < config.steps and due(first, config.eval_every)
+    if first and unmeasured and not writer.has(first, 'valid'):
+      validate(first)
     for step in range(first + 1, config.steps + 1):
       tracer.at(step)
-      with meter.waiting_for_data():
+      with meter.waiting_for_data(), keeping(step - 1):
         host_batch = next(batches)
         guard.remember(step, host_batch)
         batch = put(host_batch)
       state, metrics = train_step(state, batch)
-      if pending:
-        report(*pending)
+      report_pending()
       pending = (step, metrics)
       stopped = stop.requested(step)
       last = stopped or step == config.steps
       if last or due(step, config.checkpoint_every):
-        report(*pending)
-        pending = None
-        checkpoints.save(step, state, batches)
+        save(step)
       if stopped:
         checkpoints.wait()
         writer.message(
@@ -161,7 +200,9 @@ def run(
         )
         return {}
       if not last and due(step, config.eval_every):
-        validate(step)
+        report_pending()
+        with keeping(step):
+          validate(step)
     final = validate(config.steps)
     if jax.process_index() == 0:
       with folder.naming(workdir / 'loss.png'):

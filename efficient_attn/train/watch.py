@@ -1,5 +1,6 @@
-"""What watches a run from the side: signals, divergence, the profiler."""
+"""Watches a run from the side: signals, divergence, its data, the profiler."""
 
+import copy
 import pathlib
 import signal
 import zlib
@@ -8,15 +9,16 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from efficient_attn.config import ConfigError
+from efficient_attn.config import Config, ConfigError
 from efficient_attn.train.checkpoint import Checkpoints
 
 
 class StopSignal:
-  """Turns SIGTERM and SIGINT into a request to stop after the step.
+  """Turns SIGTERM, SIGINT and SIGHUP into a request to stop after the step.
 
   With several processes they agree on the step, once every `every` steps. A
-  second signal acts at once.
+  second signal acts at once, except for SIGHUP, which the shell repeats when a
+  terminal closes. Under nohup SIGHUP is ignored, as it was.
   """
 
   def __init__(self, every: int):
@@ -25,7 +27,10 @@ class StopSignal:
     self._before = {}
 
   def __enter__(self):
-    for number in (signal.SIGTERM, signal.SIGINT):
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+      numbers.append(signal.SIGHUP)
+    for number in numbers:
       self._before[number] = signal.signal(number, self._note)
     return self
 
@@ -35,7 +40,8 @@ class StopSignal:
 
   def _note(self, number, frame):
     self.name = signal.Signals(number).name
-    signal.signal(number, self._before[number])
+    if number != signal.SIGHUP:
+      signal.signal(number, self._before[number])
 
   def requested(self, step: int) -> bool:
     """Whether to stop after this step."""
@@ -54,13 +60,21 @@ class NonFiniteError(RuntimeError):
   """The loss or the gradient of a step was not finite."""
 
 
-class NonFiniteGuard:
-  """Stops a run that diverges; the step itself has left the state as it was."""
+class StepGuard:
+  """Stops a run that diverges, or whose batches have no target.
 
-  def __init__(self, skip: int, checkpoints: Checkpoints):
-    self._skip = skip
+  A step that is not finite has left the state as it was. A batch without a
+  target is possible, but `_EMPTY` of them in a row are a mistake.
+  """
+
+  _EMPTY = 10
+
+  def __init__(self, config: Config, checkpoints: Checkpoints):
+    self._skip = config.skip_nonfinite
+    self._most_empty = min(self._EMPTY, config.steps)
     self._checkpoints = checkpoints
     self._in_a_row = 0
+    self._empty_in_a_row = 0
     self._batches = {}
 
   def remember(self, step: int, batch: dict[str, np.ndarray]) -> None:
@@ -68,9 +82,22 @@ class NonFiniteGuard:
     self._batches[step] = batch
 
   def check(self, step: int, metrics: dict[str, jax.Array]) -> dict:
-    """Returns the metrics of a step as floats; raises if it diverged."""
+    """Returns the metrics of a step as floats.
+
+    Raises:
+      NonFiniteError: the step diverged, and too many before it.
+      ConfigError: there was nothing to learn for too long.
+    """
     values = {name: float(value) for name, value in metrics.items()}
     batch = self._batches.pop(step)
+    empty = not values.pop('weight')
+    self._empty_in_a_row = self._empty_in_a_row + 1 if empty else 0
+    if self._empty_in_a_row >= self._most_empty:
+      raise ConfigError(
+        f'step {step}: no batch of the last {self._empty_in_a_row} steps has a '
+        'target, so that there is nothing to learn; change data.path, options, '
+        'seq_len or packing'
+      )
     self._in_a_row = 0 if values.pop('finite') else self._in_a_row + 1
     if self._in_a_row > self._skip:
       crc = 0
@@ -86,6 +113,34 @@ class NonFiniteGuard:
         'steps'
       )
     return values
+
+
+class Batches:
+  """Iterates over training batches and can return to the end of the last one.
+
+  An iterator that fails may have moved on in some of its rows. It is then wound
+  back to the last mark, and forth to the batches that were taken since.
+  """
+
+  def __init__(self, iterator):
+    self.iterator = iterator
+    self.mark()
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    batch = next(self.iterator)
+    self._taken += 1
+    return batch
+
+  def mark(self) -> None:
+    """Makes this the place that `rewind` begins from."""
+    self._state = copy.deepcopy(self.iterator.get_state())
+    self._taken = 0
+
+  def rewind(self) -> None:
+    """Puts the iterator behind the last batch that was taken."""
+    self.iterator.set_state(copy.deepcopy(self._state))
+    for _ in range(self._taken):
+      next(self.iterator)
 
 
 class Tracer:
