@@ -5,12 +5,30 @@ python launch/train.py --config=configs/lm/quickstart.py --workdir=runs/a \
 """
 
 import argparse
-
-from efficient_attn import cli
+import os
+import signal
 
 
 def main():
   """Reads the flags, starts the devices, trains and says how it went."""
+  # The loop has its own handler, which saves; before it there is nothing to.
+  before = signal.signal(signal.SIGINT, leave)
+  try:
+    train()
+  finally:
+    signal.signal(signal.SIGINT, before)
+
+
+def leave(number, frame):
+  """Ends the process at once, whatever it is importing or compiling."""
+  os.write(2, b'interrupted; run the same command again to continue\n')
+  os._exit(130)
+
+
+def train():
+  """Trains as `main` says."""
+  from efficient_attn import cli
+
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--workdir', help='where the run lives')
   parser.add_argument(
