@@ -130,15 +130,15 @@ def test_leftovers_of_kills_go(saved):
 def test_a_checkpoint_that_cannot_be_written(saved, capfd):
   """A limit on the size of files stands for a disk that is full."""
   checkpoints = Checkpoints(saved, CONFIG)
-  _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (8192, most))
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
   try:
     with pytest.raises(DiskError, match='checkpoints/3: File too large; .* 2'):
       with folder.clear_disk_faults(saved):
         checkpoints.save(3, state(3), batches())
         checkpoints.wait()
   finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
   checkpoints.save(3, state(3), batches())
   checkpoints.close()
   assert restored(saved) == 3
