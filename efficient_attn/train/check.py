@@ -9,7 +9,6 @@ and opening the data.
 import collections
 import dataclasses
 import json
-import os
 
 import jax
 
@@ -20,6 +19,7 @@ from efficient_attn.layers.mixers import MIXERS, mixer_options, read_options
 from efficient_attn.layers.stack import row_of
 from efficient_attn.models import cost
 from efficient_attn.train.loss import make_loss
+from efficient_attn.train.machine import host_memory
 from efficient_attn.train.optimizer import read_optimizer_options
 from efficient_attn.train.state import Architecture, first_state
 from efficient_attn.train.watch import parse_steps
@@ -131,7 +131,7 @@ def check_host_memory(config: Config) -> None:
   if config.data.name != 'text':  # whose rows are as long as one wants
     return
   needed = 12 * config.batch_size * (config.data.seq_len + 1)
-  memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+  memory = host_memory()
   if needed > memory:
     raise ConfigError(
       f'batch_size={config.batch_size} rows of data.seq_len='

@@ -59,6 +59,19 @@ def memory_available() -> int:
   return os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
 
 
+def memory_total() -> int:
+  """Returns the bytes of all local devices, or of the machine for a CPU."""
+  stats = [device.memory_stats() for device in jax.local_devices()]
+  if all(stats):
+    return sum(stat['bytes_limit'] for stat in stats)
+  return host_memory()
+
+
+def host_memory() -> int:
+  """Returns the bytes of this machine, without starting a device."""
+  return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+
+
 def memory_in_use() -> int:
   """Returns peak bytes: of the fullest local device, or of the process."""
   stats = [device.memory_stats() for device in jax.local_devices()]

@@ -7,6 +7,7 @@ for the device in order to report: while step i runs it reads about step i-1.
 
 import contextlib
 import dataclasses
+import math
 import pathlib
 
 import jax
@@ -21,6 +22,7 @@ from efficient_attn.train.check import check
 from efficient_attn.train.checkpoint import Checkpoints
 from efficient_attn.train.evaluate import evaluate
 from efficient_attn.train.loss import make_loss
+from efficient_attn.train.machine import memory_total
 from efficient_attn.train.meter import Meter
 from efficient_attn.train.metrics import MetricWriter, plot_loss
 from efficient_attn.train.optimizer import make_schedule
@@ -91,6 +93,7 @@ def run(
     checkpoints = Checkpoints(workdir, config, dataset.fingerprint)
     stack.callback(checkpoints.close)
     abstract = architecture.abstract_state(config, optimizer, mesh)
+    check_memory(abstract, mesh)
     state = checkpoints.restore(abstract, iterator)
     if state is None:
       state = architecture.init(config, optimizer, mesh)
@@ -241,6 +244,21 @@ def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
     raise ConfigError(
       f'batch_size={config.batch_size} over accumulate={config.accumulate} is '
       f'{rows} rows, which data x fsdp = {shards} devices do not divide'
+    )
+
+
+def check_memory(state, mesh: jax.sharding.Mesh) -> None:
+  """Raises when the state alone is larger than the memory of the devices."""
+  a_device = sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(state)
+  )
+  needed, there = a_device * len(mesh.local_devices), memory_total()
+  if needed > there:
+    raise ConfigError(
+      f'the parameters and the optimizer take {needed / 2**30:.3g} GiB on the '
+      f'devices of this process, which have {there / 2**30:.3g} GiB; shrink '
+      'the model, or shard it over more devices (mesh=fsdp=...)'
     )
 
 

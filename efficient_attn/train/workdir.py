@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from efficient_attn import config as configs
+from efficient_attn import data
 from efficient_attn.config import Config, ConfigError
 
 # A disk that is full or failing: a file cannot be written, whoever writes it.
@@ -48,26 +49,39 @@ def resolve(workdir: str | os.PathLike) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def only_writer(workdir: pathlib.Path):
-  """Creates the folder and keeps other runs out; a crash frees it too."""
-  free = True
+def locked(path: pathlib.Path, flag: str):
+  """Creates a folder and locks it; a crash frees it, too.
+
+  Yields:
+    Whether no other process has the lock. A file system without locks says
+    so to everybody.
+  """
   try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    file = (workdir / '.lock').open('a')
+    path.mkdir(parents=True, exist_ok=True)
+    file = (path / '.lock').open('a')
   except OSError as e:
     raise ConfigError(
-      f'--workdir={str(workdir)!r}: {e.strerror}; give a folder that can be '
-      'written'
+      f'{flag}={str(path)!r}: {e.strerror}; give a folder that can be written'
     ) from None
   with file:
+    free = True
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      free = False
+    except OSError as e:
+      if e.errno not in _NO_LOCKS:
+        raise
+    yield free
+
+
+@contextlib.contextmanager
+def only_writer(workdir: pathlib.Path):
+  """Creates the folder and keeps other runs out."""
+  with contextlib.ExitStack() as stack:
+    free = True
     if jax.process_index() == 0:
-      try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError:
-        free = False
-      except OSError as e:
-        if e.errno not in _NO_LOCKS:
-          raise
+      free = stack.enter_context(locked(workdir, '--workdir'))
     if not multihost_utils.broadcast_one_to_all(np.asarray(free)):
       raise ConfigError(
         f'--workdir={str(workdir)!r}: another process trains there; wait for '
@@ -79,14 +93,11 @@ def only_writer(workdir: pathlib.Path):
 def read_config(workdir: pathlib.Path) -> Config | None:
   """Returns the config that a run was last started with, if there is one."""
   file = workdir / 'config.json'
-  try:
-    values = json.loads(file.read_bytes())
-    if not isinstance(values, dict):
-      raise ConfigError(f'it is a {type(values).__name__}, not groups of keys')
-    return configs.resolve(values)
-  except (FileNotFoundError, NotADirectoryError):
+  if not file.exists():
     return None
-  except (OSError, ValueError) as e:
+  try:
+    return configs.resolve(configs.read_json(file))
+  except ConfigError as e:
     raise ConfigError(
       f'{file} cannot be read: {e}. Delete it and run the training command '
       'again, which writes it anew'
@@ -98,6 +109,8 @@ def check_same_data(config: Config, workdir: pathlib.Path) -> None:
   before = read_config(workdir)
   if before is None:
     return
+  # One of an earlier version does not have every option.
+  before = dataclasses.replace(before, data=data.complete(before.data))
   for key in ('seed', 'batch_size', 'data'):
     for name, old, new in differences(
       getattr(before, key), getattr(config, key), key
