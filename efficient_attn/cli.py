@@ -1,7 +1,6 @@
 """What the scripts in `launch/` share: flags, one-line errors, the devices.
 
-Nothing here imports the rest of the package, so that the devices can be set up
-before JAX starts.
+Nothing here starts a device, so that scripts can set them up first.
 """
 
 import argparse
@@ -55,12 +54,18 @@ def parse_changes(
 
 @contextlib.contextmanager
 def clear_errors():
-  """Ends the program with one line when the user's configuration is wrong."""
+  """Ends the program with one line when the user is wrong or interrupts it.
+
+  Any other exception is a bug and keeps its traceback.
+  """
   try:
     yield
   except ConfigError as e:
     print(f'error: {e}', file=sys.stderr)
     raise SystemExit(2) from None
+  except KeyboardInterrupt:
+    print('interrupted; run the same command again', file=sys.stderr)
+    raise SystemExit(130) from None
 
 
 def cpu_devices(config: Config, cores: int) -> int:
