@@ -85,9 +85,10 @@ def mlstm(
     }
   )
   dtype = shapes.accumulator(q, k, v, input_gate, log_forget, initial_state)
-  forget = gates.expand_log_decay(
-    log_forget, (batch, length, heads, channels), dtype
-  )
+  shapes.check_log_decay(log_forget)
+  # As given: beside exp(i) no forget gate is too small to matter but -inf,
+  # which plain sums keep.
+  forget = log_forget.astype(dtype)[..., None]
   if initial_state is None:
     memory = jnp.zeros((*memory_shape[:3], memory_shape[3] + 1), dtype)
     m = jnp.zeros(memory_shape[:2], dtype)
