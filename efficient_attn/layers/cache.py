@@ -38,6 +38,19 @@ def check_cacheable(causal: bool, segment_ids) -> None:
     )
 
 
+def empty_keys(batch: int, length: int, heads: tuple[int, int], dtype) -> dict:
+  """Returns room for `length` keys and values [B, length, *heads].
+
+  Each has a buffer of its own, so that a step can donate the cache.
+  """
+  shape = (batch, length, *heads)
+  return dict(
+    key=jnp.zeros(shape, dtype),
+    value=jnp.zeros(shape, dtype),
+    length=jnp.zeros((), jnp.int32),
+  )
+
+
 def extend(cache, key, value):
   """Returns all keys and values, the cache that holds them, and the offset."""
   if cache is None:

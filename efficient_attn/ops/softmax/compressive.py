@@ -217,11 +217,12 @@ def init_memory(
   rate: int,
 ) -> CompressiveMemory:
   """The state before any token."""
-  tokens = jnp.zeros((batch, 2 * memory - 1, *heads), dtype)
-  slots = jnp.zeros((batch, num_slots + 2 * memory // rate, *heads), dtype)
-  return CompressiveMemory(
-    tokens, tokens, slots, slots, jnp.zeros((), jnp.int32)
-  )
+  tokens = (batch, 2 * memory - 1, *heads)
+  slots = (batch, num_slots + 2 * memory // rate, *heads)
+  buffers = [
+    jnp.zeros(shape, dtype) for shape in (tokens, tokens, slots, slots)
+  ]
+  return CompressiveMemory(*buffers, jnp.zeros((), jnp.int32))
 
 
 def complete_blocks(

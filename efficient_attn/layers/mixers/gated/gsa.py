@@ -67,4 +67,4 @@ class GSA(nnx.Module):
 
   def init_cache(self, batch: int, max_len: int, dtype):
     """Returns the zero state; `max_len` does not matter."""
-    return (jnp.zeros((batch, *self.state_shape)),) * 2
+    return tuple(jnp.zeros((batch, *self.state_shape)) for _ in range(2))

@@ -90,6 +90,6 @@ class RWKV4(nnx.Module):
   def init_cache(self, batch: int, max_len: int, dtype):
     """Returns the empty state; `max_len` does not matter."""
     return dict(
-      state=(jnp.zeros((batch, *self.shape)),) * 3,
+      state=tuple(jnp.zeros((batch, *self.shape)) for _ in range(3)),
       last=jnp.zeros((batch, self.d_model), dtype),
     )

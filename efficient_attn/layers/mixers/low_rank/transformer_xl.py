@@ -79,8 +79,9 @@ class TransformerXL(nnx.Module):
     """Returns an empty memory; `max_len` does not matter."""
     if not self.causal:
       raise NotImplementedError('an encoder has no cache; use causal=True')
-    empty = jnp.zeros((batch, self.mem_len, *self.heads), dtype)
-    return ops.Memory(empty, empty, jnp.zeros(batch, jnp.int32))
+    shape = (batch, self.mem_len, *self.heads)
+    key, value = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+    return ops.Memory(key, value, jnp.zeros(batch, jnp.int32))
 
 
 class Relative(nnx.Module):

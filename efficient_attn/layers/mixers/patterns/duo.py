@@ -157,11 +157,17 @@ class DuoAttention(Attention):
     def empty(length, heads):
       return jnp.zeros((batch, length, heads, width), dtype)
 
-    everything = empty(max_len, self.full_heads)
-    first = empty(self.num_sinks, heads - self.full_heads)
-    last = empty(self.window - 1, heads - self.full_heads)
+    full, streaming = self.full_heads, heads - self.full_heads
     return dict(
-      full=dict(key=everything, value=everything),
-      streaming=dict(key=last, value=last, first_key=first, first_value=first),
+      full={name: empty(max_len, full) for name in ('key', 'value')},
+      streaming={
+        name: empty(length, streaming)
+        for name, length in (
+          ('key', self.window - 1),
+          ('value', self.window - 1),
+          ('first_key', self.num_sinks),
+          ('first_value', self.num_sinks),
+        )
+      },
       length=jnp.zeros((), jnp.int32),
     )

@@ -9,7 +9,11 @@ from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError, choose
-from efficient_attn.layers.cache import check_cacheable, next_positions
+from efficient_attn.layers.cache import (
+  check_cacheable,
+  empty_keys,
+  next_positions,
+)
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.ops.positions import rotary
@@ -54,8 +58,7 @@ class Routed(nnx.Module):
 
   def init_cache(self, batch: int, max_len: int, dtype) -> dict[str, jax.Array]:
     """Returns room for `max_len` keys and values; writing past it is wrong."""
-    empty = jnp.zeros((batch, max_len, *self.heads), dtype)
-    return dict(key=empty, value=empty, length=jnp.zeros((), jnp.int32))
+    return empty_keys(batch, max_len, self.heads, dtype)
 
 
 class GroupedHeads(Routed):
@@ -86,8 +89,7 @@ class GroupedHeads(Routed):
 
   def init_cache(self, batch: int, max_len: int, dtype) -> dict[str, jax.Array]:
     """Returns room for `max_len` keys and values; writing past it is wrong."""
-    empty = jnp.zeros((batch, max_len, *self.kv_heads), dtype)
-    return dict(key=empty, value=empty, length=jnp.zeros((), jnp.int32))
+    return empty_keys(batch, max_len, self.kv_heads, dtype)
 
 
 @jax.custom_vjp

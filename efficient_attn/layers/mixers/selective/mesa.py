@@ -91,9 +91,9 @@ class Mesa(nnx.Module):
 
   def init_cache(self, batch: int, max_len: int, dtype):
     """Returns the zero state; `max_len` does not matter."""
-    square = jnp.zeros((batch, *self.heads, self.heads[1]))
+    square = (batch, *self.heads, self.heads[1])
     return dict(
-      state=(square, square),
+      state=(jnp.zeros(square), jnp.zeros(square)),
       query_conv=self.query_conv.init_state(batch, dtype),
       key_conv=self.key_conv.init_state(batch, dtype),
     )

@@ -84,5 +84,5 @@ class SLSTM(nnx.Module):
 
   def init_cache(self, batch: int, max_len: int, dtype):
     """Returns the empty cell; `max_len` does not matter."""
-    state = (jnp.zeros((batch, *self.shape)),) * 4
+    state = tuple(jnp.zeros((batch, *self.shape)) for _ in range(4))
     return dict(state=state, conv=self.conv.init_state(batch, dtype))

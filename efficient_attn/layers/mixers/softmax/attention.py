@@ -23,6 +23,7 @@ from efficient_attn import sharding
 from efficient_attn.config import ConfigError, choose
 from efficient_attn.layers.cache import (
   check_cacheable,
+  empty_keys,
   extend,
   next_positions,
 )
@@ -235,5 +236,4 @@ class Attention(nnx.Module):
     """Returns room for `max_len` keys and values; writing past it is wrong."""
     if self.shared_kv:
       return {}
-    empty = jnp.zeros((batch, max_len, *self.kv_heads), dtype)
-    return dict(key=empty, value=empty, length=jnp.zeros((), jnp.int32))
+    return empty_keys(batch, max_len, self.kv_heads, dtype)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn import sharding
-from efficient_attn.layers.cache import append
+from efficient_attn.layers.cache import append, empty_keys
 from efficient_attn.layers.norm import RMSNorm
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.qkv import QKV
@@ -100,14 +100,11 @@ class FoX(nnx.Module):
 
   def init_cache(self, batch: int, max_len: int, dtype) -> dict[str, jax.Array]:
     """Returns room for `max_len` tokens; writing past it is wrong."""
-    empty = jnp.zeros((batch, max_len, *self.heads), dtype)
-    return dict(
-      key=empty,
-      value=empty,
+    last = (batch, *self.heads)
+    return empty_keys(batch, max_len, self.heads, dtype) | dict(
       log_forget=jnp.zeros((batch, max_len, self.heads[0])),
-      last_key=empty[:, 0],
-      last_value=empty[:, 0],
-      length=jnp.zeros((), jnp.int32),
+      last_key=jnp.zeros(last, dtype),
+      last_value=jnp.zeros(last, dtype),
     )
 
 

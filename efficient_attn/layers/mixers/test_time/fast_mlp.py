@@ -84,4 +84,5 @@ class FastMLP(nnx.Module):
 
   def init_state(self, batch: int, *, momentum: bool = False) -> FastState:
     """Returns the state before the first token."""
-    return fresh_state(self.layers(), batch, momentum=momentum)
+    state = fresh_state(self.layers(), batch, momentum=momentum)
+    return jax.tree.map(jnp.copy, state)  # each a buffer of its own

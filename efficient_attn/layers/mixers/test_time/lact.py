@@ -26,7 +26,7 @@ from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError
-from efficient_attn.layers.cache import next_positions
+from efficient_attn.layers.cache import empty_keys, next_positions
 from efficient_attn.layers.norm import RMSNorm, l2_normalize
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.qkv import QKV
@@ -195,13 +195,9 @@ class LaCT(nnx.Module):
 
   def init_cache(self, batch: int, max_len: int, dtype):
     """Returns the initial weights and an empty window."""
-    empty = jnp.zeros((batch, self.window - 1, *self.heads), dtype)
-    return dict(
-      key=empty,
-      value=empty,
-      state=fresh_state(self._weights(), batch, momentum=True),
-      length=jnp.zeros((), jnp.int32),
-    )
+    state = fresh_state(self._weights(), batch, momentum=True)
+    keys = empty_keys(batch, self.window - 1, self.heads, dtype)
+    return keys | dict(state=jax.tree.map(jnp.copy, state))
 
 
 def _regroup(x: jax.Array, width: int) -> jax.Array:
