@@ -1,11 +1,12 @@
 """What the linear family checks of its arrays, and how it groups heads."""
 
 from collections.abc import Mapping
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 READS = ('inclusive', 'exclusive')
 
@@ -92,6 +93,20 @@ def operand(dtype: jnp.dtype, *arrays: Array) -> jnp.dtype:
   """The dtype of the operands of matrix products: bfloat16 stays bfloat16."""
   wanted = jnp.result_type(*arrays)
   return wanted if wanted == jnp.bfloat16 else dtype
+
+
+# A factor that may be learned.
+Scalar: TypeAlias = float | int | Float[Array, '']
+
+
+def fold_scale(query: Array, scale: Scalar) -> tuple[Array, float]:
+  """Returns queries and a scale that is a number: an array goes into them.
+
+  For loops that are compiled apart from what surrounds them.
+  """
+  if isinstance(scale, (float, int)):
+    return query, scale
+  return (query * scale).astype(query.dtype), 1.0
 
 
 def group(x: Array, kv_heads: int, *, axis: int) -> Array:

@@ -152,7 +152,8 @@ class ElasticWindow(Mask):
   def _first(self, query):
     """The first key of each head."""
     alpha, beta = self.alpha[:, None, None], self.beta[:, None, None]
-    return query + 1 - alpha - beta * (query + 1) // 1024
+    whole, rest = jnp.divmod(query + 1, 1024)  # so that no product overflows
+    return query + 1 - alpha - beta * whole - beta * rest // 1024
 
   def pairs(self, query, key):
     return key >= self._first(query)

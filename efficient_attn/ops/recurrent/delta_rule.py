@@ -36,7 +36,7 @@ def delta_rule(
   *,
   log_decay: Float[Array, '...'] | None = None,
   erase: Float[Array, 'B T N H'] | None = None,
-  scale: float | int | None = None,
+  scale: shapes.Scalar | None = None,
   initial_state: Float[Array, 'B N H V'] | None = None,
   segment_ids: Int[Array, 'B T'] | None = None,
   read: str = 'inclusive',

@@ -29,7 +29,7 @@ def dplr(
   b: Float[Array, 'B T K H'],
   *,
   log_decay: Float[Array, '...'] | None = None,
-  scale: float | int | None = None,
+  scale: shapes.Scalar | None = None,
   initial_state: Float[Array, 'B N H V'] | None = None,
   segment_ids: Int[Array, 'B T'] | None = None,
   read: str = 'inclusive',

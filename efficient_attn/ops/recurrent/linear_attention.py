@@ -37,7 +37,7 @@ def linear_attention(
   log_decay: LogDecay | None = None,
   bonus: Float[Array, 'N H'] | None = None,
   normalize: bool = False,
-  scale: float | int | None = None,
+  scale: shapes.Scalar | None = None,
   initial_state: Memory | NormalizedMemory | None = None,
   segment_ids: Int[Array, 'B T'] | None = None,
   read: str = 'inclusive',

@@ -38,7 +38,7 @@ def log_linear_attention(
   *,
   log_decay: Float[Array, 'B T N'],
   level_scales: Float[Array, 'B T N L'],
-  scale: float | int | None = None,
+  scale: shapes.Scalar | None = None,
   initial_state: Buckets | None = None,
   segment_ids: Int[Array, 'B T'] | None = None,
   form: str | None = None,

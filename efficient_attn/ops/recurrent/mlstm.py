@@ -39,7 +39,7 @@ def mlstm(
   input_gate: Float[Array, 'B T N'],
   log_forget: Float[Array, 'B T N'],
   *,
-  scale: float | int | None = None,
+  scale: shapes.Scalar | None = None,
   initial_state: State | None = None,
   segment_ids: Int[Array, 'B T'] | None = None,
   form: str | None = None,
@@ -98,7 +98,7 @@ def mlstm(
 
   # A column of ones makes n the last column of the memory.
   values = jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
-  scale = channels**-0.5 if scale is None else scale
+  q, scale = shapes.fold_scale(q, channels**-0.5 if scale is None else scale)
   grouped = [
     shapes.group(x, kv_heads, axis=2)
     for x in (values, input_gate.astype(dtype)[..., None], forget)

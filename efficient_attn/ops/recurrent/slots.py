@@ -31,7 +31,7 @@ def slot_attention(
   v: Float[Array, 'B T N V'],
   log_decay: Float[Array, 'B T N M'],
   *,
-  scale: float | int | None = None,
+  scale: shapes.Scalar | None = None,
   initial_state: State | None = None,
   segment_ids: Int[Array, 'B T'] | None = None,
   form: str | None = None,
@@ -84,7 +84,7 @@ def slot_attention(
     )
   else:
     state = keys.astype(dtype), values.astype(dtype)
-  scale = channels**-0.5 if scale is None else scale
+  q, scale = shapes.fold_scale(q, channels**-0.5 if scale is None else scale)
   out, state = forms.run(
     functools.partial(_step, scale=scale),
     functools.partial(_chunk, scale=scale),

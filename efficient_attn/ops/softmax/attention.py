@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from efficient_attn.ops import masks, scores
+from efficient_attn.ops.shapes import Scalar
 from efficient_attn.ops.softmax.attention_blockwise import attention_blockwise
 from efficient_attn.ops.softmax.attention_reference import attention_reference
 from efficient_attn.ops.softmax.attention_tiles import choose_tiles
@@ -45,8 +46,8 @@ def attention(
   *,
   mask: masks.Mask | None = None,
   bias: Float[Array, '...'] | scores.Score | None = None,
-  scale: float | None = None,
-  logits_soft_cap: float | None = None,
+  scale: Scalar | None = None,
+  logits_soft_cap: Scalar | None = None,
   sinks: Float[Array, 'N'] | None = None,
   implementation: str | Sequence[str] | None = None,
   return_lse: bool = False,
@@ -98,8 +99,8 @@ def attention_with_stats(
   *,
   mask: masks.Mask | None = None,
   bias: Float[Array, '...'] | scores.Score | None = None,
-  scale: float | None = None,
-  logits_soft_cap: float | None = None,
+  scale: Scalar | None = None,
+  logits_soft_cap: Scalar | None = None,
   sinks: Float[Array, 'N'] | None = None,
   implementation: str | Sequence[str] | None = None,
 ) -> tuple[Float[Array, 'B T N V'], Stats]:
@@ -135,8 +136,8 @@ def explain(
   *,
   mask: masks.Mask | None = None,
   bias: Float[Array, '...'] | scores.Score | None = None,
-  scale: float | None = None,
-  logits_soft_cap: float | None = None,
+  scale: Scalar | None = None,
+  logits_soft_cap: Scalar | None = None,
   sinks: Float[Array, 'N'] | None = None,
   implementation: str | Sequence[str] | None = None,
 ) -> str:
@@ -229,9 +230,12 @@ def _check(query, key, value, mask, bias, logits_soft_cap, sinks):
           f' {owners[axis]}; they must be equal.'
         )
       owners.setdefault(axis, name)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
+    if not jnp.issubdtype(array.dtype, jnp.floating) or (
+      array.dtype.itemsize == 1
+    ):
       raise ValueError(
-        f'{name} has dtype {array.dtype}; cast it to a floating type.'
+        f'{name} has dtype {array.dtype}; cast it to a floating type of 16 bits'
+        ' or more.'
       )
     if array.dtype != query.dtype:
       raise ValueError(
@@ -248,7 +252,7 @@ def _check(query, key, value, mask, bias, logits_soft_cap, sinks):
       f'sinks of shape {sinks.shape} must be [N] = ({sizes["N"]},), one logit'
       ' per query head.'
     )
-  if logits_soft_cap is not None and logits_soft_cap <= 0:
+  if isinstance(logits_soft_cap, (float, int)) and logits_soft_cap <= 0:
     raise ConfigError(
       f'logits_soft_cap is {logits_soft_cap}; it must be positive, or None.'
     )

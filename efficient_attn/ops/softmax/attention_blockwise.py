@@ -34,6 +34,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from efficient_attn.ops import masks, scores
+from efficient_attn.ops.shapes import Scalar, fold_scale
 from efficient_attn.ops.softmax.attention_tiles import (
   add_at,
   by_keys,
@@ -55,8 +56,8 @@ def attention_blockwise(
   *,
   mask: masks.Mask | None = None,
   bias: scores.Score | None = None,
-  scale: float | None = None,
-  logits_soft_cap: float | None = None,
+  scale: Scalar | None = None,
+  logits_soft_cap: Scalar | None = None,
   sinks: Float[Array, 'N'] | None = None,
   block_q: int | None = None,
   block_k: int | None = None,
@@ -90,11 +91,13 @@ def attention_blockwise(
   if order == 'key':
     tiles = by_keys(tiles)
   corner = jnp.arange(block_q), jnp.arange(block_k)
+  query, scale = fold_scale(query, H**-0.5 if scale is None else scale)
+  learned = not isinstance(logits_soft_cap, (float, int, type(None)))
   options = _Options(
     block_q=block_q,
     block_k=block_k,
-    scale=H**-0.5 if scale is None else scale,
-    soft_cap=logits_soft_cap,
+    scale=scale,
+    soft_cap=None if learned else logits_soft_cap,
     tiles=tiles.tobytes(),
     shared=bool(T % block_q or (tiles[:, 1] > S - block_k).any()),
     run_time=mask is not None and mask.maybe(*corner) is not True,
@@ -107,6 +110,7 @@ def attention_blockwise(
     mask,
     bias,
     None if sinks is None else sinks.reshape(K, N // K),
+    jnp.asarray(logits_soft_cap) if learned else None,
   )
   out = out.reshape(B, N, T, V).transpose(0, 2, 1, 3)
   stats = jax.tree.map(lambda x: x.reshape(B, N, T).transpose(0, 2, 1), stats)
@@ -120,7 +124,7 @@ class _Options:
   block_q: int
   block_k: int
   scale: float
-  soft_cap: float | None
+  soft_cap: float | None  # one that is learned is an operand
   tiles: bytes  # of `tile_schedule`: numpy arrays have no hash
   shared: bool  # whether a tile sticks out
   run_time: bool  # whether the mask decides at run time what is empty
@@ -147,8 +151,8 @@ def _dot(pattern, a, b):
   return jnp.einsum(pattern, a, b, preferred_element_type=stats)
 
 
-def _logits(options, q, k, mask, bias, tile, turned=False):
-  """Logits [B, K, G * R, C] of one tile, and d(capped) / d(scaled).
+def _logits(options, q, k, mask, bias, cap, tile, turned=False):
+  """Logits [B, K, G * R, C] of one tile, d(capped) / d(scaled) and / d(cap).
 
   `turned` to [B, K, C, G * R], in which three of the five matmuls of the
   backward pass need no transpose, and two of those of [G * R, C].
@@ -167,21 +171,24 @@ def _logits(options, q, k, mask, bias, tile, turned=False):
     s = options.scale * _dot('bkch,bkrh->bkcr', k, q)
   else:
     s = options.scale * _dot('bkrh,bkch->bkrc', q, k)
-  slope = None
-  if options.soft_cap is not None:
-    capped = jnp.tanh(s / options.soft_cap)
-    s, slope = options.soft_cap * capped, 1 - capped * capped
+  slope = of_cap = None
+  cap = options.soft_cap if cap is None else cap.astype(s.dtype)
+  if cap is not None:
+    capped = jnp.tanh(s / cap)
+    slope = 1 - capped * capped
+    of_cap = capped - s / cap * slope
+    s = cap * capped
   if bias is not None:
     s = s + folded(bias.tile(tile.rows, tile.cols)).astype(s.dtype)
   if mask is not None:
     s = jnp.where(folded(mask.tile(tile.rows, tile.cols)), s, -jnp.inf)
   if tile.own is not None:
     s = jnp.where(folded(tile.own), s, -jnp.inf)
-  return s, slope
+  return s, slope, of_cap
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(options, q, k, v, mask, bias, sinks):
+def _attend(options, q, k, v, mask, bias, sinks, cap):
   """[B,K,G,T,H] [B,K,S,H] [B,K,S,V] -> out [B,K,G,T,V], Stats [B,K,G,T]."""
   B, K, G, T, _ = q.shape
   S, R, C = k.shape[2], options.block_q, options.block_k
@@ -201,7 +208,7 @@ def _attend(options, q, k, v, mask, bias, sinks):
   def step(rows, entry, mask):
     tile = locate(R, C, *entry[:2], T, S, options.shared)
     running = jax.tree.map(lambda x: take_rows(x, tile), rows)
-    running = _absorb(options, q, k, v, mask, bias, tile, running)
+    running = _absorb(options, q, k, v, mask, bias, cap, tile, running)
     return _put(rows, running, tile), None
 
   for tiles, needed in options.passes(mask):
@@ -209,14 +216,13 @@ def _attend(options, q, k, v, mask, bias, sinks):
   return _finish(*rows, q.dtype)
 
 
-def _absorb(options, q, k, v, mask, bias, tile, running):
+def _absorb(options, q, k, v, mask, bias, cap, tile, running):
   """(m, l, o) of the rows of a tile, after its keys."""
 
   def visit(running):
     m, l, acc = running
-    s, _ = _logits(
-      options, take_rows(q, tile), take_cols(k, tile), mask, bias, tile
-    )
+    qi, kj = take_rows(q, tile), take_cols(k, tile)
+    s, *_ = _logits(options, qi, kj, mask, bias, cap, tile)
     top = jnp.maximum(m, jnp.max(s, axis=-1))
     anchor = jnp.where(top == -jnp.inf, 0, top)
     p = exp_below(s, anchor[..., None])
@@ -245,13 +251,13 @@ def _put(rows, running, tile):
   return jax.tree.map(put, rows, running)
 
 
-def _attend_forward(options, q, k, v, mask, bias, sinks):
-  out, stats = _attend(options, q, k, v, mask, bias, sinks)
-  return (out, stats), (q, k, v, mask, bias, sinks, out, stats)
+def _attend_forward(options, q, k, v, mask, bias, sinks, cap):
+  out, stats = _attend(options, q, k, v, mask, bias, sinks, cap)
+  return (out, stats), (q, k, v, mask, bias, sinks, cap, out, stats)
 
 
 def _attend_backward(options, residuals, cotangents):
-  q, k, v, mask, bias, sinks, out, (top, total) = residuals
+  q, k, v, mask, bias, sinks, cap, out, (top, total) = residuals
   dout, (_, dtotal) = cotangents  # top has no gradient
   B, K, G, T, _ = q.shape
   S, R, C = k.shape[2], options.block_q, options.block_k
@@ -262,13 +268,16 @@ def _attend_backward(options, residuals, cotangents):
   share = jnp.where(total == 0, 0, 1 / total)  # of a weight 1
 
   def step(carry, entry, mask):
-    dq, dk, dv, dbias = carry
+    dq, dk, dv, *others = carry
     tile = locate(R, C, *entry[:2], T, S, options.shared)
 
-    def visit(dbias):
+    def visit(others):
+      dbias, dcap = others
       qi, doi = take_rows(q, tile), take_rows(dout, tile)
       kj, vj = take_cols(k, tile), take_cols(v, tile)
-      s, slope = _logits(options, qi, kj, mask, bias, tile, turned=True)
+      s, slope, of_cap = _logits(
+        options, qi, kj, mask, bias, cap, tile, turned=True
+      )
       p = exp_below(s, take_rows(top, tile)[..., None, :])
       p = p * take_rows(share, tile)[..., None, :]
       dp = _dot('bkcv,bkrv->bkcr', vj, doi)
@@ -276,38 +285,40 @@ def _attend_backward(options, residuals, cotangents):
       if bias is not None:
         full = ds.swapaxes(2, 3).reshape(B, K * G, R, C)
         dbias = bias.accumulate(dbias, tile.rows, tile.cols, full)
+      if cap is not None:
+        dcap = dcap + jnp.sum(ds * of_cap)
       if slope is not None:
         ds = ds * slope
       ds = (options.scale * ds).astype(q.dtype)
       dqi = _dot('bkcr,bkch->bkrh', ds, kj).reshape(B, K, G, R, -1)
       dkj = _dot('bkcr,bkrh->bkch', ds, qi)
       dvj = _dot('bkcr,bkrv->bkcv', p.astype(v.dtype), doi)
-      return dqi, dkj, dvj, dbias
+      return dqi, dkj, dvj, [dbias, dcap]
 
-    def skip(dbias):
+    def skip(others):
       zeros = (
         jnp.zeros((B, K, G, R, q.shape[-1]), stats),
         jnp.zeros((B, K, C, k.shape[-1]), stats),
         jnp.zeros((B, K, C, v.shape[-1]), stats),
       )
-      return *zeros, dbias
+      return *zeros, others
 
-    dqi, dkj, dvj, dbias = _unless_empty(
-      options, mask, tile, visit, skip, dbias
+    dqi, dkj, dvj, others = _unless_empty(
+      options, mask, tile, visit, skip, others
     )
     dq = add_at(dq, dqi, tile.row_start, axis=3)
     dk = add_at(dk, dkj, tile.col_start, axis=2)
     dv = add_at(dv, dvj, tile.col_start, axis=2)
-    return (dq, dk, dv, dbias), None
+    return (dq, dk, dv, *others), None
 
   def zeros(x):
     inexact = jnp.issubdtype(x.dtype, jnp.inexact)
     return jnp.zeros(x.shape, stats if inexact else x.dtype)
 
-  carry = jax.tree.map(zeros, (q, k, v, bias))
+  carry = jax.tree.map(zeros, (q, k, v, bias, cap))
   for tiles, needed in options.passes(mask):
     carry, _ = lax.scan(functools.partial(step, mask=needed), carry, tiles)
-  dq, dk, dv, dbias = carry
+  dq, dk, dv, dbias, dcap = carry
 
   def cotangent(x, dx):
     if jnp.issubdtype(x.dtype, jnp.inexact):
@@ -318,10 +329,10 @@ def _attend_backward(options, residuals, cotangents):
   if sinks is not None:
     p = share * exp_below(sinks.astype(stats)[..., None], top)
     dsinks = -jnp.sum(p * delta, axis=(0, 3))
-  primal = (q, k, v, bias, sinks)
-  found = (dq, dk, dv, dbias, dsinks)
-  dq, dk, dv, dbias, dsinks = jax.tree.map(cotangent, primal, found)
-  return dq, dk, dv, None, dbias, dsinks
+  primal = (q, k, v, bias, sinks, cap)
+  found = (dq, dk, dv, dbias, dsinks, dcap)
+  dq, dk, dv, *rest = jax.tree.map(cotangent, primal, found)
+  return dq, dk, dv, None, *rest
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

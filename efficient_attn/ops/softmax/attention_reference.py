@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from efficient_attn.ops import masks, scores
+from efficient_attn.ops.shapes import Scalar
 from efficient_attn.ops.softmax.stats import Stats, exp_below, largest
 
 
@@ -21,8 +22,8 @@ def attention_reference(
   *,
   mask: masks.Mask | None = None,
   bias: scores.Score | None = None,
-  scale: float | None = None,
-  logits_soft_cap: float | None = None,
+  scale: Scalar | None = None,
+  logits_soft_cap: Scalar | None = None,
   sinks: Float[Array, 'N'] | None = None,
 ) -> tuple[Float[Array, 'B T N V'], Stats]:
   """Attention with the whole matrix of logits in memory.
