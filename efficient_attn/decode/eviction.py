@@ -29,7 +29,7 @@ from jax import lax
 from efficient_attn.config import ConfigError, choose
 from efficient_attn.layers.mixers.softmax.attention import Attention
 from efficient_attn.layers.param import use
-from efficient_attn.ops import masks
+from efficient_attn.ops import masks, scores
 from efficient_attn.ops.softmax.attention import attention
 
 Tokens = dict[str, jax.Array]  # each [B, S, K] or [B, S, K, H]
@@ -128,8 +128,9 @@ class Evicting(nnx.Module):
       name: jnp.concatenate([cache[name], y.astype(cache[name].dtype)], axis=1)
       for name, y in new.items()
     }
-    mask = self.mask(rows, held, N)
-    out = self.mixer.attend(query, held['key'], held['value'], mask, 0, x)
+    mask, bias = self.mask(rows, held, N), self.bias(rows, held, N)
+    out = self.mixer.read(query, held['key'], held['value'], mask, 0, bias)
+    out = self.mixer.output(out, x)
 
     policy, past = POLICIES[self.policy], cache['query'].shape[1]
     query = query.astype(cache['query'].dtype)
@@ -150,6 +151,20 @@ class Evicting(nnx.Module):
     at = held['position'].swapaxes(1, 2)
     return Held(rows, jnp.repeat(at, num_heads // at.shape[1], axis=1))
 
+  def bias(self, rows, held, num_heads):
+    """The biases of positions, which are not places in the cache, or None."""
+    at = held['position'].swapaxes(1, 2)  # [B, K, S]
+    distance = jnp.repeat(at, num_heads // at.shape[1], axis=1)[:, :, None]
+    distance = distance - rows[:, None]
+    whole = self.mixer.bias(0)
+    if isinstance(whole, scores.Alibi):
+      found = -jnp.asarray(whole.slopes)[:, None, None] * jnp.abs(distance)
+    elif isinstance(whole, scores.T5):  # [B, N, T, heads, S], of which its own
+      found = jnp.einsum('bntns->bnts', whole.by_distance(distance))
+    else:
+      return None
+    return scores.Dense(found)
+
   def received(self, query, rows, held):
     """sum_t p_tj over queries and the heads of a group, [B, S, K].
 
@@ -159,6 +174,8 @@ class Evicting(nnx.Module):
     query, key = (x.astype(jnp.float32) for x in (query, held['key']))
     options = dict(
       mask=self.mask(rows, held, query.shape[2]),
+      bias=self.bias(rows, held, query.shape[2]),
+      scale=self.mixer.options['scale'],
       logits_soft_cap=self.mixer.options['logits_soft_cap'],
     )
     if self.mixer.sinks is not None:
@@ -222,9 +239,8 @@ def _check(mixer):
   plain = all(
     getattr(type(mixer), name, None) is getattr(Attention, name) for name in own
   )
-  if not plain or mixer.position == 'alibi' or mixer.shared_kv:
+  if not plain or mixer.shared_kv:
     raise NotImplementedError(
       f'a kv policy cannot evict from {type(mixer).__name__}: every layer must'
-      " be of the row 'attention', with position 'rotary' or 'none' and keys of"
-      ' its own'
+      " be of the row 'attention', with keys of its own"
     )

@@ -13,6 +13,7 @@ from efficient_attn.config import ConfigError, LMConfig
 from efficient_attn.decode.eviction import POLICIES, Evicting, evict
 from efficient_attn.decode.generate import generate
 from efficient_attn.layers.mixers.softmax.attention import Attention
+from efficient_attn.ops import masks
 from tests.launch.scripts import sample
 
 NAMES = sorted(POLICIES)
@@ -69,6 +70,58 @@ def logits_of(name):
 def test_a_budget_of_everything_is_plain_decoding(name):
   np.testing.assert_allclose(
     logits_of(name)[1], logits_of(None), rtol=1e-5, atol=2e-5
+  )
+
+
+@pytest.mark.parametrize(
+  'options',
+  [
+    dict(position='t5', t5_buckets=8, t5_distance=16),
+    dict(position='alibi', num_kv_heads=2),
+    dict(cosine=True, logits_soft_cap=2.0),
+    dict(qk_norm=True, rotary_fraction=0.5, gate='channel'),
+    dict(position='none', num_kv_heads=1, head_dim=6),
+  ],
+  ids=str,
+)
+def test_a_budget_of_everything_is_plain_decoding_with_all_options(options):
+  model = model_of('attention', **options)
+
+  def decode(model, tokens):
+    cache = model.init_cache(*tokens.shape)
+    first, cache = model(tokens[:, :9], cache=cache)
+    second, cache = model(tokens[:, 9:10], cache=cache)
+    third, _ = model(tokens[:, 10:], cache=cache)
+    return jnp.concatenate([first, second, third], 1)
+
+  whole, held = jax.jit(lambda m, x: (m(x)[0], decode(evict(m, 'h2o', 24), x)))(
+    model, TOKENS
+  )
+  np.testing.assert_allclose(held, whole, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+  'options',
+  [
+    dict(position='t5', t5_buckets=8),
+    dict(cosine=True),
+    dict(position='alibi'),
+  ],
+  ids=str,
+)
+def test_what_is_received_is_the_column_sum_of_the_map(options):
+  mixer = model_of('attention', **options).stack.periods[0].blocks[0].mixer
+  x = jax.random.normal(jax.random.key(1), (2, 7, 16))
+  query, key, value = mixer.project(x, None, None)
+  ids = jnp.broadcast_to(jnp.arange(7)[:, None], key.shape[:3])
+  held = dict(key=key, value=value, position=ids)
+  small = Evicting(mixer, 'h2o', 4)
+  found = jax.jit(lambda: small.received(query, jnp.arange(7), held))()
+  # One key at a time holds a value: what is read of it is its weight.
+  marks = jnp.broadcast_to(jnp.eye(7)[None, :, None], (2, 7, 4, 7))
+  read = mixer.read(query, key, marks, masks.Causal(), 0)
+  np.testing.assert_allclose(
+    found, read.sum(1).swapaxes(1, 2), rtol=1e-5, atol=1e-6
   )
 
 
@@ -221,16 +274,12 @@ def test_prompts_shorter_than_the_budget_fill_up():
   [
     (('gla',), 'h2o', 8, NotImplementedError, "GLA: .* row 'attention'"),
     (('attention', 'window'), 'tova', 8, NotImplementedError, 'Window'),
-    (('alibi',), 'tova', 8, NotImplementedError, "position 'rotary' or"),
     (('attention',), 'h20', 8, ConfigError, 'h2o'),
     (('attention',), 'h2o', 0, ConfigError, 'kv_budget=0'),
   ],
 )
 def test_refusals(model, policy, budget, error, message):
-  if model == ('alibi',):
-    model = model_of('attention', position='alibi')
-  else:
-    model = model_of(*model, num_layers=len(model))
+  model = model_of(*model, num_layers=len(model))
   with pytest.raises(error, match=message):
     evict(model, policy, budget)
 

@@ -39,11 +39,11 @@ class Stats(NamedTuple):
 
 
 def largest(
-  logits: Float[Array, '*rows S'], *others: Float[Array, '*rows']
+  logits: Float[Array, '*rows S'], *others: Float[Array, '...']
 ) -> Float[Array, '*rows']:
-  """The largest of logits and `others`, without gradient; 0 if none is finite.
+  """The largest of logits and `others`, without gradient; 0 if all are -inf.
 
-  A row of nothing but -inf has no logit.
+  The others are broadcast to the rows.
   """
   top = jnp.max(logits, axis=-1)
   for other in others:
