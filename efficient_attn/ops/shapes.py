@@ -99,7 +99,7 @@ def operand(dtype: jnp.dtype, *arrays: Array) -> jnp.dtype:
 Scalar: TypeAlias = float | int | Float[Array, '']
 
 
-def fold_scale(query: Array, scale: Scalar) -> tuple[Array, float]:
+def fold_scale(query: Array, scale: Scalar) -> tuple[Array, float | int]:
   """Returns queries and a scale that is a number: an array goes into them.
 
   For loops that are compiled apart from what surrounds them.

@@ -1,5 +1,6 @@
 """The caches of all causal mixers: what a decoding step may do with them."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import pytest
@@ -33,3 +34,28 @@ def test_a_step_donates_its_cache(name):
     y, cache = step(jnp.ones((2, 1, 16)), cache)
     assert all(x.is_deleted() for x in jax.tree.leaves(before))
   assert jnp.isfinite(y).all()
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=pytest.mark.exhaustive if i % 4 else ())
+    for i, name in enumerate(CAUSAL)
+  ],
+)
+def test_a_step_keeps_the_types_of_the_cache_also_under_x64(name):
+  """So that decoding can be a scan."""
+
+  def run(x):
+    mixer = build_mixer(name, rngs=nnx.Rngs(0), **SIZES)
+    caches = [mixer.init_cache(2, 8, x.dtype)]
+    for length in (3, 1):
+      caches.append(mixer(x[:, :length], cache=caches[-1])[1])
+    return caches
+
+  with jax.enable_x64(True):
+    first, *later = jax.eval_shape(
+      run, jax.ShapeDtypeStruct((2, 3, 16), jnp.float64)
+    )
+  for cache in later:
+    chex.assert_trees_all_equal_shapes_and_dtypes(cache, first)

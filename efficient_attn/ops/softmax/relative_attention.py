@@ -167,7 +167,7 @@ def transformer_xl(
     past_values = jnp.zeros_like(value, shape=(B, memory, *value.shape[2:]))
     state = Memory(past, past_values, jnp.zeros(B, jnp.int32))
   state = jax.lax.stop_gradient(state)
-  length = jnp.sum(counts == counts[:, -1:], axis=1)
+  length = jnp.sum(counts == counts[:, -1:], axis=1, dtype=jnp.int32)
   after = Memory(
     behind(state.key, key)[:, -memory:],
     behind(state.value, value)[:, -memory:],

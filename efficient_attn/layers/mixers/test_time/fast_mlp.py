@@ -82,7 +82,20 @@ class FastMLP(nnx.Module):
       for w, b in zip(self.weights, biases, strict=True)
     )
 
-  def init_state(self, batch: int, *, momentum: bool = False) -> FastState:
-    """Returns the state before the first token."""
-    state = fresh_state(self.layers(), batch, momentum=momentum)
-    return jax.tree.map(jnp.copy, state)  # each a buffer of its own
+  def init_state(
+    self, batch: int, dtype, *, momentum: bool = False
+  ) -> FastState:
+    """Returns the state before the first token, for inputs of `dtype`."""
+    return own_state(
+      fresh_state(self.layers(), batch, momentum=momentum), dtype
+    )
+
+
+def own_state(state, dtype):
+  """Returns a state in the dtype that a step gives it, each buffer its own."""
+  wide = jnp.promote_types(dtype, jnp.float32)
+
+  def copied(x):
+    return jnp.array(x, wide if jnp.issubdtype(x.dtype, jnp.floating) else None)
+
+  return jax.tree.map(copied, state)

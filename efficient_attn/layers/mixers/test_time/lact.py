@@ -27,6 +27,7 @@ from flax import nnx
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.cache import empty_keys, next_positions
+from efficient_attn.layers.mixers.test_time.fast_mlp import own_state
 from efficient_attn.layers.norm import RMSNorm, l2_normalize
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.qkv import QKV
@@ -197,7 +198,7 @@ class LaCT(nnx.Module):
     """Returns the initial weights and an empty window."""
     state = fresh_state(self._weights(), batch, momentum=True)
     keys = empty_keys(batch, self.window - 1, self.heads, dtype)
-    return keys | dict(state=jax.tree.map(jnp.copy, state))
+    return keys | dict(state=own_state(state, dtype))
 
 
 def _regroup(x: jax.Array, width: int) -> jax.Array:

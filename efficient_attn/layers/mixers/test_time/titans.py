@@ -100,6 +100,6 @@ class Titans(nnx.Module):
   def init_cache(self, batch: int, max_len: int, dtype):
     """Returns the initial memory; `max_len` does not matter."""
     return dict(
-      state=self.model.init_state(batch, momentum=True),
+      state=self.model.init_state(batch, dtype, momentum=True),
       conv=self.qkv.init_tails(batch, dtype),
     )

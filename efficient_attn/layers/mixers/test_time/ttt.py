@@ -90,7 +90,7 @@ class TTTLinear(nnx.Module):
   def init_cache(self, batch: int, max_len: int, dtype):
     """Returns the initial weights; `max_len` does not matter."""
     return dict(
-      state=self.model.init_state(batch), length=jnp.zeros((), jnp.int32)
+      state=self.model.init_state(batch, dtype), length=jnp.zeros((), jnp.int32)
     )
 
 
