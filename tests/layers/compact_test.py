@@ -17,8 +17,8 @@ from tests.layers.compact_cases import (
   N,
   T,
   abstract,
+  assert_close,
   build,
-  close,
   flat,
   inputs,
   make,
@@ -81,7 +81,8 @@ def test_equations_with_and_without_cache(case):
 
     expected = oracle(values(mixer), x, heads=N, **oracle_options)
     for y in run(x):
-      assert y.dtype == jnp.float64 and close(y, expected)
+      assert y.dtype == jnp.float64
+      assert_close(y, expected)
 
 
 def test_mla_absorbed_equals_expanded():
@@ -101,7 +102,7 @@ def test_mla_absorbed_equals_expanded():
     for a, b in zip(
       jax.tree.leaves(absorbed), jax.tree.leaves(expanded), strict=True
     ):
-      assert close(a, np.asarray(b), 1e-11)
+      assert_close(a, np.asarray(b), 1e-11)
 
 
 @pytest.mark.parametrize('tokens', [1, T])
@@ -249,7 +250,7 @@ def test_tpa_of_rank_one_is_mqa():
       factors.dims.weight.set_value(p.weight[...])
     tpa.out.weight.set_value(mqa.out.weight[...])
     expected, y = jax.jit(lambda x: (mqa(x)[0], tpa(x)[0]))(x)
-    assert close(y, expected)
+    assert_close(y, expected)
 
 
 def test_mfa_is_mqa_with_factorised_queries():
@@ -263,7 +264,7 @@ def test_mfa_is_mqa_with_factorised_queries():
       p.weight.set_value(q.weight[...][:, None])
     mqa.out.weight.set_value(mfa.out.weight[...])
     expected, y = jax.jit(lambda x: (mqa(x)[0], mfa(x)[0]))(x)
-    assert close(y, expected)
+    assert_close(y, expected)
 
 
 MISPRINTS = {
@@ -288,8 +289,9 @@ def test_the_survey_misprints(case):
     mixer, x = make(case.partition('-')[0], **options), inputs()
     y, _ = jax.jit(mixer)(x)
     p = values(mixer)
-  assert close(y, oracle(p, x, heads=N))
-  assert not close(y, oracle(p, x, heads=N, **misprint), 0.1)
+  assert_close(y, oracle(p, x, heads=N))
+  with pytest.raises(AssertionError, match='Not equal to tolerance'):
+    assert_close(y, oracle(p, x, heads=N, **misprint), 0.1)
 
 
 @pytest.mark.parametrize(

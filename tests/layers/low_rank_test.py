@@ -12,7 +12,7 @@ from flax import nnx
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixers import MIXERS, build_mixer, mixer_options
 from efficient_attn.layers.mixers.low_rank import LOW_RANK
-from efficient_attn.models import cost, jit_init
+from efficient_attn.models import cost
 from tests.oracles import attention as attention_oracle
 from tests.oracles import low_rank as oracle
 
@@ -39,9 +39,7 @@ def recipe(name, d_model=D, causal=None, **options):
 
 def make(name, **options):
   """A mixer whose biases are not zero, which would hide mistakes."""
-  graphdef, params = nnx.split(
-    jit_init(recipe(name, **options))(jax.random.key(0))
-  )
+  graphdef, params = nnx.split(recipe(name, **options)(jax.random.key(0)))
   rng = np.random.default_rng(2)
   return nnx.merge(
     graphdef,

@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,12 +12,12 @@ from flax import nnx
 
 from efficient_attn import models, sharding
 from efficient_attn.config import ConfigError, LMConfig, ViTConfig
+from tests.layers.built import filled
 from tests.layers.compact_cases import (
   B,
   N,
   T,
-  close,
-  fill,
+  assert_close,
   inputs,
   make,
   values,
@@ -55,7 +56,7 @@ def test_a_shared_layer_reads_the_keys_of_another():
     )
     for ours in run(x, below):
       for y, wanted in zip(ours, expected, strict=True):
-        assert close(y, wanted)
+        assert_close(y, wanted)
   assert not any(name.startswith('qkv') for name in q)
   with pytest.raises(ValueError, match='needs a pattern'):
     reader(x)
@@ -74,7 +75,7 @@ TOKENS = jax.random.randint(jax.random.key(1), (B, T), 0, 64)
 
 def sharing(**changes):
   config = LMConfig(**SHARING | changes)
-  return fill(lambda: models.build(config, rngs=nnx.Rngs(0)), np.float32)
+  return filled(lambda: models.build(config, rngs=nnx.Rngs(0)))
 
 
 def test_a_model_that_shares_decodes_what_it_computes():
@@ -126,11 +127,12 @@ def test_an_encoder_shares_too():
     pattern=('attention', 'attention:shared'),
     mixers=SHARING['mixers'],
   )
-  model = fill(lambda: models.build(config, rngs=nnx.Rngs(0)), np.float32)
+  model = filled(lambda: models.build(config, rngs=nnx.Rngs(0)))
   image = jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
   run = jax.jit(model)
   y = run(image)
-  assert np.isfinite(y).all() and (y != run(image.at[:, -1].add(1))).any()
+  chex.assert_tree_all_finite(y)
+  assert (y != run(image.at[:, -1].add(1))).any()
 
 
 def test_sharing_halves_the_cache():
