@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +14,8 @@ from flax import nnx
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixers import MIXERS, build_mixer, mixer_options
-from efficient_attn.models import jit_init
 
-B, T, D, N = 2, 24, 32, 4
+B, T, D, N = 4, 24, 32, 4
 
 # What makes the small shapes here meaningful, for the rows that have it.
 SMALL = {
@@ -120,30 +120,27 @@ def decoder(name, options):
 
 @functools.cache
 def _make(name, options, causal):
-  def build(key):
-    mixer = build_mixer(
-      name,
-      d_model=D,
-      num_heads=N,
-      causal=causal,
-      rngs=nnx.Rngs(key),
-      **dict(options),
-    )
-    # Biases and gates that start at zero would hide mistakes.
-    graphdef, params = nnx.split(mixer)
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(key, len(leaves))
-    noisy = [
-      leaf + 0.1 * jax.random.normal(key, leaf.shape)
-      for leaf, key in zip(leaves, keys, strict=True)
-    ]
-    return nnx.merge(graphdef, jax.tree.unflatten(treedef, noisy))
-
-  return jit_init(build)(jax.random.key(0))
+  # Not one program: op by op the small shapes are compiled once for all rows.
+  mixer = build_mixer(
+    name,
+    d_model=D,
+    num_heads=N,
+    causal=causal,
+    rngs=nnx.Rngs(0),
+    **dict(options),
+  )
+  # Biases and gates that start at zero would hide mistakes.
+  graphdef, params = nnx.split(mixer)
+  rng = np.random.default_rng(0)
+  noisy = jax.tree.map(
+    lambda x: x + 0.1 * rng.standard_normal(x.shape, x.dtype), params
+  )
+  return nnx.merge(graphdef, noisy)
 
 
-def inputs(batch=B, length=T, seed=7):
-  return jax.random.normal(jax.random.key(seed), (batch, length, D))
+def inputs(seed=7):
+  rng = np.random.default_rng(seed)
+  return jnp.asarray(rng.standard_normal((B, T, D), np.float32))
 
 
 def run(mixer, x, segment_ids=None):
@@ -159,30 +156,67 @@ def run(mixer, x, segment_ids=None):
 
 
 # On a CPU a call without gradients takes the recurrent form of an op, one with
-# gradients the chunkwise form: `evaluated` and `trained` differ in that.
+# gradients the chunkwise form: `evaluated` and `called` differ in that.
 evaluated = jax.jit(run)
 
 
 @jax.jit
-def trained(mixer, x, cache=None):
+def called(mixer, x, cache=None):
+  """The call of a training step without its gradients."""
   y, _, cache = jax.vjp(lambda x: mixer(x, cache=cache), x, has_aux=True)
   return y if cache is None else (y, cache)
 
 
 @jax.jit
-@functools.partial(jax.value_and_grad, argnums=(0, 1))
-def gradients(mixer, x, weight):
+def decoded(mixer, x, cache):
+  return mixer(x, cache=cache)
+
+
+@jax.jit
+@functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+def gradients(mixer, x, weight, segment_ids=None):
   """Of the weighted sum of the outputs, to the parameters and the inputs."""
-  return jnp.sum(mixer(x)[0] * weight)
+  y = run(mixer, x, segment_ids)
+  return jnp.sum(y * weight), y
+
+
+def step(name, mixer, x, weight, segment_ids=None):
+  """Value, outputs and gradients; all tests of a row share one program.
+
+  Segments of a whole row are none; `test_sharded_equals_unsharded` compares
+  with a program without any.
+  """
+  if MIXERS[name].packing and segment_ids is None:
+    segment_ids = np.ones((B, T), np.int32)
+  (value, y), grads = gradients(mixer, x, weight, segment_ids)
+  return value, y, grads
+
+
+def trained(name, mixer, x):
+  return step(name, mixer, x, inputs(seed=9))[1]
+
+
+def close(found, expected, tolerance):
+  """All leaves are, in relation to the largest number of each."""
+  found = jax.tree_util.tree_leaves_with_path(found)
+  for (path, a), b in zip(found, jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(
+      a,
+      b,
+      rtol=1e-7,
+      atol=tolerance * (1 + np.abs(b).max()),
+      err_msg=jax.tree_util.keystr(path),
+    )
 
 
 @every_case
 def test_evaluation_equals_training(name, options):
   mixer = make(name, options)
   x = inputs()
-  y = trained(mixer, x)
+  y = trained(name, mixer, x)
   assert y.shape == x.shape and y.dtype == x.dtype
-  assert np.isfinite(y).all() and np.std(y) > 1e-3
+  chex.assert_tree_all_finite(y)
+  assert np.std(y) > 1e-3
   np.testing.assert_allclose(evaluated(mixer, x), y, rtol=2e-6, atol=2e-5)
 
 
@@ -190,9 +224,9 @@ def test_evaluation_equals_training(name, options):
 def test_bfloat16_in_bfloat16_out(name, options):
   mixer = make(name, options)
   x = inputs()
-  y = trained(mixer, x.astype(jnp.bfloat16))
+  y = called(mixer, x.astype(jnp.bfloat16))
   assert y.dtype == jnp.bfloat16
-  expected = trained(mixer, x)
+  expected = trained(name, mixer, x)
   error = np.abs(y.astype(np.float32) - expected)
   # A rounded input may change what a token chooses to read: few tokens do.
   routed = MIXERS[name].forms == ('routed',)
@@ -206,47 +240,39 @@ def test_causal_to_the_bit(name, options):
   if mixer is None:
     return
   x = inputs()
-  y = trained(mixer, x)
+  y = trained(name, mixer, x)
   for cut in (1, 8, 13, T - 1):
-    changed = x.at[:, cut:].add(3.0)
-    assert (trained(mixer, changed)[:, :cut] == y[:, :cut]).all()
+    changed = trained(name, mixer, x.at[:, cut:].add(3.0))
+    np.testing.assert_array_equal(
+      changed[:, :cut], y[:, :cut], f'before the change at {cut}'
+    )
     if options.get('window') != 1:
-      assert (trained(mixer, changed)[:, cut:] != y[:, cut:]).any()
+      assert (changed[:, cut:] != y[:, cut:]).any(), f'nothing sees {cut}'
 
 
 @every_case
 def test_packed_equals_separate(name, options):
   mixer = make(name, options)
-  x = inputs(batch=1)
+  x, weight = inputs(), inputs(seed=9)
   lengths = (5, 1, 12, 6)
-  ids = np.repeat(np.arange(1, 5), lengths)[None]
+  # Segments in the first row; the others hold numbers that must not matter.
+  ids = np.tile(np.repeat(np.arange(1, 5), lengths), (B, 1)).astype(np.int32)
   if not MIXERS[name].packing:
     with pytest.raises(NotImplementedError, match='packed sequences'):
       run(mixer, x, jnp.asarray(ids))
     return
-  cuts = np.cumsum((0, *lengths))
-  weight = inputs(batch=1, seed=9)
+  first = weight * (jnp.arange(B) == 0)[:, None, None]
   # Each segment as a row of its own, with tokens behind it that do not count.
-  longest = max(lengths)
-  index = np.minimum(cuts[:-1, None] + np.arange(longest), T - 1)
-  counts = np.arange(longest) < np.array(lengths)[:, None]
-
-  @jax.jit
-  @functools.partial(jax.value_and_grad, argnums=(0, 1))
-  def packed(mixer, x):
-    return jnp.sum(run(mixer, x, jnp.asarray(ids)) * weight)
-
+  cuts = np.cumsum((0, *lengths))
+  index = np.minimum(cuts[:-1, None] + np.arange(T), T - 1)
+  counts = np.arange(T) < np.array(lengths)[:, None]
   # Gradients of the parameters and the inputs cover outputs and states.
-  value, (grads, x_grad) = packed(mixer, x)
+  value, _, (grads, x_grad) = step(name, mixer, x, first, ids)
   rows = x[0, index], jnp.where(counts[..., None], weight[0, index], 0)
-  expected, (expected_grads, rows_grad) = gradients(mixer, *rows)
+  expected, _, (expected_grads, rows_grad) = step(name, mixer, *rows)
   np.testing.assert_allclose(value, expected, rtol=1e-4)
-  for a, b in zip(
-    [x_grad[0], *jax.tree.leaves(grads)],
-    [rows_grad[counts], *jax.tree.leaves(expected_grads)],
-    strict=True,
-  ):
-    np.testing.assert_allclose(a, b, atol=2e-4 * (1 + np.abs(b).max()))
+  close([x_grad[0], grads], [rows_grad[counts], expected_grads], 2e-4)
+  np.testing.assert_array_equal(x_grad[1:], 0)
 
 
 @every_case
@@ -260,7 +286,8 @@ def test_cache_continues_the_sequence(name, options):
     cache = mixer.init_cache(B, T, x.dtype)
     parts = []
     for a, b in itertools.pairwise(np.cumsum((0, *lengths))):
-      y, cache = trained(mixer, x[:, a:b], cache)
+      call = called if b - a > 1 else decoded
+      y, cache = call(mixer, x[:, a:b], cache)
       parts.append(y)
     np.testing.assert_allclose(
       jnp.concatenate(parts, axis=1), evaluated(mixer, x), rtol=2e-6, atol=2e-5
@@ -299,8 +326,8 @@ def test_bidirectional_or_refused(name, options):
     return
   mixer = make(name, options, causal=False)
   x = inputs()
-  y = trained(mixer, x)
-  changed = trained(mixer, x.at[:, T - 1].add(3.0))
+  y = called(mixer, x)
+  changed = called(mixer, x.at[:, T - 1].add(3.0))
   reach = options.get('window', REACH.get(name, T))
   near = slice(T - 1 - reach // 2 if reach < T else 0, T)
   differs = (changed[:, near] != y[:, near]).any(axis=-1)
@@ -314,11 +341,8 @@ def test_bidirectional_or_refused(name, options):
 def test_sharded_equals_unsharded(name, options):
   mixer = make(name, options)
   graphdef, params = nnx.split(mixer)
-  # The shape of the rows in `test_packed_equals_separate`: one program less.
-  length = T if 'grid' in options else 12
-  x = inputs(batch=4, length=length)
-  weight = inputs(batch=4, length=length, seed=11)
-  expected = gradients(mixer, x, weight)
+  x, weight = inputs(), inputs(seed=11)
+  expected, _, expected_grads = step(name, mixer, x, weight)
   mesh = sharding.make_mesh('data=2,fsdp=2,tensor=2', jax.devices()[:8])
   placed = jax.tree.map(
     lambda p: p.replace(
@@ -332,12 +356,10 @@ def test_sharded_equals_unsharded(name, options):
   with jax.set_mesh(mesh):
     rows = sharding.activation_spec(('batch', None, None))
     x, weight = jax.device_put((x, weight), jax.NamedSharding(mesh, rows))
-    value, grads = gradients(nnx.merge(graphdef, placed), x, weight)
-  np.testing.assert_allclose(value, expected[0], rtol=1e-5, atol=1e-4)
-  for a, b in zip(
-    jax.tree.leaves(grads), jax.tree.leaves(expected[1]), strict=True
-  ):
-    np.testing.assert_allclose(a, b, atol=2e-5 * (1 + np.abs(b).max()))
+    placed = nnx.merge(graphdef, placed)
+    (value, _), grads = gradients(placed, x, weight)
+  np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-4)
+  close(grads, expected_grads, 2e-5)
 
 
 def test_unknown_names_and_options():
