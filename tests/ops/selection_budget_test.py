@@ -25,14 +25,26 @@ def select(row, share, size, query, key, value):
   return found if row.returns == 'mask and bias' else (found, None)
 
 
+def size_and_data(row):
+  return (cases.GRID, cases.video) if row.sees == 'grid' else (S, cases.text)
+
+
+def base_of(row):
+  return None if row.sees == 'grid' else masks.Causal()
+
+
+@functools.cache
+def whole(make, base):
+  arrays = (jnp.asarray(x, jnp.float32) for x in make())
+  return jax.jit(attention)(*arrays, mask=base)
+
+
 @functools.cache
 def run(name):
   """What is kept of the structured data at each share of SHARES."""
   row = SELECTORS[name]
-  size, make = (
-    (cases.GRID, cases.video) if row.sees == 'grid' else (S, cases.text)
-  )
-  base = None if row.sees == 'grid' else masks.Causal()
+  size, make = size_and_data(row)
+  base = base_of(row)
 
   def kept(q, k, v):
     T = q.shape[1]
@@ -50,8 +62,7 @@ def run(name):
           nothing=~dense.any(-1).all(),
         )
       )
-    out = attention(q, k, v, mask=mask, bias=bias)
-    return results, (out, attention(q, k, v, mask=base))
+    return results, attention(q, k, v, mask=mask, bias=bias)
 
   arrays = (jnp.asarray(x, jnp.float32) for x in make())
   return jax.jit(kept)(*arrays)
@@ -59,8 +70,10 @@ def run(name):
 
 @pytest.mark.parametrize('name', MASKS)
 def test_everything_kept_is_exact_attention(name):
-  results, (found, expected) = run(name)
-  assert (results[-1]['density'] == 1).all()
+  results, found = run(name)
+  row = SELECTORS[name]
+  expected = whole(size_and_data(row)[1], base_of(row))
+  np.testing.assert_array_equal(results[-1]['density'], 1)
   np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
@@ -69,11 +82,12 @@ def test_mass_grows_with_the_budget_and_beats_chance(name):
   results, _ = run(name)
   density = np.array([r['density'] for r in results])
   mass = np.array([r['mass'] for r in results])
-  assert (density[0] < 0.6).all() and density[0].mean() < density[2].mean()
-  assert (np.diff(density, axis=0) > -1e-6).all()
-  assert (np.diff(mass, axis=0) > -1e-6).all()
+  np.testing.assert_array_less(density[0], 0.6)
+  assert density[0].mean() < density[2].mean()
+  np.testing.assert_array_less(-1e-6, np.diff(density, axis=0))
+  np.testing.assert_array_less(-1e-6, np.diff(mass, axis=0))
   # Keys drawn uniformly keep, on average, as much of P as of the keys.
-  assert (mass[:-1] > density[:-1]).all()
+  np.testing.assert_array_less(density[:-1], mass[:-1])
   assert mass[:-1].mean() > 1.15 * density[:-1].mean()
 
 
@@ -113,9 +127,9 @@ def test_selection_depends_on_what_the_table_says(name):
   found, sees = changed(name), SELECTORS[name].sees
   cuts = np.array(CUTS)
   if sees == 'token':
-    assert (found >= cuts).all()
+    np.testing.assert_array_less(cuts - 1, found)
   if sees == 'block':
-    assert (found >= cuts // BLOCK * BLOCK).all()
+    np.testing.assert_array_less(cuts // BLOCK * BLOCK - 1, found)
     assert (found < cuts).any()  # or the table should promise more
   if sees == 'prompt':
     assert (found < cuts // BLOCK * BLOCK).any()
