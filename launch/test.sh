@@ -1,8 +1,21 @@
 #!/usr/bin/env bash
 # Installs and runs the test suite, or the tests that are named; with --all
-# also the exhaustive sweep over lengths, chunks and options.
+# also the exhaustive sweep over lengths, chunks and options, with --rotate the
+# part of it that is the turn of this commit.
 #
-#   bash launch/test.sh [--all] [pytest arguments]
+#   bash launch/test.sh [--all | --rotate | --part=K/N] [pytest arguments]
 
 EXTRAS=dev,${EXTRAS:-} source "$(dirname "$0")/setup.sh"
-python -m pytest -n "${TEST_WORKERS:-auto}" "$@"
+
+# What a part takes is what the sweep takes divided by this number.
+PARTS=16
+arguments=()
+for argument in "$@"; do
+  if [ "$argument" = --rotate ]; then
+    commit=$(git rev-parse --short=7 HEAD)
+    argument=--part=$((16#$commit % PARTS))/$PARTS
+    echo "The turn of commit $commit: --rotate is $argument"
+  fi
+  arguments+=("$argument")
+done
+python -m pytest -n "${TEST_WORKERS:-auto}" "${arguments[@]}"

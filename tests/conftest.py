@@ -1,5 +1,6 @@
 """Eight fake CPU devices, so that sharding is tested on any machine."""
 
+import gc
 import os
 import pathlib
 
@@ -14,6 +15,7 @@ import jax
 import pytest
 
 from efficient_attn.quick import QUICK
+from tests.rotation import choose
 
 # Also what the scripts under test compile; see tests/optimized.py. The workers
 # fill the cores, so that each compiles with one thread.
@@ -24,10 +26,15 @@ if os.environ['JAX_PLATFORMS'] == 'cpu':
 
 jax.config.update('jax_num_cpu_devices', 8)
 
-# Many tests compile the same program: compile it once for all workers.
+# Many tests compile the same program: compile it once for all workers. Small
+# ones compile as quickly as they are found.
 cache = pathlib.Path(__file__).parents[1] / '.pytest_cache' / 'jax'
 jax.config.update('jax_compilation_cache_dir', str(cache))
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+
+# Tracing makes objects by the million, of which few are garbage: collecting as
+# often as Python does by itself takes a fifth of the time.
+gc.set_threshold(100_000, 20, 100)
 
 
 @pytest.fixture(autouse=True, scope='module')
@@ -45,12 +52,25 @@ def pytest_addoption(parser):
   parser.addoption(
     '--all', action='store_true', help='the exhaustive sweep too'
   )
+  parser.addoption(
+    '--part', metavar='K/N', help='the part K of N of the sweep too'
+  )
+  parser.addoption(
+    '--share', metavar='K/N', help='only the part K of N of the rest'
+  )
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config, items):
-  if config.getoption('--all'):
-    return
-  skip = pytest.mark.skip(reason='part of the exhaustive sweep: pass --all')
+  items[:], left_out = choose(
+    items,
+    everything=config.getoption('--all'),
+    part=config.getoption('--part'),
+    share=config.getoption('--share'),
+  )
+  config.hook.pytest_deselected(items=left_out)
+  # One worker runs a file: its tests share fixtures, oracles and programs.
   for item in items:
-    if 'exhaustive' in item.keywords:
-      item.add_marker(skip)
+    if not item.get_closest_marker('xdist_group'):
+      file = item.nodeid.partition('::')[0]
+      item.add_marker(pytest.mark.xdist_group(file))

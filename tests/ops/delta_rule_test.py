@@ -15,9 +15,9 @@ from efficient_attn.ops.recurrent.delta_product import delta_product
 from efficient_attn.ops.recurrent.delta_rule import delta_rule
 from tests.ops.delta_rule_cases import (
   BATCH,
-  CASES,
   CHANNELS,
   CHUNK,
+  GATES,
   HEADS,
   LENGTH,
   OPS,
@@ -32,9 +32,10 @@ from tests.ops.delta_rule_cases import (
 )
 from tests.ops.linear_attention_cases import assert_close, to_jax
 from tests.optimized import optimized
+from tests.rotation import combinations
 
 
-@pytest.mark.parametrize('op, gate', CASES)
+@pytest.mark.parametrize('op, gate', combinations(OPS, GATES))
 def test_chunks_equal_tokens_in_outputs_states_and_gradients(op, gate):
   arrays, expected = reference(op, gate)
   with jax.enable_x64(True):
@@ -57,9 +58,11 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize('op, gate, options', OPTIONS)
-@pytest.mark.parametrize('form', ['chunkwise', 'parallel'])
-def test_options(op, gate, options, form):
+@pytest.mark.parametrize(
+  'case, form', combinations(OPTIONS, ['chunkwise', 'parallel'])
+)
+def test_options(case, form):
+  op, gate, options = case
   arrays, expected = reference(op, gate, options)
   with jax.enable_x64(True):
     actual = vjp(
@@ -146,8 +149,9 @@ def test_affine_summaries_compose(op, cut):
       assert_close((m2 @ m1, m2 @ u1 + u2), (m, u), 1e-12)
 
 
-@pytest.mark.parametrize('gate', ['none', 'scalar', 'channel'])
-@pytest.mark.parametrize('op', ['erase', 'dplr'])
+@pytest.mark.parametrize(
+  'op, gate', combinations(['erase', 'dplr'], ['none', 'scalar', 'channel'])
+)
 def test_causality_is_bitwise(op, gate):
   to_32 = functools.partial(jax.tree.map, np.float32)
   arrays = to_32(make(op, gate, 37, state=False))
@@ -168,8 +172,10 @@ def test_causality_is_bitwise(op, gate):
     changed = call(
       to_jax(jax.tree.map(splice, arrays, other)), splice(ids, other_ids)
     )
-    np.testing.assert_array_equal(changed[:, :cut], out[:, :cut])
-    assert np.any(changed[:, cut:] != out[:, cut:])
+    np.testing.assert_array_equal(
+      changed[:, :cut], out[:, :cut], f'cut at {cut}'
+    )
+    assert np.any(changed[:, cut:] != out[:, cut:]), cut
 
 
 def test_identities():

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -30,15 +31,14 @@ from tests.ops.linear_attention_cases import (
 )
 from tests.optimized import optimized
 from tests.oracles import linear_attention as oracle
+from tests.rotation import combinations
 
+# What is left out is part of what is in.
 CASES = [
-  (gate, feature, form)
-  for gate in GATES
-  for feature in FEATURES
-  for form in ('chunkwise', 'parallel')
-  # What is left out is part of what is in.
-  if form == 'chunkwise'
-  or feature in ('exclusive_bonus', 'normalize', 'bidirectional')
+  *combinations(GATES, FEATURES, ['chunkwise']),
+  *combinations(
+    GATES, ['exclusive_bonus', 'normalize', 'bidirectional'], ['parallel']
+  ),
 ]
 
 
@@ -87,10 +87,15 @@ def test_chunk_size_does_not_matter(gate):
       assert_close(actual, expected, 1e-12)
 
 
-@pytest.mark.parametrize('form', ['chunkwise', 'parallel'])
-@pytest.mark.parametrize('gate', GATES)
-@pytest.mark.parametrize('read', ['inclusive', 'exclusive'])
-def test_causality_is_bitwise(gate, form, read):
+@pytest.mark.parametrize(
+  'gate, form_and_read',
+  combinations(
+    GATES,
+    itertools.product(['chunkwise', 'parallel'], ['inclusive', 'exclusive']),
+  ),
+)
+def test_causality_is_bitwise(gate, form_and_read):
+  form, read = form_and_read
   arrays, options = make(gate, 37, segments=True, dtype=np.float32)
   other, other_options = make(gate, 37, segments=True, seed=3, dtype=np.float32)
   if gate == 'constant':
@@ -114,8 +119,10 @@ def test_causality_is_bitwise(gate, form, read):
       to_jax(jax.tree.map(splice, arrays, other)),
       splice(options['segment_ids'], other_options['segment_ids']),
     )
-    np.testing.assert_array_equal(changed[:, :cut], out[:, :cut])
-    assert np.any(changed[:, cut:] != out[:, cut:])
+    np.testing.assert_array_equal(
+      changed[:, :cut], out[:, :cut], f'cut at {cut}'
+    )
+    assert np.any(changed[:, cut:] != out[:, cut:]), cut
 
 
 @pytest.mark.parametrize('gate', ['scalar', 'channel'])
