@@ -9,9 +9,10 @@ import numpy as np
 from tests.launch.scripts import finish, losses, signal_after, train
 
 FAST = '--config.model.pattern=attention', '--config.model.mixers={}'
+RARE = '--config.checkpoint_every=80'
 
 
-def train_in_two(workdir):
+def train_in_two(workdir, *flags):
   """Starts two processes that find each other."""
   with socket.socket() as s:
     s.bind(('localhost', 0))
@@ -20,6 +21,7 @@ def train_in_two(workdir):
     train(
       workdir,
       *FAST,
+      *flags,
       JAX_COORDINATOR_ADDRESS=f'localhost:{port}',
       JAX_NUM_PROCESSES='2',
       JAX_PROCESS_ID=str(i),
@@ -30,7 +32,7 @@ def train_in_two(workdir):
 
 def test_two_processes(tmp_path):
   one, two = tmp_path / 'one', tmp_path / 'two'
-  finish(train(one, *FAST, '--config.cpu_devices=2'))
+  finish(train(one, *FAST, RARE, '--config.cpu_devices=2'))
 
   processes = train_in_two(two)
   # All stop after the same step, whichever gets the signal.
@@ -52,7 +54,7 @@ def test_two_processes(tmp_path):
   assert err.startswith('error: the checkpoint') and err.count('\n') == 1
   assert err.endswith('there are 1; continue with 2\n')
 
-  (_, first), (_, second) = map(finish, train_in_two(two))
+  (_, first), (_, second) = map(finish, train_in_two(two, RARE))
   assert f'continues after step {stopped},' in first
   assert 'step' not in second
 
