@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +20,8 @@ def inputs(length, batch=2, seed=0):
 def difference(a, b):
   """The largest difference by the largest number; both are not trivial."""
   a, b = (np.asarray(x.detach() if hasattr(x, 'detach') else x) for x in (a, b))
-  assert a.shape == b.shape and np.isfinite(a).all()
+  assert a.shape == b.shape
+  chex.assert_tree_all_finite(a)
   assert np.abs(b).max() > 1e-3
   return np.abs(a - b).max() / np.abs(b).max()
 

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -187,14 +188,17 @@ def test_published_initialisations():
   assert mixer.shape == (N, 5)  # 4/3 of 16 channels, in 4 heads
 
   rate = value(make('rwkv4').rate).ravel()
-  assert rate[0] == -5 and rate[-1] == 3 and (np.diff(rate) > 0).all()
+  assert rate[0] == -5
+  assert rate[-1] == 3
+  np.testing.assert_array_less(0, np.diff(rate))
   rate = value(make('rwkv4', depth=1.0).rate).ravel()
   assert rate[0] == -5 and rate[-1] == 3 and rate[8] < -2
 
   mixer = make('slstm')
   bias = value(mixer.bias)
   np.testing.assert_allclose(bias[2][:, [0, -1]], [[5, -7]] * N, atol=1e-5)
-  assert not bias[[0, 1, 3]].any() and not value(mixer.recurrent).any()
+  np.testing.assert_array_equal(bias[[0, 1, 3]], 0)
+  np.testing.assert_array_equal(value(mixer.recurrent), 0)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +236,7 @@ def test_shut_gate_of_rg_lru_has_finite_gradients():
     return jnp.sum(mixer(x)[0])
 
   grads = jax.jit(jax.grad(loss, (0, 1)))(params, jnp.asarray(inputs()))
-  assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+  chex.assert_tree_all_finite(grads)
 
 
 def test_wrong_options():

@@ -311,7 +311,8 @@ def test_mlstm_with_small_memory_is_gated_linear_attention():
 def test_published_initialisation_of_mamba(name):
   mixer = build(name, num_heads=16)
   dt = jax.nn.softplus(mixer.dt_bias[...])
-  assert (dt > 0.99e-3).all() and (dt < 0.101).all()
+  np.testing.assert_array_less(0.99e-3, dt)
+  np.testing.assert_array_less(dt, 0.101)
   assert np.log(dt.max() / dt.min()) > 2
   kept = [mixer.dt_bias, mixer.skip]
   if name == 'mamba2':
@@ -325,7 +326,7 @@ def test_published_initialisation_of_mlstm():
   mixer = build('mlstm')
   np.testing.assert_allclose(mixer.forget_bias[...], [3, 4, 5, 6])
   for gate in (mixer.input_gate, mixer.forget_gate):
-    assert (gate.weight[...] == 0).all()
+    np.testing.assert_array_equal(gate.weight[...], 0)
   with pytest.raises(ValueError, match='block=3 does not divide'):
     build('mlstm', block=3)
 
@@ -335,7 +336,8 @@ def test_published_decays_of_rwkv(name):
   mixer = build(name)
   decay = mixer.decay[...].reshape(-1)
   assert decay[0] == -6 and abs(decay[-1] + 1) < 1e-6
-  assert (np.diff(decay) > 0).all() and not mixer.decay.weight_decay
+  np.testing.assert_array_less(0, np.diff(decay))
+  assert not mixer.decay.weight_decay
 
 
 def test_hgrn2_lower_bound_holds():

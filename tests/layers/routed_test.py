@@ -3,6 +3,7 @@
 import functools
 import importlib
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -343,7 +344,7 @@ def test_what_chooses_learns_from_its_own_loss(name, monkeypatch):
       lambda path, p, g: p - 1e-2 * g * chooses(path), params, grads
     )
     history.append(loss)
-  assert np.isfinite(history).all()
+  chex.assert_tree_all_finite(history)
   assert np.mean(history[-5:]) < 0.9 * history[0], history
 
 

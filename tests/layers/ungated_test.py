@@ -179,7 +179,7 @@ def test_lightning(decay, causal):
   q, k, v = qkv(mixer, x)
   weights = oracle.dot(oracle.silu(q), oracle.silu(k))
   if decay:
-    assert (log_decays(4) == jnp.array([0.0, -2, -4, -6])).all()
+    np.testing.assert_array_equal(log_decays(4), jnp.array([0.0, -2, -4, -6]))
     gate = np.broadcast_to(-8 * np.arange(N) / N, (B, T, N))
     weights = weights * oracle.decays(gate)
   mask = oracle.visible(IDS, causal)
@@ -242,7 +242,7 @@ def test_projections_are_not_trained(name):
 
   with jax.enable_x64(True):
     grads = grad(*jax.tree.map(jnp.asarray, (mixer, x)))
-  assert not np.any(grads.projection[...])
+  np.testing.assert_array_equal(grads.projection[...], 0)
   assert np.all(grads.qkv.query.weight[...])
   assert mixer.projection.get_metadata('weight_decay') is False
   if name == 'rfa':
@@ -258,7 +258,7 @@ def test_nothing_in_common_gives_zero():
   mixer.qkv.key.weight[...] = -weight
   x[:, :, 0] = np.where(np.arange(T) < T - 1, 1, -1)
   y = run(mixer, x)
-  assert not np.any(y[:, :-1])
+  np.testing.assert_array_equal(y[:, :-1], 0)
 
 
 def test_cosformer_refuses_what_is_too_long():

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,7 +55,7 @@ def errors_in_float32(arrays, op, forms):
   found = []
   for form in forms:
     actual = apply(to_jax(arrays), op=op, form=form, chunk_size=64)
-    assert all(np.isfinite(x).all() for x in actual)
+    chex.assert_tree_all_finite(actual)
     found.append(
       [
         np.abs(x - y).max() / np.abs(y).max()

@@ -3,6 +3,7 @@
 import functools
 import inspect
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,7 +59,7 @@ def test_hard_gates_are_exact(kind):
     grads, result = run(to_jax(arrays))
     assert_close(result, wanted, 1e-6)
     for grad in jax.tree.leaves(grads):
-      assert np.isfinite(grad).all()
+      chex.assert_tree_all_finite(grad)
     if kind in ('hard', 'infinite'):
       # Nothing passes such a gate.
       last = np.zeros(arrays['x'].shape, np.float32) + 1
@@ -171,7 +172,7 @@ def test_wkv4_of_keys_up_to_200(gate):
       np.log(den) + top, np.log(below), rtol=1e-5, atol=1e-4
     )
     for grad in jax.tree.leaves(grads):
-      assert np.isfinite(grad).all()
+      chex.assert_tree_all_finite(grad)
 
 
 def test_slstm_of_gates_up_to_200():
@@ -193,7 +194,7 @@ def test_slstm_of_gates_up_to_200():
   grads, out = run(to_jax(arrays))
   np.testing.assert_allclose(out, wanted, atol=1e-3)
   for grad in jax.tree.leaves(grads):
-    assert np.isfinite(grad).all()
+    chex.assert_tree_all_finite(grad)
 
 
 @pytest.mark.parametrize('name', sorted(set(FORMS) - {'bidirectional'}))

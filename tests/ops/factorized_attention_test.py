@@ -69,7 +69,9 @@ def test_causal_to_the_bit(kind):
   for cut in (1, 4, 6, 13):
     later = np.arange(14)[None, :, None, None] >= cut
     changed = op(*(jnp.where(later, 5 - 3 * x, x) for x in (q, k, v)))
-    np.testing.assert_array_equal(changed[:, :cut], base[:, :cut])
+    np.testing.assert_array_equal(
+      changed[:, :cut], base[:, :cut], f'cut at {cut}'
+    )
 
 
 @pytest.mark.parametrize('kind', sorted(OPS))

@@ -3,6 +3,7 @@
 import functools
 import inspect
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,8 +152,10 @@ def test_causality_is_bitwise(kind):
       for name, x in arrays.items()
     }
     changed = run(changed, splice(ids, other_ids))
-    np.testing.assert_array_equal(changed[:, :cut], out[:, :cut])
-    assert np.any(changed[:, cut:] != out[:, cut:])
+    np.testing.assert_array_equal(
+      changed[:, :cut], out[:, :cut], f'cut at {cut}'
+    )
+    assert np.any(changed[:, cut:] != out[:, cut:]), cut
 
 
 @pytest.mark.parametrize('gate', [0.0, -1000.0, -np.inf, 'mixture'])
@@ -173,7 +176,7 @@ def test_extreme_gates_in_float32(gate):
     'titans', to_jax(arrays), to_jax(cotangents), ids=ids
   )
   assert_close((out, state), expected, 3e-6)
-  assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+  chex.assert_tree_all_finite(grads)
 
 
 def test_nothing_to_learn_leaves_lact_as_it_is():
@@ -185,7 +188,7 @@ def test_nothing_to_learn_leaves_lact_as_it_is():
   _, state, (grads, _) = vjp('lact', *inputs)
   for x, y in zip(state.weights, arrays['weights'], strict=True):
     np.testing.assert_allclose(x, np.broadcast_to(y, x.shape), rtol=1e-6)
-  assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+  chex.assert_tree_all_finite(grads)
   out, state = apply('lact_muon', to_jax(arrays))
   for x, y in zip(state.weights, arrays['weights'], strict=True):
     np.testing.assert_allclose(x, np.broadcast_to(y, x.shape), rtol=1e-6)
@@ -286,7 +289,7 @@ def test_orthogonalize():
       # The scale of the gradient does not matter, however small or large.
       for factor in (1e-200, 1e200):
         np.testing.assert_allclose(run(x * factor), expected, atol=1e-12)
-  assert not np.any(orthogonalize(jnp.zeros((3, 2))))
+  np.testing.assert_array_equal(orthogonalize(jnp.zeros((3, 2))), 0)
 
 
 def test_wrong_calls():

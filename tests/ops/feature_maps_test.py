@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,7 +87,9 @@ def test_cosine_has_its_zero_at_the_longest_distance():
   )
   row = kernel(phi, one, one)[0, 0, :, 0]
   np.testing.assert_allclose(row, np.cos(np.pi / 16 * np.arange(10)))
-  assert (row[:8] > 0).all() and abs(row[8]) < 1e-15 and row[9] < 0
+  np.testing.assert_array_less(0, row[:8])
+  assert abs(row[8]) < 1e-15
+  assert row[9] < 0
 
 
 def test_softmax_pair():
@@ -112,7 +115,7 @@ def test_unit_vectors():
   y = feature_maps.unit(x)
   np.testing.assert_allclose(jnp.sum(y * y, -1), [0, 1, 1, 1], rtol=1e-6)
   grad = jax.jacobian(feature_maps.unit)(x)
-  assert np.isfinite(grad).all()
+  chex.assert_tree_all_finite(grad)
 
 
 def test_projection_is_orthogonal_in_blocks_and_normal():
@@ -195,7 +198,8 @@ def test_positive_random_features_stay_in_range():
   x = jnp.asarray(x, jnp.float32)
   keys = np.asarray(feature_maps.positive_random(x, w), np.float64)
   bound = np.exp(np.sum(np.float64(w) ** 2, -1) / 2) / len(w) ** 0.5
-  assert np.isfinite(keys).all() and (keys <= bound * 1.001).all()
+  chex.assert_tree_all_finite(keys)
+  np.testing.assert_array_less(keys, bound * 1.001)
   queries = feature_maps.positive_random(x, w, shift=True)
   np.testing.assert_allclose(queries.max(-1), len(w) ** -0.5, rtol=1e-6)
   small = slice(0, 100)  # where no key underflows: one factor per vector

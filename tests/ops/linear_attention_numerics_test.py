@@ -1,5 +1,6 @@
 """Rounding of linear_attention: float32, bfloat16, hard gates, empty sums."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,7 +120,7 @@ def test_minus_infinity_is_a_reset(form):
   )
   expected = oracle.linear_attention(**arrays, **options)
   assert_close((out, state), expected, 2e-6)
-  assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+  chex.assert_tree_all_finite(grads)
 
 
 @pytest.mark.parametrize('form', FORMS)
@@ -134,7 +135,7 @@ def test_empty_denominators_give_zero_and_finite_gradients(form):
   )
   assert np.all(out[:, [0, 1, 3]] == 0)
   assert_close((out, state), oracle.linear_attention(**arrays, **options), 2e-6)
-  assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+  chex.assert_tree_all_finite(grads)
 
 
 def test_long_sequence():

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -214,8 +215,8 @@ def test_causality_is_bitwise(form):
       for n, x in arrays.items()
     }
     found = op(mixed)
-    np.testing.assert_array_equal(found[:, :cut], out[:, :cut])
-    assert (found[:, cut:] != out[:, cut:]).any()
+    np.testing.assert_array_equal(found[:, :cut], out[:, :cut], f'cut at {cut}')
+    assert (found[:, cut:] != out[:, cut:]).any(), cut
 
 
 @pytest.mark.parametrize('beta', [1.0, 2.0])
@@ -230,12 +231,12 @@ def test_float32_with_hard_gates_and_extreme_strengths(beta):
   for form in sorted(FORMS):
     out, gradients, _ = call(form)(arrays, weight)
     close(out, expected, 5e-6)
-    assert all(np.isfinite(x).all() for x in gradients.values())
+    chex.assert_tree_all_finite(gradients)
   closed = dict(arrays, log_forget=np.full_like(arrays['beta'], -np.inf))
   for form in sorted(FORMS):
     out, gradients, _ = call(form)(closed, weight)
     close(out, arrays['v'], 1e-6)
-    assert all(np.isfinite(x).all() for x in gradients.values())
+    chex.assert_tree_all_finite(gradients)
 
 
 def test_memory_is_linear_in_the_length():

@@ -3,6 +3,7 @@
 import functools
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,7 +93,7 @@ def test_extreme_logits():
   )(logits, value)
   expected = oracle.from_logits(logits.astype(np.float64), value, mask)
   np.testing.assert_allclose(out, expected, rtol=1e-6)
-  assert all(np.isfinite(g).all() for g in gradients)
+  chex.assert_tree_all_finite(gradients)
 
 
 @pytest.mark.parametrize('length, window', [(1, 3), (2, 7), (9, 5), (9, 1)])

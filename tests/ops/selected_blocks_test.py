@@ -117,7 +117,7 @@ def test_outputs_and_gradients(K, M, lists, budget, monkeypatch):
     *found, gradients = run(jax.tree.map(jnp.asarray, arrays))
   for x, y in zip(found, reference(arrays, blocks, members, ids), strict=True):
     close(x, y)
-  assert not np.any(found[0][0, 0])
+  np.testing.assert_array_equal(found[0][0, 0], 0)
   step = {n: 1e-5 * rng.standard_normal(x.shape) for n, x in arrays.items()}
 
   def f(sign):
@@ -177,13 +177,17 @@ def test_dealing():
     run = functools.partial(deal, number=number, rows=rows, count=count)
     found = jax.jit(run)(jnp.asarray(ids))
     target, source, owner, first = map(np.asarray, found)
-    assert (target[ids < 0] == count * rows).all()
-    assert (np.sort(source[source >= 0]) == np.flatnonzero(ids >= 0)).all()
+    np.testing.assert_array_equal(target[ids < 0], count * rows)
+    np.testing.assert_array_equal(
+      np.sort(source[source >= 0]), np.flatnonzero(ids >= 0)
+    )
     for kind in range(number):
       found = target[ids == kind]
-      assert (found == first[kind] * rows + np.arange(found.size)).all()
-      assert (owner[found // rows] == kind).all()
-      assert (source[found] == np.flatnonzero(ids == kind)).all()
+      np.testing.assert_array_equal(
+        found, first[kind] * rows + np.arange(found.size)
+      )
+      np.testing.assert_array_equal(owner[found // rows], kind)
+      np.testing.assert_array_equal(source[found], np.flatnonzero(ids == kind))
 
 
 def test_top_blocks():

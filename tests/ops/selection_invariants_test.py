@@ -48,7 +48,7 @@ def test_the_bound_of_a_page_is_never_below_its_largest_product():
   products = scoring.logits(query, key) * 8**0.5
   largest = products.reshape(*products.shape[:3], 12, 5).max(-1)
   assert bounds.size == 4 * 4 * 9 * 12
-  assert (bounds >= largest - 1e-5).all()
+  np.testing.assert_array_less(largest - 1e-5, bounds)
   one = scoring.logits(query, key) * 8**0.5
   np.testing.assert_allclose(tokens.page_bounds(query, key, 1), one, atol=1e-5)
 
@@ -86,7 +86,7 @@ def test_magicpig_is_unbiased_below_the_bar_and_biased_as_a_whole():
   assert abs(totals.mean() - total) < 4 * standard_error(totals)
   sums = totals[:, None] * outs  # the numerator, unbiased too
   gap = np.abs(sums.mean(0) - total * out)
-  assert (gap < 4 * standard_error(sums)).all()
+  np.testing.assert_array_less(gap, 4 * standard_error(sums))
   bias = outs.mean(0) - out
   assert (np.abs(bias) > 5 * standard_error(outs)).any()
   relative = np.linalg.norm(bias) / np.linalg.norm(out)
@@ -102,7 +102,8 @@ def test_retrieval_is_the_merge_of_two_devices():
   parts = [
     attention_with_stats(q, k, v, mask=part) for part in (near, mask & ~near)
   ]
-  assert (parts[1][1].total[:, :8] == 0).all()  # nothing is left to retrieve
+  # Nothing is left to retrieve.
+  np.testing.assert_array_equal(parts[1][1].total[:, :8], 0)
   found, _ = merge(*jax.tree.map(lambda *x: jnp.stack(x), *parts))
   np.testing.assert_allclose(found, attention(q, k, v, mask=mask), atol=1e-6)
 

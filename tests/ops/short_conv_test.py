@@ -95,8 +95,8 @@ def test_causality_is_bitwise():
   for cut in range(1, 13):
     x = arrays['x'].at[:, cut:].add(1)
     moved, _ = call(**{**arrays, 'x': x}, segment_ids=ids)
-    np.testing.assert_array_equal(moved[:, :cut], y[:, :cut])
-    assert np.all(moved[:, cut] != y[:, cut])
+    np.testing.assert_array_equal(moved[:, :cut], y[:, :cut], f'cut at {cut}')
+    assert np.all(moved[:, cut] != y[:, cut]), cut
 
 
 def test_one_tap_is_a_product_and_has_an_empty_state():
@@ -116,7 +116,7 @@ def test_bfloat16_sums_in_float32():
   assert y.dtype == state.dtype == jnp.bfloat16
   # Only the rounding of the result is left.
   rounded = np.asarray(y, np.float64)
-  assert np.all(np.abs(rounded - expected) <= 2**-8 * np.abs(expected) + 1e-6)
+  np.testing.assert_allclose(rounded, expected, rtol=2**-8, atol=1e-6)
 
 
 ERRORS = {
