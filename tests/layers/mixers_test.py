@@ -256,7 +256,8 @@ def test_packed_equals_separate(name, options):
   x, weight = inputs(), inputs(seed=9)
   lengths = (5, 1, 12, 6)
   # Segments in the first row; the others hold numbers that must not matter.
-  ids = np.tile(np.repeat(np.arange(1, 5), lengths), (B, 1)).astype(np.int32)
+  # An id that comes again is another segment.
+  ids = np.tile(np.repeat([3, 9, 3, 9], lengths), (B, 1)).astype(np.int32)
   if not MIXERS[name].packing:
     with pytest.raises(NotImplementedError, match='packed sequences'):
       run(mixer, x, jnp.asarray(ids))

@@ -272,8 +272,13 @@ def broadcast_dense(name: str, array, T: int, S: int) -> Array:
 
 
 def packed(mask: Mask | None, segment_ids: Int[Array, 'B T']) -> Mask:
-  """`mask` inside every segment, with positions counted from its start."""
-  same = Segments(segment_ids, segment_ids)
+  """`mask` inside every segment, with positions counted from its start.
+
+  A segment ends where the id changes: equal ids that meet again are different
+  segments, as recurrences have it.
+  """
+  runs = chunks.segment_counts(segment_ids)
+  same = Segments(runs, runs)
   if mask is None:
     return same
   if mask.relative:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from efficient_attn.ops import chunks
 from efficient_attn.ops.routed.selected_tokens import token_attention
 
 
@@ -52,13 +53,16 @@ def dsa_attention(
     top_k: tokens of a query.
     causal: whether later tokens are hidden.
     offset: the index of the first query among the keys.
-    segment_ids: of all tokens, where T = S; segments do not see each other.
+    segment_ids: of all tokens, where T = S; a segment ends where the id
+      changes, and segments do not see each other.
 
   Returns:
     The output, in the query's dtype, and the loss of the indexer,
     [B, T, 1].
   """
   B, T = query.shape[:2]
+  if segment_ids is not None:
+    segment_ids = chunks.segment_counts(segment_ids)
   place = jnp.broadcast_to(offset + jnp.arange(T), (B, T))
 
   def score(marks):

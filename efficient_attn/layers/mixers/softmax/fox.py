@@ -92,7 +92,7 @@ class FoX(nnx.Module):
 
     mask = masks.Causal(offset)
     if segment_ids is not None:
-      mask &= masks.Segments(segment_ids, segment_ids)
+      mask = masks.packed(mask, segment_ids)
     layouts = ('BTNH', 'BSNH', 'BSNV', 'BSN', masks.letters(mask))
     op = sharding.local_op(op, (*layouts, ''), 'BTNV')
     o = op(query, key, value, log_forget, mask, jnp.asarray(offset))

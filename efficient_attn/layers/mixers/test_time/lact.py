@@ -166,7 +166,7 @@ class LaCT(nnx.Module):
       left = right = self.window // 2
     mask, past = masks.Window(left, right), None
     if segment_ids is not None:
-      mask &= masks.Segments(segment_ids, segment_ids)
+      mask = masks.packed(mask, segment_ids)
     if cache is not None:
       length = q.shape[1]
       k, v = (
