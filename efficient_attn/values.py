@@ -207,15 +207,7 @@ def build(
   """
   hints = typing.get_type_hints(cls, include_extras=True) | dict(replaced)
   kinds = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-  built = {}
-  for name, value in values.items():
-    if name not in kinds:
-      raise ConfigError(
-        f'{prefix}{name}={_short(value)} is not a known key; '
-        f'{nearest(name, kinds)}'
-      )
-    built[name] = read(kinds[name], value, f'{prefix}{name}')
-  return cls(**built)
+  return cls(**read_arguments(kinds, values, prefix))
 
 
 def check_ranges(group: Any, prefix: str) -> None:
@@ -232,22 +224,25 @@ def check_ranges(group: Any, prefix: str) -> None:
 
 
 def read_arguments(
-  kinds: Mapping[str, Any], values: Mapping[str, Any], prefix: str, owner: str
+  kinds: Mapping[str, Any],
+  values: Mapping[str, Any],
+  prefix: str,
+  owner: str = '',
 ) -> dict[str, Any]:
-  """Reads the options of a function by the annotations of its arguments.
+  """Reads arguments by name, each by the annotation in `kinds`.
 
   Args:
     kinds: annotations by name.
-    values: those that are given.
+    values: those that are given; strings as from a command line.
     prefix: of the names in errors, 'model.mixers.gla.'.
     owner: what has these options, for errors.
   """
   found = {}
   for name, value in values.items():
     if name not in kinds:
+      known = f'an option of {owner}' if owner else 'a known key'
       raise ConfigError(
-        f'{prefix}{name}={_short(value)} is not an option of {owner}; '
-        f'{nearest(name, kinds)}'
+        f'{prefix}{name}={_short(value)} is not {known}; {nearest(name, kinds)}'
       )
     found[name] = read(kinds[name], value, f'{prefix}{name}')
   return found
