@@ -1,9 +1,28 @@
 """The cases that the tests of masks and of attention share."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 
 from efficient_attn.ops import masks, scores
+from efficient_attn.ops.softmax import attention_blockwise as tiles
+from efficient_attn.ops.softmax import attention_reference as dense
+
+
+def with_lse(op):
+  """An implementation that returns (out, lse), not (out, Stats)."""
+
+  @functools.wraps(op)
+  def run(*args, **options):
+    out, stats = op(*args, **options)
+    return out, stats.lse
+
+  return run
+
+
+attention_blockwise = with_lse(tiles.attention_blockwise)
+attention_reference = with_lse(dense.attention_reference)
 
 
 def make_data(B, N, T, S, seed=0):

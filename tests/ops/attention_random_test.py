@@ -14,8 +14,7 @@ import pytest
 from hypothesis import strategies as st
 
 from efficient_attn.ops import masks
-from efficient_attn.ops.softmax.attention_blockwise import attention_blockwise
-from efficient_attn.ops.softmax.attention_reference import attention_reference
+from tests.ops.attention_cases import attention_blockwise, attention_reference
 
 B, H, V = 2, 4, 3
 # T, S, N, K

@@ -9,13 +9,11 @@ from jax.sharding import PartitionSpec as P
 
 from efficient_attn.ops import masks, scores
 from efficient_attn.ops.softmax.attention import IMPLEMENTATIONS as PUBLIC
-from efficient_attn.ops.softmax.attention_blockwise import (
-  attention_blockwise,
-)
-from efficient_attn.ops.softmax.attention_reference import attention_reference
 from tests.ops.attention_cases import (
   EXTRAS,
   MASKS,
+  attention_blockwise,
+  attention_reference,
   expressions,
   make_arrays,
   make_data,

@@ -28,7 +28,7 @@ class AdaptiveSpan(Window):
     *,
     window: Positive = 1024,
     ramp: Positive = 32,
-    span: NonNegativeFloat = 0.0,
+    span: float = 0.0,
     penalty_weight: NonNegativeFloat = 0.0,
     **options,
   ):
