@@ -22,6 +22,7 @@ from typing import Annotated, Any, ClassVar
 
 import ml_collections
 
+from efficient_attn.formats import FORMAT, upgrade
 from efficient_attn.values import (
   LARGEST,
   BelowOne,
@@ -40,9 +41,6 @@ from efficient_attn.values import (
   choose,
   nearest,
 )
-
-# Of config.json: rises when a saved config would mean something else.
-FORMAT = 1
 
 
 class Group:
@@ -279,7 +277,7 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
       f'{file} is not JSON ({_first_line(error)}); restore it, or start over '
       'in a new workdir'
     ) from None
-  if not isinstance(values, dict) or 'model' not in values:
+  if not isinstance(values, dict) or not isinstance(values.get('model'), dict):
     raise ConfigError(
       f'{file} is not the config of a run, which has the key "model"; restore '
       'it, or start over in a new workdir'
@@ -290,7 +288,7 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
       f'{file} has the format {written!r} and this version reads up to '
       f'{FORMAT}; use the version that wrote it'
     )
-  return values
+  return {**values, 'model': upgrade(values['model'], written)}
 
 
 def load_module(path: str) -> tuple[types.ModuleType, str]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from efficient_attn import config as configs
+from efficient_attn import formats
 from efficient_attn.config import ConfigError
 from efficient_attn.values import Dtype, OneOf, Positive, Range, read
 
@@ -157,8 +158,8 @@ def test_a_config_imports_its_neighbour_and_takes_words(tmp_path):
     ('x.json', '{}', 'is not the config of a run'),
     ('x.json', '', 'is not JSON'),
     ('x.json', '[' * 10**5, 'is not JSON'),
-    ('x.json', '{"model": {}, "format": 99}', 'reads up to 1'),
-    ('x.json', '{"model": {}, "format": "a"}', 'reads up to 1'),
+    ('x.json', '{"model": {}, "format": 99}', f'reads up to {configs.FORMAT}'),
+    ('x.json', '{"model": {}, "format": "a"}', f'reads up to {configs.FORMAT}'),
     ('x.py', '', r'has no get_config\(\)'),
     ('x.py', 'get_config = 3', r'has no get_config\(\)'),
     ('x.py', 'def get_config(): return 3', 'returned a int'),
@@ -206,3 +207,30 @@ def test_saved_values_are_plain(tmp_path):
   assert stored['optimizer']['options'] == {'mu_dtype': 'bfloat16'}
   again = configs.resolve(configs.load(str(tmp_path / 'config.json')))
   assert again == config and dataclasses.asdict(again)['model']['name'] == 'lm'
+
+
+def test_an_older_format_keeps_the_options_that_it_implied(
+  tmp_path, monkeypatch
+):
+  implied = {'gla': dict(conv_width=4, expand_k=0.25)}
+  monkeypatch.setitem(formats.IMPLIED, configs.FORMAT, implied)
+  config = configs.resolve(
+    configs.override(
+      TINY,
+      {
+        'model.pattern': ('gla', 'attention', 'gla:far'),
+        'model.mixers': {'gla:far': {'conv_width': 2}},
+      },
+    )
+  )
+  file = tmp_path / 'config.json'
+  configs.save(config, file)
+  assert configs.resolve(configs.load(str(file))) == config
+  stored = json.loads(file.read_text())
+  for written in (0, configs.FORMAT - 1):
+    file.write_text(json.dumps(stored | {'format': written}))
+    found = configs.load(str(file))['model']['mixers']
+    assert found == {
+      'gla': implied['gla'],
+      'gla:far': dict(conv_width=2, expand_k=0.25),
+    }

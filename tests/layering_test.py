@@ -10,6 +10,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / 'efficient_attn'
 FILES = sorted(PACKAGE.rglob('*.py'))
 MODELS = {
   'values',
+  'formats',
   'config',
   'quick',
   'sharding',
@@ -21,7 +22,8 @@ MODELS = {
 # Part of the package -> the parts that it may import, besides itself.
 MAY_IMPORT = {
   'values': set(),
-  'config': {'values'},
+  'formats': set(),
+  'config': {'values', 'formats'},
   'quick': set(),
   'sharding': {'config'},
   'cli': {'config'},

@@ -1,0 +1,37 @@
+"""The formats of config.json, and the meaning of what older ones leave out.
+
+A method whose defaults change keeps its earlier function as values of its
+options: a row here names them, and a run saved before the change reads them in
+place of today's defaults, so that its checkpoint means what it meant.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+# Rises when a config saved by the version before would mean something else.
+FORMAT = 2
+
+# Format -> mixer -> the options that earlier formats imply.
+IMPLIED: dict[int, dict[str, dict[str, Any]]] = {
+  2: {},
+}
+
+
+def upgrade(model: Mapping[str, Any], written: int) -> dict[str, Any]:
+  """Returns the group `model` of a config of format `written` as of today.
+
+  Values of the wrong form stay as they are: whoever reads them says so.
+  """
+  mixers = model.get('mixers', {})
+  pattern = model.get('pattern', ('attention',))
+  if not isinstance(mixers, dict) or not isinstance(pattern, (list, tuple)):
+    return dict(model)
+  names = dict.fromkeys(map(str, (*pattern, *mixers)))
+  changed = dict(mixers)
+  for version, rows in IMPLIED.items():
+    for name in names:
+      given = changed.get(name, {})
+      implied = rows.get(name.partition(':')[0])
+      if version > written and implied and isinstance(given, dict):
+        changed[name] = implied | given
+  return {**model, 'mixers': changed}
