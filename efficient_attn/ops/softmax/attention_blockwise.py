@@ -44,6 +44,7 @@ from efficient_attn.ops.softmax.attention_tiles import (
   take_cols,
   take_rows,
 )
+from efficient_attn.ops.softmax.hidden import without_hidden
 from efficient_attn.ops.softmax.stats import Stats, exp_below
 
 ORDERS = ('query', 'key')
@@ -151,20 +152,33 @@ def _dot(pattern, a, b):
   return jnp.einsum(pattern, a, b, preferred_element_type=stats)
 
 
-def _logits(options, q, k, mask, bias, cap, tile, turned=False):
+def _folded(x, shape):
+  """[#B, #N, R, C] in the layout of logits [B, K, G * R, C], of `shape`."""
+  K, rows, C = shape
+  heads = K
+  if x.shape[1] == 1:
+    R = x.shape[2]
+    x, heads = jnp.broadcast_to(x, (x.shape[0], rows // R, R, C)), 1
+  return x.reshape(x.shape[0], heads, rows, C)
+
+
+def _admitted(mask, tile, shape):
+  """Which logits of a tile count; None: all of them."""
+  found = tile.own
+  if mask is not None:
+    admitted = mask.tile(tile.rows, tile.cols)
+    found = admitted if found is None else admitted & found
+  return None if found is None else _folded(found, shape)
+
+
+def _logits(options, q, k, admitted, bias, cap, tile, turned=False):
   """Logits [B, K, G * R, C] of one tile, d(capped) / d(scaled) and / d(cap).
 
   `turned` to [B, K, C, G * R], in which three of the five matmuls of the
   backward pass need no transpose, and two of those of [G * R, C].
   """
-  K, rows = q.shape[1:3]
-  R, C = tile.rows.size, tile.cols.size
 
-  def folded(x):  # [#B, #N, R, C] -> broadcastable to the logits
-    heads = K
-    if x.shape[1] == 1:
-      x, heads = jnp.broadcast_to(x, (x.shape[0], rows // R, R, C)), 1
-    x = x.reshape(x.shape[0], heads, rows, C)
+  def turn(x):
     return x.swapaxes(2, 3) if turned else x
 
   if turned:
@@ -179,11 +193,11 @@ def _logits(options, q, k, mask, bias, cap, tile, turned=False):
     of_cap = capped - s / cap * slope
     s = cap * capped
   if bias is not None:
-    s = s + folded(bias.tile(tile.rows, tile.cols)).astype(s.dtype)
-  if mask is not None:
-    s = jnp.where(folded(mask.tile(tile.rows, tile.cols)), s, -jnp.inf)
-  if tile.own is not None:
-    s = jnp.where(folded(tile.own), s, -jnp.inf)
+    shape = k.shape[1], q.shape[2], k.shape[2]
+    added = _folded(bias.tile(tile.rows, tile.cols), shape)
+    s = s + turn(added).astype(s.dtype)
+  if admitted is not None:
+    s = jnp.where(turn(admitted), s, -jnp.inf)
   return s, slope, of_cap
 
 
@@ -221,13 +235,17 @@ def _absorb(options, q, k, v, mask, bias, cap, tile, running):
 
   def visit(running):
     m, l, acc = running
-    qi, kj = take_rows(q, tile), take_cols(k, tile)
-    s, *_ = _logits(options, qi, kj, mask, bias, cap, tile)
+    qi, kj, vj = take_rows(q, tile), take_cols(k, tile), take_cols(v, tile)
+    shape = kj.shape[1], qi.shape[2], kj.shape[2]
+    admitted = _admitted(mask, tile, shape)
+    if admitted is not None:
+      qi, kj, vj = without_hidden(admitted, qi, kj, vj)
+    s, *_ = _logits(options, qi, kj, admitted, bias, cap, tile)
     top = jnp.maximum(m, jnp.max(s, axis=-1))
     anchor = jnp.where(top == -jnp.inf, 0, top)
     p = exp_below(s, anchor[..., None])
     decay = jnp.exp(m - anchor)
-    pv = _dot('bkrc,bkcv->bkrv', p.astype(v.dtype), take_cols(v, tile))
+    pv = _dot('bkrc,bkcv->bkrv', p.astype(v.dtype), vj)
     l = l * decay + jnp.sum(p, axis=-1)
     return top, l, acc * decay[..., None] + pv
 
@@ -275,8 +293,12 @@ def _attend_backward(options, residuals, cotangents):
       dbias, dcap = others
       qi, doi = take_rows(q, tile), take_rows(dout, tile)
       kj, vj = take_cols(k, tile), take_cols(v, tile)
+      shape = K, qi.shape[2], C
+      admitted = _admitted(mask, tile, shape)
+      if admitted is not None:
+        qi, kj, vj = without_hidden(admitted, qi, kj, vj)
       s, slope, of_cap = _logits(
-        options, qi, kj, mask, bias, cap, tile, turned=True
+        options, qi, kj, admitted, bias, cap, tile, turned=True
       )
       p = exp_below(s, take_rows(top, tile)[..., None, :])
       p = p * take_rows(share, tile)[..., None, :]

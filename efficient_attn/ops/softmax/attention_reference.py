@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from efficient_attn.ops import masks, scores
 from efficient_attn.ops.shapes import Scalar
+from efficient_attn.ops.softmax.hidden import without_hidden
 from efficient_attn.ops.softmax.stats import Stats, exp_below, largest
 
 
@@ -44,20 +45,24 @@ def attention_reference(
 
   # Heads first, and a group folded into rows: one plain batched matmul.
   q = query.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)
+  q = q.reshape(B, K, G * T, H)
   k, v = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+  admitted = None
+  if mask is not None:
+    admitted = folded(mask.dense(T, S))
+    shape = *admitted.shape[:2], G, T, S
+    rows = jnp.broadcast_to(admitted, shape).reshape(*shape[:2], G * T, S)
+    q, k, v = without_hidden(rows, q, k, v)
   logits = scale * jnp.einsum(
-    'bkrh,bksh->bkrs',
-    q.reshape(B, K, G * T, H),
-    k,
-    preferred_element_type=stats,
+    'bkrh,bksh->bkrs', q, k, preferred_element_type=stats
   )
   logits = logits.reshape(B, K, G, T, S)
   if logits_soft_cap is not None:
     logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
   if bias is not None:
     logits = logits + folded(bias.dense(T, S)).astype(stats)
-  if mask is not None:
-    logits = jnp.where(folded(mask.dense(T, S)), logits, -jnp.inf)
+  if admitted is not None:
+    logits = jnp.where(admitted, logits, -jnp.inf)
 
   sunk = []
   if sinks is not None:

@@ -25,8 +25,10 @@ def attend_logits(
   check_shapes({'logits': (logits, (batch, N, logits.shape[2], S))})
   stats = jnp.promote_types(logits.dtype, jnp.float32)
   logits = logits.astype(stats)
+  value = heads_first(value)
   if mask is not None:
     logits = jnp.where(mask, logits, -jnp.inf)
+    value = jnp.where(jnp.any(mask, axis=2)[..., None], value, 0)
   top = largest(logits)
   weights = exp_below(logits, top[..., None])
   total = jnp.sum(weights, axis=-1)
@@ -34,7 +36,7 @@ def attend_logits(
   out = jnp.einsum(
     'bnts,bnsv->bntv',
     weights.astype(value.dtype),
-    heads_first(value),
+    value,
     preferred_element_type=stats,
   )
   out = Stats(top, total).divide(out)

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from efficient_attn.ops import masks, scores
+from efficient_attn.ops.softmax.hidden import without_hidden
 from efficient_attn.ops.softmax.score_functions import dot
 from efficient_attn.ops.softmax.stats import Stats, exp_below, largest
 
@@ -146,11 +147,17 @@ def normalized_attention(
   groups = query.shape[2] // key.shape[2]
   key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
   scale = query.shape[-1] ** -0.5 if scale is None else scale
+  admitted = None
+  if mask is not None:
+    admitted = mask.dense(T, S)
+    heads = (x.swapaxes(1, 2) for x in (query, key, value))
+    heads = without_hidden(admitted, *heads)
+    query, key, value = (x.swapaxes(1, 2) for x in heads)
   logits = scale * dot(query, key)
   if bias is not None:
     logits = logits + bias.dense(T, S)
-  if mask is not None:
-    logits = jnp.where(mask.dense(T, S), logits, -jnp.inf)
+  if admitted is not None:
+    logits = jnp.where(admitted, logits, -jnp.inf)
   weights = normalize(logits).astype(value.dtype)
   out = jnp.einsum(
     'bnts,bsnv->btnv', weights, value, preferred_element_type=logits.dtype

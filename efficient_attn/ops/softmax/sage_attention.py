@@ -114,7 +114,8 @@ def sage_attention(
     key: keys.
     value: values.
     recipe: a name in `RECIPES`, or one of your own.
-    mask: an expression of `ops.masks`; None admits every pair.
+    mask: an expression of `ops.masks`; None admits every pair. Means and
+      scales cover what it hides, as in the kernels: no NaN may stand there.
     scale: factor of the logits, H**-0.5 by default.
 
   Returns:
