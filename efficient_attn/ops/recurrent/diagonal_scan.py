@@ -78,7 +78,8 @@ def diagonal_scan(
 def step(state, token):
   """One token: state, x and log decay [B, N, H], start [B, 1, 1] or None."""
   x, log_decay, start = token
-  state = decays(log_decay, start, state.dtype) * state + x.astype(state.dtype)
+  state = kept(decays(log_decay, start, state.dtype), state)
+  state = state + x.astype(state.dtype)
   return state, state
 
 
@@ -92,13 +93,22 @@ def chunk(state, tokens, marks):
 
 
 def associative(decay: Array, x: Array, state: Array) -> Array:
-  """h_t = decay_t h_{t-1} + x_t along axis 2, from `state` without it."""
+  """h_t = decay_t h_{t-1} + x_t along axis 2, after `state` without it."""
 
   def then(first, second):
-    return first[0] * second[0], first[1] * second[0] + second[1]
+    return first[0] * second[0], kept(second[0], first[1]) + second[1]
 
-  total, h = jax.lax.associative_scan(then, (decay, x), axis=2)
-  return h + total * state[:, :, None]
+  first = x[:, :, :1] + kept(decay[:, :, :1], state[:, :, None])
+  x = jnp.concatenate([first, x[:, :, 1:]], axis=2)
+  return jax.lax.associative_scan(then, (decay, x), axis=2)[1]
+
+
+def kept(decay: Array, state: Array) -> Array:
+  """What a decay keeps of a state; one of 0 forgets NaN and infinities too.
+
+  The decay's own gradient is 0 there: it is the exponential of something.
+  """
+  return decay * jnp.where(decay == 0, 0, state)
 
 
 def decays(log_decay, start, dtype):

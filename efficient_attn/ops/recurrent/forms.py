@@ -144,10 +144,7 @@ def _recurrent(step, tokens, state, segment_ids):
   def body(state, inputs):
     token, start = inputs
     if start is not None:
-      state = jax.tree.map(
-        lambda s: jnp.where(start.reshape(-1, *[1] * (s.ndim - 1)), 0, s),
-        state,
-      )
+      state = jax.tree.map(lambda s: _where(~start, s), state)
     return step(state, token)
 
   inputs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (tokens, starts))
@@ -168,7 +165,13 @@ def _chunkwise(chunk, size, tokens, state, segment_ids):
 
   def body(state, inputs):
     tokens, marks = inputs
-    return chunk(state, tokens, marks and _marks(*marks))
+    if marks is None:
+      return chunk(state, tokens, None)
+    marks = _marks(*marks)
+    # A state that the first token does not read is of a segment that is over.
+    # As zeros it reaches no product, whatever it holds.
+    state = jax.tree.map(lambda s: _where(marks.reads[:, 0], s), state)
+    return chunk(state, tokens, marks)
 
   if -(-length // size) == 1:
     state, out = body(state, jax.tree.map(lambda x: x[0], (tokens, marks)))
@@ -181,6 +184,11 @@ def _chunkwise(chunk, size, tokens, state, segment_ids):
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
   return jax.tree.map(join, out), state
+
+
+def _where(rows, state):
+  """Keeps the rows [B] of a state [B, ...]; the others are zero."""
+  return jnp.where(rows.reshape(-1, *[1] * (state.ndim - 1)), state, 0)
 
 
 def _marks(counts, previous):

@@ -20,6 +20,7 @@ from efficient_attn.ops import shapes
 from efficient_attn.ops.recurrent.diagonal_scan import (
   associative,
   check_form,
+  kept,
   run,
   starts,
 )
@@ -86,7 +87,7 @@ def selective_scan(
   def step(carry, token):
     state, A = carry
     decay, write, read = _discrete(A, token, exact)
-    state = decay * state + write
+    state = kept(decay, state) + write
     return (state, A), _read(state, read)
 
   def chunk(carry, tokens, marks):

@@ -21,6 +21,7 @@ from efficient_attn.ops import shapes
 from efficient_attn.ops.recurrent.diagonal_scan import (
   check_form,
   chunk,
+  kept,
   run,
   starts,
   step,
@@ -86,8 +87,9 @@ def wkv4(
   past = jnp.concatenate([first[:, None], sums[:, :-1]], 1)
   past_num, past_den = jnp.split(past, 2, -1)
   shift = jax.lax.stop_gradient(jnp.maximum(before, u + k))
-  old, own = jnp.exp(before - shift), jnp.exp(u + k - shift)
-  out = (old * past_num + own * value) / (old * past_den + own)
+  old, own = jnp.exp(_moved(-shift, before)), jnp.exp(u + k - shift)
+  num, den = kept(old, past_num), kept(old, past_den)
+  out = (num + own * value) / (den + own)
   return out.astype(v.dtype), (*jnp.split(last, 2, -1), after[:, -1])
 
 
@@ -106,7 +108,7 @@ def _running_max(inputs, anchor, start, **options):
 
 def _max_step(top, token):
   w, k = token
-  top = jnp.maximum(top + w, k)
+  top = jnp.maximum(_moved(top, w), k)
   return top, top
 
 
@@ -114,11 +116,17 @@ def _max_chunk(top, tokens, marks):
   del marks
 
   def then(first, second):
-    return first[0] + second[0], jnp.maximum(first[1] + second[0], second[1])
+    top = jnp.maximum(_moved(first[1], second[0]), second[1])
+    return first[0] + second[0], top
 
   total, after = jax.lax.associative_scan(then, tokens, axis=2)
-  after = jnp.maximum(after, top[:, :, None] + total)
+  after = jnp.maximum(after, _moved(top[:, :, None], total))
   return after[:, :, -1], after
+
+
+def _moved(top, w):
+  """Adds the gate w to top; one of -inf forgets NaN too."""
+  return jnp.where(w == -jnp.inf, w, top + w)
 
 
 def _check(k, v, log_decay, bonus, initial_state, segment_ids):
