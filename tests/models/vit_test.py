@@ -26,7 +26,12 @@ call = jax.jit(lambda model, image: model(image))
 # Both kinds of encoder, and softmax; that every row can be an encoder's mixer
 # is tested with the mixers.
 ENCODERS = ('window', 'linear', 'mamba')
-OPTIONS = {'sinkhorn': dict(block_size=4)}  # divides 16 patches
+OPTIONS = {
+  'neighborhood': dict(grid=(4, 4), window=3),
+  'sinkhorn': dict(block_size=4),  # divides 16 patches
+  'sliding_tile': dict(grid=(4, 4), tile=2),
+  'vsa': dict(grid=(4, 4), cube=(2, 2)),
+}
 
 
 @pytest.mark.parametrize(
@@ -71,3 +76,9 @@ def test_mistakes():
     build(patch_size=3)
   with pytest.raises(ValueError, match='set model.image_size'):
     build()(jnp.zeros((1, 4, 4, 1)))
+
+
+@pytest.mark.parametrize('mixer', ['neighborhood', 'sliding_tile', 'vsa'])
+def test_a_mixer_of_grids_does_not_take_patches_for_a_line(mixer):
+  with pytest.raises(ConfigError, match=r'set it to \(4, 4\)'):
+    build(pattern=('attention', mixer), pooling='mean')
