@@ -19,6 +19,7 @@ from efficient_attn.layers.dropout import dropout
 from efficient_attn.layers.ffn import ACTIVATIONS, FFNS
 from efficient_attn.layers.mixers import MIXERS, build_mixer, read_options
 from efficient_attn.layers.norm import NORMS
+from efficient_attn.layers.padding import without_padding
 
 _policies = jax.checkpoint_policies
 
@@ -197,6 +198,7 @@ class Stack(nnx.Module):
     self, x, *, positions=None, segment_ids=None, cache=None, key=None
   ):
     """Maps x [B, T, D] to the same shape, and the cache to the next one."""
+    x = without_padding(x, segment_ids)
     run = functools.partial(
       Period.__call__, positions=positions, segment_ids=segment_ids
     )

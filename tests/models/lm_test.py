@@ -62,6 +62,33 @@ def test_cached_equals_uncached(changes):
   assert cache['length'] == T
 
 
+def test_a_hybrid_keeps_segments_apart():
+  """Masks, recurrences, convolutions and mini-batches cut at the same places.
+
+  An id that comes again is another segment, and id 0 is padding.
+  """
+  pattern = ('attention', 'gla', 'mamba2', 'window', 'ttt_linear', 'deltanet')
+  model = build(pattern=pattern, num_layers=6, mixers={})
+  lengths = (3, 2, 1, 4, 2)
+  ids = np.repeat([3, 3, 9, 3, 0], lengths)
+  cuts = np.cumsum((0, 5, 1, 4))  # of the segments before the padding
+  positions = np.concatenate(
+    [np.arange(b - a) for a, b in itertools.pairwise(cuts)]
+  )
+  positions = jnp.append(positions, jnp.zeros(2, int)).astype(jnp.int32)
+
+  @jax.jit
+  def packed(tokens):
+    return model(tokens, positions=positions, segment_ids=jnp.tile(ids, (B, 1)))
+
+  found, _ = packed(TOKENS)
+  for a, b in itertools.pairwise(cuts):
+    alone, _ = call(model, jnp.pad(TOKENS[:, a:b], ((0, 0), (0, T - b + a))))
+    np.testing.assert_allclose(found[:, a:b], alone[:, : b - a], atol=1e-4)
+  other, _ = packed(TOKENS.at[:, 10:].set(5))
+  np.testing.assert_array_equal(other[:, :10], found[:, :10])
+
+
 @pytest.mark.parametrize('num_layers', [4, 5])
 def test_scanned_equals_unrolled(num_layers):
   scanned = build(num_layers=num_layers)

@@ -16,6 +16,7 @@ from efficient_attn.layers.cache import (
   check_cacheable,
   next_positions,
 )
+from efficient_attn.layers.padding import without_padding
 from efficient_attn.ops import masks
 
 
@@ -31,6 +32,7 @@ class Compact(nnx.Module):
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
     """Mixes tokens; see `layers.mixers` for the contract."""
+    x = without_padding(x, segment_ids)
     if positions is None:
       positions = next_positions(cache, x.shape[1])
     query, memory = self.project(x, positions)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.layers.conv import conv_taps
+from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import LowRank
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import GatedOutput, run_op
@@ -61,6 +62,7 @@ class GLA(nnx.Module):
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
     """Mixes tokens; see `layers.mixers` for the contract."""
+    x = without_padding(x, segment_ids)
     qkv, tails = self.qkv(
       x, segment_ids=segment_ids, tails=cache and cache['conv']
     )

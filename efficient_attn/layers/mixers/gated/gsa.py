@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.layers.head_norm import JointRMSNorm
+from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.slots import slot_attention
@@ -48,6 +49,7 @@ class GSA(nnx.Module):
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
     """Mixes tokens; see `layers.mixers` for the contract."""
+    x = without_padding(x, segment_ids)
     logits = self.decay(x).astype(jnp.float32)
     o, state = run_op(
       slot_attention,

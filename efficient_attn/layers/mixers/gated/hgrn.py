@@ -21,6 +21,7 @@ from efficient_attn import sharding
 from efficient_attn.layers.cache import next_positions
 from efficient_attn.layers.headwise import split_heads
 from efficient_attn.layers.norm import LayerNorm
+from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.diagonal_scan import diagonal_scan
@@ -59,6 +60,7 @@ class HGRN(nnx.Module):
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
     """Mixes tokens; see `layers.mixers` for the contract."""
+    x = without_padding(x, segment_ids)
     length = x.shape[1]
     # Tokens turn one by one, whatever their positions are.
     turns = next_positions(cache, length)[:, None, None]

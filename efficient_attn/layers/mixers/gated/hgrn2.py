@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.layers.head_norm import JointRMSNorm
+from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
@@ -45,6 +46,7 @@ class HGRN2(nnx.Module):
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
     """Mixes tokens; see `layers.mixers` for the contract."""
+    x = without_padding(x, segment_ids)
     logits = self.forget(x).astype(jnp.float32)
     k = (1 - self.lower_bound) * jax.nn.sigmoid(-logits)
     if self.lower_bound:

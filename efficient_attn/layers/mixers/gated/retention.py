@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.layers.cache import next_positions
+from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import GatedOutput, run_op
 from efficient_attn.ops.positions import rotary
@@ -46,6 +47,7 @@ class Retention(nnx.Module):
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
     """Mixes tokens; see `layers.mixers` for the contract."""
+    x = without_padding(x, segment_ids)
     length = x.shape[1]
     if positions is None:
       positions = next_positions(cache, length)

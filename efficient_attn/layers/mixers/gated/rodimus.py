@@ -16,6 +16,7 @@ from flax import nnx
 
 from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.head_norm import JointRMSNorm
+from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
@@ -59,6 +60,7 @@ class Rodimus(nnx.Module):
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
     """Mixes tokens; see `layers.mixers` for the contract."""
+    x = without_padding(x, segment_ids)
     u = self.up(x)
     c, tail = self.conv(
       u, segment_ids=segment_ids, state=cache and cache['conv']

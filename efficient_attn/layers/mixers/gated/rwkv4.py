@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.layers.headwise import split_heads
+from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.layers.token_shift import token_shift
@@ -62,6 +63,7 @@ class RWKV4(nnx.Module):
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
     """Mixes tokens; see `layers.mixers` for the contract."""
+    x = without_padding(x, segment_ids)
     previous, last = token_shift(
       x, segment_ids=segment_ids, state=cache and cache['last']
     )

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.layers.head_norm import HeadLayerNorm
+from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.layers.token_shift import token_shift
@@ -63,6 +64,7 @@ class RWKV5(nnx.Module):
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
     """Mixes tokens; see `layers.mixers` for the contract."""
+    x = without_padding(x, segment_ids)
     previous, last = token_shift(
       x, segment_ids=segment_ids, state=cache and cache['shift']
     )

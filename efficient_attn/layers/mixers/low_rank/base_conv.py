@@ -9,6 +9,7 @@ which is what recall needs beside a memory: pairs (key, value) become one token.
 from flax import nnx
 
 from efficient_attn.layers.conv import ShortConv
+from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection
 from efficient_attn.values import Positive
 
@@ -34,6 +35,7 @@ class BaseConv(nnx.Module):
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
     """Mixes tokens; see `layers.mixers` for the contract."""
+    x = without_padding(x, segment_ids)
     mixed, tail = self.conv(
       x, segment_ids=segment_ids, state=cache and cache['conv']
     )

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn import sharding
+from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection, fan_in_normal, param, use
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.ops.softmax import relative_attention as ops
@@ -48,6 +49,7 @@ class TransformerXL(nnx.Module):
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
     """Mixes tokens; see `layers.mixers` for the contract."""
+    x = without_padding(x, segment_ids)
     if cache is not None and not self.causal:
       raise NotImplementedError('an encoder has no cache; use causal=True')
 

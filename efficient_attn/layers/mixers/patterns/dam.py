@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from efficient_attn.layers.cache import extend
 from efficient_attn.layers.mixers.softmax.attention import Attention
+from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import param, use
 from efficient_attn.ops import masks, scores
 from efficient_attn.values import NonNegativeFloat, Positive, PositiveFloat
@@ -45,6 +46,7 @@ class DAM(Attention):
     self, x, *, positions=None, segment_ids=None, cache=None, key=None
   ):
     """Mixes tokens; see `layers.mixers`. `key` draws the noise of the mask."""
+    x = without_padding(x, segment_ids)
     query, keys, value = self.project(x, positions, cache)
     if cache is not None:
       self.check_cacheable(segment_ids)

@@ -16,6 +16,7 @@ from efficient_attn import sharding
 from efficient_attn.config import ConfigError, choose
 from efficient_attn.layers.cache import append, extend
 from efficient_attn.layers.mixers.softmax.attention import Attention
+from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import clip_to_unit, param, use
 from efficient_attn.ops import masks
 from efficient_attn.values import NonNegative, NonNegativeFloat, Positive
@@ -57,6 +58,7 @@ class DuoAttention(Attention):
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
     """Mixes tokens; see `layers.mixers` for the contract."""
+    x = without_padding(x, segment_ids)
     heads = self.project(x, positions, cache)
     if cache is not None:
       self.check_cacheable(segment_ids)

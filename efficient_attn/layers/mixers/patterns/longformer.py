@@ -11,6 +11,7 @@ read the global tokens through the usual ones. O(T (window + num_global)).
 
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixers.softmax.attention import Attention
+from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.ops import masks
 from efficient_attn.values import NonNegative, Positive
@@ -51,6 +52,7 @@ class Longformer(Attention):
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
     """Mixes tokens; see `layers.mixers` for the contract."""
+    x = without_padding(x, segment_ids)
     if self.global_qkv is None:
       return super().__call__(
         x, positions=positions, segment_ids=segment_ids, cache=cache

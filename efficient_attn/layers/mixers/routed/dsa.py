@@ -24,6 +24,7 @@ from efficient_attn.layers.mixers.routed.heads import (
   shard,
 )
 from efficient_attn.layers.norm import LayerNorm
+from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection
 from efficient_attn.ops.positions import rotary
 from efficient_attn.ops.routed.dsa import dsa_attention
@@ -56,6 +57,7 @@ class DSA(GroupedHeads):
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
     """Mixes tokens; see `layers.mixers` for the contract."""
+    x = without_padding(x, segment_ids)
     self.check_cacheable(cache, segment_ids)
     attend = functools.partial(
       dsa_attention, top_k=self.top_k, causal=self.causal

@@ -24,6 +24,7 @@ from efficient_attn.layers.mixers.routed.heads import (
   attach,
   shard,
 )
+from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import fan_in_normal, param, use
 from efficient_attn.ops.routed import hash_attention as ops
 from efficient_attn.values import Positive
@@ -69,6 +70,7 @@ class Hash(GroupedHeads):
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
     """Mixes tokens; see `layers.mixers` for the contract."""
+    x = without_padding(x, segment_ids)
     self.check_cacheable(cache, segment_ids)
     attend = functools.partial(
       ops.hash_attention, top_k=self.top_k, causal=self.causal

@@ -14,6 +14,7 @@ from flax import nnx
 
 from efficient_attn.layers.conv import conv_taps
 from efficient_attn.layers.norm import l2_normalize
+from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import NormedOutput, run_op
@@ -70,6 +71,7 @@ class DeltaNet(nnx.Module):
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
     """Mixes tokens; see `layers.mixers` for the contract."""
+    x = without_padding(x, segment_ids)
     (q, k, v), tails = self.qkv(
       x, segment_ids=segment_ids, tails=cache and cache['conv']
     )

@@ -19,6 +19,7 @@ from flax import nnx
 from efficient_attn.layers.conv import conv_taps
 from efficient_attn.layers.decay import DecayGate
 from efficient_attn.layers.norm import l2_normalize
+from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import GatedOutput, run_op
@@ -69,6 +70,7 @@ class DeltaProduct(nnx.Module):
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
     """Mixes tokens; see `layers.mixers` for the contract."""
+    x = without_padding(x, segment_ids)
     (q, k, v), tails = self.qkv(
       x, segment_ids=segment_ids, tails=cache and cache['conv']
     )

@@ -19,6 +19,7 @@ from flax import nnx
 from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.decay import time_step_bias
 from efficient_attn.layers.headwise import split_heads
+from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.selective_scan import selective_scan
@@ -67,6 +68,7 @@ class Mamba(nnx.Module):
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
     """Mixes tokens; see `layers.mixers` for the contract."""
+    x = without_padding(x, segment_ids)
     value, tail = self.conv(
       self.value(x), segment_ids=segment_ids, state=cache and cache['conv']
     )

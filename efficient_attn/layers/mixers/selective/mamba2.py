@@ -16,6 +16,7 @@ from flax import nnx
 from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.decay import time_step_bias
 from efficient_attn.layers.head_norm import JointRMSNorm
+from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
@@ -59,6 +60,7 @@ class Mamba2(nnx.Module):
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
     """Mixes tokens; see `layers.mixers` for the contract."""
+    x = without_padding(x, segment_ids)
     state, x_tail, bc_tail = cache or (None, None, None)
     v, x_tail = self.x_conv(self.x(x), segment_ids=segment_ids, state=x_tail)
     bc, bc_tail = self.bc_conv(

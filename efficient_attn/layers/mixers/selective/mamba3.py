@@ -16,6 +16,7 @@ from flax import nnx
 
 from efficient_attn.layers.decay import time_step_bias
 from efficient_attn.layers.norm import RMSNorm
+from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.trapezoid import trapezoidal_scan
@@ -64,6 +65,7 @@ class Mamba3(nnx.Module):
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
     """Mixes tokens; see `layers.mixers` for the contract."""
+    x = without_padding(x, segment_ids)
     k = self.b_norm(self.b(x))[:, :, None] + use(self.b_bias, x.dtype)
     q = self.c_norm(self.c(x))[:, :, None] + use(self.c_bias, x.dtype)
     v = self.x(x)

@@ -18,6 +18,7 @@ from flax import nnx
 
 from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.norm import l2_normalize
+from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import GatedOutput, NormedOutput, run_op
 from efficient_attn.ops.recurrent.mesa import mesa
@@ -63,6 +64,7 @@ class Mesa(nnx.Module):
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
     """Mixes tokens; see `layers.mixers` for the contract."""
+    x = without_padding(x, segment_ids)
     past = cache or {}
     q, query_tail = self.query_conv(
       self.query(x), segment_ids=segment_ids, state=past.get('query_conv')

@@ -15,6 +15,7 @@ from flax import nnx
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.head_norm import HeadLayerNorm
+from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import (
   Projection,
   fan_in_normal,
@@ -79,6 +80,7 @@ class MLSTM(nnx.Module):
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
     """Mixes tokens; see `layers.mixers` for the contract."""
+    x = without_padding(x, segment_ids)
     u = self.up(x)
     c, tail = self.conv(
       u, segment_ids=segment_ids, state=cache and cache['conv']

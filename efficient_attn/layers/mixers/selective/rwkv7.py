@@ -21,6 +21,7 @@ from flax import nnx
 
 from efficient_attn.layers.head_norm import HeadLayerNorm
 from efficient_attn.layers.norm import l2_normalize
+from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import LowRank, Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.layers.token_shift import token_shift
@@ -80,6 +81,7 @@ class RWKV7(nnx.Module):
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
     """Mixes tokens; see `layers.mixers` for the contract."""
+    x = without_padding(x, segment_ids)
     previous, last = token_shift(
       x, segment_ids=segment_ids, state=cache and cache['token']
     )

@@ -16,6 +16,7 @@ from efficient_attn import sharding
 from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.headwise import Headwise, split_heads
 from efficient_attn.layers.norm import LayerNorm
+from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.slstm import slstm
@@ -59,6 +60,7 @@ class SLSTM(nnx.Module):
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
     """Mixes tokens; see `layers.mixers` for the contract."""
+    x = without_padding(x, segment_ids)
     heads = x.reshape(*x.shape[:2], *self.shape)
     smooth, tail = self.conv(
       heads, segment_ids=segment_ids, state=cache and cache['conv']

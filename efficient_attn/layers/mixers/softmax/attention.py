@@ -29,6 +29,7 @@ from efficient_attn.layers.cache import (
 )
 from efficient_attn.layers.cosine import ScaledUnit
 from efficient_attn.layers.norm import RMSNorm, l2_normalize
+from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.ops import masks, scores
@@ -129,6 +130,7 @@ class Attention(nnx.Module):
     In a pattern that shares keys and values `shared` is what the attention
     layer before left, {} for the first, and a third result is for the next.
     """
+    x = without_padding(x, segment_ids)
     if self.shared_kv:
       query, key, value, offset = self.join(x, positions, shared)
     else:

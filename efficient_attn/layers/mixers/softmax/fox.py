@@ -17,6 +17,7 @@ from flax import nnx
 from efficient_attn import sharding
 from efficient_attn.layers.cache import append, empty_keys
 from efficient_attn.layers.norm import RMSNorm
+from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import GatedOutput
@@ -53,6 +54,7 @@ class FoX(nnx.Module):
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
     """Mixes tokens; see `layers.mixers` for the contract."""
+    x = without_padding(x, segment_ids)
     (query, key, value), _ = self.qkv(x)
     past = cache or {}
     key, last_key = shift(

@@ -16,6 +16,7 @@ from flax import nnx
 from efficient_attn import sharding
 from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.norm import l2_normalize
+from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import LowRank, Projection
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.ops.softmax.path_attention import Past, path_attention
@@ -55,6 +56,7 @@ class PaTH(nnx.Module):
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
     """Mixes tokens; see `layers.mixers` for the contract."""
+    x = without_padding(x, segment_ids)
     (q, k, v), _ = self.qkv(x)
     w, tail = self.conv(
       self.direction(x),

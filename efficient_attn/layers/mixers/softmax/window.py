@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixers.softmax.attention import Attention
+from efficient_attn.layers.padding import without_padding
 from efficient_attn.ops import masks
 from efficient_attn.values import Positive
 
@@ -27,6 +28,7 @@ class Window(Attention):
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
     """Mixes tokens; see `layers.mixers` for the contract."""
+    x = without_padding(x, segment_ids)
     query, key, value = self.project(x, positions, cache)
     left, right = self.window - 1, 0
     if not self.causal:

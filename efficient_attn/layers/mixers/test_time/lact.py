@@ -29,6 +29,7 @@ from efficient_attn.config import ConfigError
 from efficient_attn.layers.cache import empty_keys, next_positions
 from efficient_attn.layers.mixers.test_time.fast_mlp import own_state
 from efficient_attn.layers.norm import RMSNorm, l2_normalize
+from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import run_op
@@ -113,6 +114,7 @@ class LaCT(nnx.Module):
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
     """Mixes tokens; see `layers.mixers` for the contract."""
+    x = without_padding(x, segment_ids)
     if cache is not None and segment_ids is not None:
       raise NotImplementedError('lact: a cache needs unpacked sequences')
     length = x.shape[1]

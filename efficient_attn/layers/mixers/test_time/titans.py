@@ -22,6 +22,7 @@ from flax import nnx
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixers.test_time.fast_mlp import FastMLP
 from efficient_attn.layers.norm import l2_normalize
+from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import GatedOutput
@@ -74,6 +75,7 @@ class Titans(nnx.Module):
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
     """Mixes tokens; see `layers.mixers` for the contract."""
+    x = without_padding(x, segment_ids)
     (q, k, v), tails = self.qkv(
       x, segment_ids=segment_ids, tails=cache and cache['conv']
     )

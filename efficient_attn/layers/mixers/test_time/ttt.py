@@ -18,6 +18,7 @@ from flax import nnx
 
 from efficient_attn.layers.cache import next_positions
 from efficient_attn.layers.mixers.test_time.fast_mlp import FastMLP
+from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.ops.positions import rotary
@@ -65,6 +66,7 @@ class TTTLinear(nnx.Module):
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
     """Mixes tokens; see `layers.mixers` for the contract."""
+    x = without_padding(x, segment_ids)
     length = x.shape[1]
     if positions is None:
       positions = next_positions(cache, length)

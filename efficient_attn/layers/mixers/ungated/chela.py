@@ -23,6 +23,7 @@ from flax import nnx
 from efficient_attn import sharding
 from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.norm import RMSNorm
+from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection, fan_in_normal, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.diagonal_scan import diagonal_scan
@@ -66,6 +67,7 @@ class Chela(nnx.Module):
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
     """Mixes tokens; see `layers.mixers` for the contract."""
+    x = without_padding(x, segment_ids)
     cache_in = cache or dict(conv=None, long=None, state=None)
     z, conv = self.short(
       x.reshape(*x.shape[:2], *self.heads),

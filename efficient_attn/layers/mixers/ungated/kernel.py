@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.layers.cache import next_positions
+from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import run_op
@@ -72,6 +73,7 @@ class Kernel(nnx.Module):
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
     """Mixes tokens; see `layers.mixers` for the contract."""
+    x = without_padding(x, segment_ids)
     if positions is None:
       positions = next_positions(cache, x.shape[1])
     o, cache = self.attend(self.arrays(x, positions), segment_ids, cache)

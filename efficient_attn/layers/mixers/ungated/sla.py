@@ -15,6 +15,7 @@ from flax import nnx
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixers.ungated.kernel import Kernel
+from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import fan_in_normal, param, use
 from efficient_attn.ops.recurrent.short_conv import short_conv
 
@@ -43,6 +44,7 @@ class SLA(Kernel):
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
     """Mixes tokens; see `layers.mixers` for the contract."""
+    x = without_padding(x, segment_ids)
     arrays = self.arrays(x, positions)
     o, after = self.attend(arrays, segment_ids, cache)
     convolve = _causal if self.causal else _centred
