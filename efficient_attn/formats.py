@@ -13,7 +13,9 @@ FORMAT = 2
 
 # Format -> mixer -> the options that earlier formats imply.
 IMPLIED: dict[int, dict[str, dict[str, Any]]] = {
-  2: {},
+  2: {
+    'slstm': dict(shared_norm=True),
+  },
 }
 
 

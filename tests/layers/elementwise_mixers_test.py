@@ -148,7 +148,11 @@ def slstm(m, x):
   gates = [headwise(m.z, x), headwise(m.i, smooth)]
   gates += [headwise(m.f, smooth), headwise(m.o, x)]
   h, _ = oracles.slstm(*gates, value(m.recurrent), bias=value(m.bias))
-  return normalize(m.norm, h).reshape(B, T, D)
+  shared = m.norm.bias is not None
+  h = h - h.mean(-1, keepdims=True)
+  h = h / np.sqrt(np.mean(h**2, -1, keepdims=True) + (1e-6 if shared else 1e-5))
+  y = h * value(m.norm.scale) + (value(m.norm.bias) if shared else 0)
+  return y.reshape(B, T, D)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +165,7 @@ def slstm(m, x):
     (rg_lru, {}),
     (rwkv4, {'depth': 0.5}),
     (slstm, {'depth': 0.5}),
+    (slstm, {'shared_norm': True}),
   ],
 )
 def test_mixer_is_its_papers_equations(reference, options):
@@ -195,6 +200,7 @@ def test_published_initialisations():
   assert rate[0] == -5 and rate[-1] == 3 and rate[8] < -2
 
   mixer = make('slstm')
+  assert mixer.norm.scale.shape == (N, D // N)  # as NX-AI's, without a bias
   bias = value(mixer.bias)
   np.testing.assert_allclose(bias[2][:, [0, -1]], [[5, -7]] * N, atol=1e-5)
   np.testing.assert_array_equal(bias[[0, 1, 3]], 0)

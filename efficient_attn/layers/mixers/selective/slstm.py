@@ -1,12 +1,13 @@
 """sLSTM (xLSTM, Beck et al. 2405.04517).
 
   i, f = W_i x', W_f x'      z, o = W_z x, W_o x       x' = silu(conv(x))
-  y = norm_per_head(cell(z, i, f, o))
+  y = norm(cell(z, i, f, o))   per head, (h - mean) / sqrt(var + 1e-5) * scale
 
 The cell has exponential gates and mixes its memory through recurrent matrices
 (see `ops.slstm`). All matrices are block diagonal, one block per head: the
 feed-forward layer that follows is what mixes heads. Recurrent matrices start
 at zero, forget gates with biases from 5 down to -7 over the channels of a head.
+The forward pass of xLSTM's code takes W_i from `fgate` and W_f from `igate`.
 """
 
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.layers.conv import ShortConv
+from efficient_attn.layers.head_norm import HeadLayerNorm
 from efficient_attn.layers.headwise import Headwise, split_heads
 from efficient_attn.layers.norm import LayerNorm
 from efficient_attn.layers.padding import without_padding
@@ -27,7 +29,9 @@ class SLSTM(nnx.Module):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring.
 
   `depth` is the place of the layer in its model, 0 for the first and 1 for the
-  last: forget gates of later layers start with fewer open channels.
+  last: forget gates of later layers start with fewer open channels. The norm
+  has a scale per head and channel, and no bias; with `shared_norm` all heads
+  share a scale and a bias per channel, and epsilon is 1e-6.
   """
 
   def __init__(
@@ -39,6 +43,7 @@ class SLSTM(nnx.Module):
     rngs: nnx.Rngs,
     conv_width: Positive = 4,
     depth: Fraction = 0.0,
+    shared_norm: bool = False,
   ):
     del causal  # always True, as the row says
     heads = split_heads(d_model, num_heads)
@@ -55,7 +60,9 @@ class SLSTM(nnx.Module):
     ramp = jnp.linspace(0.0, 1.0, shape[1]) ** (0.3 + 1.3 * depth)
     bias = jnp.zeros((4, *shape)).at[2].set(5.0 - 12.0 * ramp)
     self.bias = param(bias, (None, *heads))
-    self.norm = LayerNorm(shape[1])
+    self.norm = (
+      LayerNorm(shape[1]) if shared_norm else HeadLayerNorm(*shape, bias=False)
+    )
     self.shape = shape
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
