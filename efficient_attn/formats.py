@@ -15,6 +15,8 @@ FORMAT = 2
 IMPLIED: dict[int, dict[str, dict[str, Any]]] = {
   2: {
     'slstm': dict(shared_norm=True),
+    'ttt_linear': dict(mean_gradient=False, gate=True),
+    'ttt_mlp': dict(mean_gradient=False, gate=True),
   },
 }
 

@@ -18,6 +18,7 @@ FAST = {
   'linear': (CHANNELS, (), True, True, False),
   'linear_l2': (5, (), False, False, False),
   'mlp': (CHANNELS, (4,), True, True, False),
+  'ttt': (CHANNELS, (), True, True, False),  # with shares
   'titans': (5, (), False, False, True),
   'titans_mlp': (5, (4,), False, False, True),
 }
@@ -73,6 +74,8 @@ def make(kind, length, *, state=False, batch=BATCH, seed=0, dtype=np.float64):
     arrays['weights'] = layers(HEADS)
     if norm:
       arrays['norm'] = (normal(HEADS, values), normal(HEADS, values))
+    if kind == 'ttt':
+      arrays['shares'] = uniform(CHUNK)
     if gates:
       arrays['log_decay'] = np.log(uniform(*shape))
       arrays['log_momentum'] = np.log(uniform(*shape))

@@ -33,9 +33,10 @@ from tests.optimized import optimized
 from tests.oracles import fast_weights as oracle
 
 LENGTH = 13
+SHARED = ('weights', 'norm', 'shares')  # by all tokens
 # Packed, and with a state. What is left out is part of what is in.
 CASES = [(kind, False) for kind in KINDS if kind not in ('mlp', 'titans')]
-CASES += [(kind, True) for kind in ('mlp', 'titans', 'lact_muon')]
+CASES += [(kind, True) for kind in ('mlp', 'ttt', 'titans', 'lact_muon')]
 
 
 def slopes(kind, arrays, state, ids, cotangents):
@@ -100,34 +101,33 @@ def test_lengths(kind):
       assert_close(apply(kind, to_jax(arrays)), expected, 1e-11)
 
 
-@pytest.mark.parametrize('kind', ['lact', 'titans'])
+@pytest.mark.parametrize('kind', ['lact', 'ttt', 'titans'])
 def test_state_continues_at_every_cut(kind):
   arrays, state = make(kind, 7, state=True)
-  weights = arrays.pop('weights')
-  expected = expected_of(kind, {**arrays, 'weights': weights}, state)
+  whole = {n: arrays.pop(n) for n in SHARED if n in arrays}
+  expected = expected_of(kind, {**arrays, **whole}, state)
   with jax.enable_x64(True):
     for cut in range(1, 7):
       now, outs = to_jax(state), []
       for span in (slice(cut), slice(cut, 7)):
         part = {name: x[:, span] for name, x in arrays.items()}
-        out, now = apply(kind, to_jax({**part, 'weights': weights}), now)
+        out, now = apply(kind, to_jax({**part, **whole}), now)
         outs.append(out)
       assert_close((jnp.concatenate(outs, 1), now), expected, 1e-11)
 
 
-@pytest.mark.parametrize('kind', ['lact', 'mlp'])
+@pytest.mark.parametrize('kind', ['lact', 'ttt'])
 def test_packed_equals_separate(kind):
   lengths = (6, 1, 1, 6, 6)
   ids = np.repeat(np.array([4, 1, 2, 1, 7], np.int32), lengths)[None]
   arrays, _ = make(kind, sum(lengths), batch=1)
-  shared = ('weights', 'norm')
   with jax.enable_x64(True):
     arrays = to_jax(arrays)
     out, state = apply(kind, arrays, ids=ids)
     ends = np.cumsum(lengths)
     for start, end in zip(ends - lengths, ends, strict=True):
       part = {
-        name: x if name in shared else x[:, start:end]
+        name: x if name in SHARED else x[:, start:end]
         for name, x in arrays.items()
       }
       separate, last = apply(kind, part)
@@ -135,7 +135,7 @@ def test_packed_equals_separate(kind):
     assert_close(state, last, 1e-12)
 
 
-@pytest.mark.parametrize('kind', ['lact', 'mlp', 'titans'])
+@pytest.mark.parametrize('kind', ['lact', 'ttt', 'titans'])
 def test_causality_is_bitwise(kind):
   arrays, _ = make(kind, LENGTH, dtype=np.float32)
   other, _ = make(kind, LENGTH, seed=3, dtype=np.float32)
@@ -148,7 +148,7 @@ def test_causality_is_bitwise(kind):
       return np.concatenate([x[:, :cut], y[:, cut:]], 1)
 
     changed = {
-      name: x if name in ('weights', 'norm') else splice(x, other[name])
+      name: x if name in SHARED else splice(x, other[name])
       for name, x in arrays.items()
     }
     changed = run(changed, splice(ids, other_ids))
@@ -200,7 +200,7 @@ def _without_momentum(arrays):
 
 @pytest.mark.parametrize(
   'kind, form',
-  [('lact_muon', None), ('mlp', 'recurrent'), ('linear', 'chunkwise')],
+  [('lact_muon', None), ('ttt', 'recurrent'), ('linear', 'chunkwise')],
 )
 def test_bidirectional(kind, form):
   arrays, _ = make(kind, LENGTH)
@@ -243,6 +243,20 @@ def test_one_mini_batch_is_linear_attention():
     expected, memory = linear_attention(**arrays, scale=1)
     assert_close(out, expected, 1e-12)
     assert_close(state.weights[0][0], memory, 1e-12)
+
+
+def test_a_mini_batch_steps_by_its_mean_gradient():
+  """With the shares of TTT, of a linear model from zero."""
+  with jax.enable_x64(True):
+    arrays, weights = _linear(CHUNK + 1)
+    arrays['learning_rate'] = arrays['learning_rate'].at[:, -1].set(0)
+    run = functools.partial(
+      fast_weights, **arrays, weights=weights, chunk_size=CHUNK
+    )
+    out, _ = run(shares=1 / jnp.arange(1, CHUNK + 1))
+    total, _ = run()
+    counts = jnp.array([*range(1, CHUNK + 1), CHUNK])[:, None, None]
+    assert_close(out, total / counts, 1e-12)
 
 
 def test_updates_without_a_learning_rate_diverge():
@@ -303,6 +317,10 @@ def test_wrong_calls():
     wrong(weights=((weight[:, :2], bias),))
   with pytest.raises(ValueError, match=r'weights\[0\]\[1\] has shape'):
     wrong(weights=((weight, bias[:1]),))
+  with pytest.raises(ValueError, match='shares has shape'):
+    wrong(shares=jnp.ones(4))
+  with pytest.raises(ValueError, match='no meaning with gates'):
+    wrong(shares=jnp.ones(16), log_momentum=-arrays['learning_rate'])
   with pytest.raises(ValueError, match='weights is empty'):
     wrong(weights=())
   with pytest.raises(ValueError, match='pass equal ones'):

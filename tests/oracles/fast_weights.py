@@ -67,6 +67,7 @@ def fast_weights(
   *,
   weights,
   norm=None,
+  shares=None,
   log_decay=None,
   log_momentum=None,
   activation='gelu',
@@ -95,6 +96,7 @@ def fast_weights(
         **turned,
         weights=weights,
         norm=norm,
+        shares=shares,
         activation=activation,
         chunk_size=chunk_size,
       )
@@ -122,6 +124,8 @@ def fast_weights(
           and segment_ids[b, t] != segment_ids[b, t - 1]
         ):
           base, now, past, count = first, first, _scaled(first, 0.0), 0
+        if count == chunk_size and shares is not None:
+          now = _between(base, now, shares[-1])
         if count in (0, chunk_size):
           base, count = now, 0
         count += 1
@@ -130,7 +134,10 @@ def fast_weights(
         decay = 1 if log_decay is None else np.exp(log_decay[b, t, n])
         past = _sum(_scaled(past, held), g, -learning_rate[b, t, n])
         now = _sum(_scaled(now, decay), past, 1.0)
-        out[b, t, n] = model(now, head_norm, activation, q[b, t, n])[0]
+        read = now
+        if shares is not None:
+          read = _between(base, now, shares[count - 1])
+        out[b, t, n] = model(read, head_norm, activation, q[b, t, n])[0]
       moving = None if log_momentum is None else past
       states.append((base, now, moving, count))
   counts = np.array([s[3] for s in states]).reshape(batch, heads)[:, 0]
@@ -250,6 +257,11 @@ def _scaled(layers, factor):
     (factor * weight, None if bias is None else factor * bias)
     for weight, bias in layers
   ]
+
+
+def _between(layers, others, share):
+  """The first, moved by a share of the way to the others."""
+  return _sum(_scaled(layers, 1 - share), others, share)
 
 
 def _sum(layers, others, factor):

@@ -19,6 +19,11 @@ gradients e of a layer at these weights, a mini-batch of C tokens is
 
 matrix products with A [C, C] from the scalar gates (the paper's dual form):
 O(T (C (H + F) + H F)) time per head for layers of H x F, state O(H F).
+
+With `shares` a, token i of a mini-batch that began at W reads the weights
+W + a_i (W_t - W), and the next mini-batch begins at those of the last token.
+The shares of TTT are 1 / (i + 1): of the gradients so far, not their sum but
+their mean.
 """
 
 import functools
@@ -45,7 +50,7 @@ class FastState(NamedTuple):
 
   Attributes:
     base: the weights at which gradients are taken.
-    weights: the weights now.
+    weights: W_t, the weights now, before any shares.
     momentum: M, None without momentum.
     count: [B], tokens seen since `base`, 0 to chunk_size.
   """
@@ -64,6 +69,7 @@ def fast_weights(
   *,
   weights: Layers,
   norm: tuple[Float[Array, 'N V'], Float[Array, 'N V']] | None = None,
+  shares: Float[Array, 'C'] | None = None,
   log_decay: Float[Array, 'B T N'] | None = None,
   log_momentum: Float[Array, 'B T N'] | None = None,
   activation: str = 'gelu',
@@ -86,6 +92,8 @@ def fast_weights(
       weight [N, inputs, outputs], and its bias [N, outputs] or None.
     norm: scale and bias of a layer norm (epsilon 1e-6) over the output of the
       last layer, whose result is added to the input; needs V = H.
+    shares: [chunk_size], how much of what its mini-batch has changed so far
+      each token reads, without gates; None: all.
     log_decay: <= 0, of the weights; None keeps all. -inf forgets all.
     log_momentum: <= 0, of the past updates; None: M_t = -eta_t g_t.
     activation: between layers, 'gelu' (tanh form) or 'silu'.
@@ -106,8 +114,13 @@ def fast_weights(
       when `bidirectional`.
   """
   mini_batches.check(form, implementation, 'fast_weights')
-  _check(q, k, v, learning_rate, weights, norm, log_decay, log_momentum)
-  shapes.check_shapes({'segment_ids': (segment_ids, q.shape[:2])})
+  _check(q, k, v, learning_rate, weights, norm, shares, log_decay, log_momentum)
+  shapes.check_shapes(
+    {
+      'segment_ids': (segment_ids, q.shape[:2]),
+      'shares': (shares, (chunk_size,)),
+    }
+  )
   if activation not in ACTIVATIONS:
     raise ValueError(
       f'activation = {activation!r}: pass one of {tuple(ACTIVATIONS)}.'
@@ -142,17 +155,31 @@ def fast_weights(
   )
   if norm is not None:  # against tokens [B, N, C, V]
     norm = tuple(x.astype(dtype)[:, None] for x in norm)
-  run = functools.partial(
-    mini_batches.run,
-    _begin,
-    functools.partial(_learn, norm=norm, activation=ACTIVATIONS[activation]),
-    form=form,
-    chunk_size=chunk_size,
-  )
-  out, state = run(tokens, fresh[:3], state, segment_ids=segment_ids)
+  if shares is not None:
+    shares = shares.astype(dtype)
+
+  def run(tokens, state, segment_ids):
+    share = None
+    if shares is not None:
+      places = mini_batches.places(
+        q.shape[1], state and state[1], segment_ids, chunk_size
+      )
+      share = shares[places][:, :, None, None]
+    return mini_batches.run(
+      functools.partial(_begin, share=None if shares is None else shares[-1]),
+      functools.partial(_learn, norm=norm, activation=ACTIVATIONS[activation]),
+      (*tokens, share),
+      fresh[:3],
+      state,
+      segment_ids=segment_ids,
+      form=form,
+      chunk_size=chunk_size,
+    )
+
+  out, state = run(tokens, state, segment_ids)
   if bidirectional:
     tokens, segment_ids = forms.reversed_tokens((tokens, segment_ids))
-    backward, _ = run(tokens, fresh[:3], None, segment_ids=segment_ids)
+    backward, _ = run(tokens, None, segment_ids)
     return (out + jnp.flip(backward, 1)).astype(v.dtype), None
   return out.astype(v.dtype), FastState(*state[0], state[1])
 
@@ -168,15 +195,17 @@ def fresh_state(
   return FastState(layers, layers, moving, jnp.zeros(batch, jnp.int32))
 
 
-def _begin(carry):
-  _, weights, momentum = carry
+def _begin(carry, *, share):
+  base, weights, momentum = carry
+  if share is not None:
+    weights = jax.tree.map(lambda b, w: b + share * (w - b), base, weights)
   return weights, weights, momentum
 
 
 def _learn(carry, tokens, seen, *, norm, activation):
   """Tokens [B, N, C, X] of one mini-batch; see `mini_batches.run`."""
   base, weights, momentum = carry
-  q, k, v, rate, log_decay, log_momentum = tokens
+  q, k, v, rate, log_decay, log_momentum, share = tokens
   dtype = rate.dtype
   operand = shapes.operand(dtype, q, k, v)
 
@@ -204,7 +233,12 @@ def _learn(carry, tokens, seen, *, norm, activation):
     if momentum is not None:
       z = z + mix.lift * layer(y, *momentum[i])
     scores = dot('bnth,bnsh->bnts', y, x) + float(affine)
-    z = z - dot('bnts,bnsf->bntf', mix.write * scores, error)
+    change = dot('bnts,bnsf->bntf', mix.write * scores, error)
+    if share is not None:
+      change = share * change
+      if weights is not base:  # not the first tokens of the mini-batch
+        z = share * z + (1 - share) * layer(y, *base[i])
+    z = z - change
 
     def gradient(per_token, x=x, error=error, affine=affine):
       error = error * per_token[..., None]
@@ -311,7 +345,9 @@ def _cast(state, dtype):
   return FastState(*layers, state.count)
 
 
-def _check(q, k, v, learning_rate, weights, norm, log_decay, log_momentum):
+def _check(
+  q, k, v, learning_rate, weights, norm, shares, log_decay, log_momentum
+):
   shapes.check_qkv(q, k, v)
   batch, length, heads, channels = k.shape
   values = v.shape[-1]
@@ -345,6 +381,11 @@ def _check(q, k, v, learning_rate, weights, norm, log_decay, log_momentum):
   for gate in (log_decay, log_momentum):
     if gate is not None:
       shapes.check_log_decay(gate)
+      if shares is not None:
+        raise ValueError(
+          'shares have no meaning with gates: pass log_decay and log_momentum'
+          ' without them.'
+        )
 
 
 def _check_state(state, fresh):

@@ -42,6 +42,30 @@ def check(form: str | None, implementation: str | None, name: str) -> None:
     )
 
 
+def places(
+  length: int,
+  count: Int[Array, 'B'] | None,
+  segment_ids: Int[Array, 'B T'] | None,
+  chunk_size: int,
+) -> Int[Array, '#B T']:
+  """Returns the place of each token in its mini-batch, 0 to chunk_size - 1.
+
+  Args:
+    length: T.
+    count: tokens of the mini-batch under way before the first token, as a
+      state holds them; None for 0.
+    segment_ids: as in `run`.
+    chunk_size: tokens per mini-batch.
+  """
+  index = jnp.arange(length)[None]
+  found = index if count is None else index + count[:, None]
+  if segment_ids is not None:
+    starts = chunks.segment_starts(segment_ids)
+    first = jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+    found = jnp.where(first > 0, index - first, found)
+  return found % chunk_size
+
+
 def run(
   begin: Callable,
   learn: Callable,

@@ -68,9 +68,8 @@ class FastMLP(nnx.Module):
       arrays | leaves,
       segment_ids=segment_ids,
       state=state,
-      layouts={
-        name: ('N', 'NH', 'NHV')[x.ndim - 1] for name, x in leaves.items()
-      },
+      layouts={'shares': 'C'}
+      | {name: ('N', 'NH', 'NHV')[x.ndim - 1] for name, x in leaves.items()},
       **options,
     )
 

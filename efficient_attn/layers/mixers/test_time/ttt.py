@@ -1,15 +1,21 @@
 """TTT layers (Sun et al. 2407.04620): the state is a model being trained.
 
-  W_t = W_{t-1} - eta_t grad |f(k_t; W) - v_t|^2 / 2      o_t = f(q_t; W_t)
+  W_t = W - a_i sum_{s <= t} eta_s grad |f(k_s; W) - v_s|^2 / 2, s and t from
+  the mini-batch that began at W, where t has place i;     o_t = f(q_t; W_t)
   f(x) = x + LN(W x + b)                                  TTT-Linear
   f(x) = x + LN(W_2 gelu(W_1 x + b_1) + b_2)              TTT-MLP, 4x as wide
   eta_t = base_rate sigmoid(w . x_t + c) / H              per head
+  a_i = max(1 / (i + 1) + p_i, 0)                         p learned, from 0
 
 Gradients are taken at the weights before the mini-batch: `chunk_size` is the
 paper's inner mini-batch b = 16, a part of the definition. It is the version
 for a Transformer backbone: own projections for q, k and v, no convolution,
-rotary positions counted inside the mini-batch, a layer norm over the joined
-heads and a gate gelu(W_g x). The initial weights, learned, are N(0, 0.02^2).
+rotary positions counted inside the mini-batch, and a layer norm over the joined
+heads. The initial weights, learned, are N(0, 0.02^2).
+
+With `mean_gradient=False` a_i = 1: the printed sum, whose steps grow with the
+mini-batch. `gate` multiplies the output by gelu(W_g x), as the version for a
+Mamba backbone does.
 """
 
 import jax
@@ -41,6 +47,8 @@ class TTTLinear(nnx.Module):
     rngs: nnx.Rngs,
     base_rate: PositiveFloat = 1.0,
     rotary_base: PositiveFloat = 10_000.0,
+    mean_gradient: bool = True,
+    gate: bool = False,
     chunk_size: ChunkSize = 16,
   ):
     head_dim = d_model // num_heads
@@ -56,8 +64,13 @@ class TTTLinear(nnx.Module):
     )
     widths = (head_dim, *(x * head_dim for x in self.hidden), head_dim)
     self.model = FastMLP(num_heads, widths, norm=True, std=INIT_STD, rngs=rngs)
+    self.shift = (
+      param(jnp.zeros(chunk_size), (None,)) if mean_gradient else None
+    )
     self.norm = JoinedLayerNorm(*shape)
-    self.gate = Projection({'embed': d_model}, heads, rngs=rngs)
+    self.gate = (
+      Projection({'embed': d_model}, heads, rngs=rngs) if gate else None
+    )
     self.out = Projection(heads, {'embed': d_model}, rngs=rngs)
     self.base_rate = base_rate / head_dim
     self.rotary_base = rotary_base
@@ -79,6 +92,7 @@ class TTTLinear(nnx.Module):
         k=rotary(k, inner, base=self.rotary_base),
         v=v,
         learning_rate=self.base_rate * rate,
+        shares=self._shares(),
       ),
       segment_ids=segment_ids,
       state=cache and cache['state'],
@@ -87,7 +101,17 @@ class TTTLinear(nnx.Module):
     )
     if cache is not None:
       cache = dict(state=state, length=cache['length'] + length)
-    return self.out(self.norm(o) * jax.nn.gelu(self.gate(x))), cache
+    y = self.norm(o)
+    if self.gate is not None:
+      y = y * jax.nn.gelu(self.gate(x))
+    return self.out(y), cache
+
+  def _shares(self):
+    """Returns a [chunk_size], or None where it is 1."""
+    if self.shift is None:
+      return None
+    mean = 1 / jnp.arange(1, self.chunk_size + 1)
+    return jax.nn.relu(mean + use(self.shift, jnp.float32))
 
   def init_cache(self, batch: int, max_len: int, dtype):
     """Returns the initial weights; `max_len` does not matter."""
