@@ -13,7 +13,7 @@ from efficient_attn.ops.recurrent.delta_rule import delta_rule
 from efficient_attn.ops.recurrent.fast_weights import fast_weights, fresh_state
 from efficient_attn.ops.recurrent.lact import lact
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
-from efficient_attn.ops.recurrent.muon import orthogonalize
+from efficient_attn.ops.recurrent.muon import JORDAN, TUNED, orthogonalize
 from tests.ops.fast_weights_cases import (
   CHUNK,
   HEADS,
@@ -289,17 +289,21 @@ def test_normalisation_keeps_lact_where_it_started():
     )
 
 
-def test_orthogonalize():
+@pytest.mark.parametrize(
+  'steps, known, low, high',
+  [(JORDAN, oracle.JORDAN, 0.6, 1.25), (TUNED, oracle.TUNED, 0.97, 1.04)],
+)
+def test_orthogonalize(steps, known, low, high):
   rng = np.random.default_rng(0)
   g = rng.standard_normal((2, 5, 3))
   with jax.enable_x64(True):
-    run = jax.jit(orthogonalize)
+    run = jax.jit(functools.partial(orthogonalize, steps=steps))
     for x in (g, g.swapaxes(-2, -1)):
       actual = np.asarray(run(x))
-      expected = np.stack([oracle.newton_schulz(y) for y in x])
+      expected = np.stack([oracle.newton_schulz(y, known) for y in x])
       np.testing.assert_allclose(actual, expected, atol=1e-12)
       singular = np.linalg.svd(actual, compute_uv=False)
-      assert 0.6 < singular.min() and singular.max() < 1.25
+      assert low < singular.min() and singular.max() < high
       # The scale of the gradient does not matter, however small or large.
       for factor in (1e-200, 1e200):
         np.testing.assert_allclose(run(x * factor), expected, atol=1e-12)

@@ -154,6 +154,7 @@ def lact(
   weights,
   momentum=None,
   use_muon=True,
+  muon_steps=None,
   initial_state=None,
   segment_ids=None,
   bidirectional=False,
@@ -180,7 +181,9 @@ def lact(
 
       def update(w, g, m, share, count, norms=norms):
         step = [share / count * x + y for x, y in zip(m, g, strict=True)]
-        change = [newton_schulz(x) for x in step] if use_muon else step
+        change = step
+        if use_muon:
+          change = [newton_schulz(x, muon_steps or TUNED) for x in step]
         moved = [x + y for x, y in zip(w, change, strict=True)]
         moved = [
           x / np.linalg.norm(x, axis=0) * norm
@@ -236,12 +239,23 @@ def lact(
   return out, (*parts, shares, counts)
 
 
-def newton_schulz(g):
+JORDAN = np.tile([3.4445, -4.7750, 2.0315], (5, 1)).tolist()
+# Of the released code of LaCT, lact_llm/lact_model/ttt_operation.py.
+TUNED = [
+  [4.0848, -6.8946, 2.9270],
+  [3.9505, -6.3029, 2.6377],
+  [3.7418, -5.5913, 2.3037],
+  [2.8769, -3.1427, 1.2046],
+  [2.8366, -3.0525, 1.2012],
+]
+
+
+def newton_schulz(g, steps):
   """On the singular values: odd polynomials act on each of them alone."""
   u, s, vt = np.linalg.svd(g, full_matrices=False)
   s = s / np.sqrt(np.sum(s**2))
-  for _ in range(5):
-    s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+  for a, b, c in steps:
+    s = a * s + b * s**3 + c * s**5
   return u @ np.diag(s) @ vt
 
 

@@ -57,6 +57,7 @@ def lact(
   weights: SwiGLU,
   momentum: Float[Array, 'B T N'] | None = None,
   use_muon: bool = True,
+  muon_steps: tuple[tuple[float, float, float], ...] = muon.TUNED,
   initial_state: LactState | None = None,
   segment_ids: Int[Array, 'B T'] | None = None,
   bidirectional: bool = False,
@@ -76,6 +77,7 @@ def lact(
       segment.
     momentum: share of the last update that the next one repeats, 0 to 1.
     use_muon: orthogonalise updates with `muon.orthogonalize`.
+    muon_steps: its steps, `muon.TUNED` or `muon.JORDAN`.
     initial_state: continues the sequence of an earlier call.
     segment_ids: the model is that of `weights` again at every token whose id
       differs from the id of the token before it.
@@ -101,9 +103,11 @@ def lact(
   if momentum is not None:
     momentum = momentum.astype(dtype)[..., None]
   tokens = (q, k, v, learning_rate, momentum)
+  steps = muon_steps if use_muon else None
+  begin = functools.partial(_begin, norms=norms, steps=steps)
   if bidirectional:
     return _bidirectional(
-      tokens, fresh, norms, use_muon, initial_state, segment_ids
+      tokens, fresh, begin, initial_state, segment_ids
     ), None
 
   state = None
@@ -112,7 +116,7 @@ def lact(
     state = jax.tree.map(lambda x: x.astype(dtype), tuple(initial_state[:4]))
     state = state, initial_state.count
   out, state = mini_batches.run(
-    functools.partial(_begin, norms=norms, size=chunk_size, use_muon=use_muon),
+    functools.partial(begin, size=chunk_size),
     _learn,
     tokens,
     tuple(fresh[:4]),
@@ -139,7 +143,7 @@ def fresh_state(
   )
 
 
-def _begin(carry, *, norms, size, use_muon):
+def _begin(carry, *, norms, size, steps):
   """The update with a whole chunk; without gradients nothing changes."""
   weights, gradient, velocity, momentum = carry
   step = gradient
@@ -147,8 +151,8 @@ def _begin(carry, *, norms, size, use_muon):
     share = (momentum / size)[..., None, None]
     step = tuple(share * m + g for m, g in zip(velocity, gradient, strict=True))
     velocity, momentum = step, jnp.zeros_like(momentum)
-  if use_muon:
-    step = tuple(map(muon.orthogonalize, step))
+  if steps is not None:
+    step = tuple(muon.orthogonalize(x, steps=steps) for x in step)
 
   def update(w, d, norm):
     w = w + d
@@ -202,7 +206,7 @@ def _gradient(weights, k, v, rate):
   )
 
 
-def _bidirectional(tokens, fresh, norms, use_muon, initial_state, segment_ids):
+def _bidirectional(tokens, fresh, begin, initial_state, segment_ids):
   shapes.check_directions(True, initial_state)
   if segment_ids is not None:
     raise NotImplementedError(
@@ -214,7 +218,7 @@ def _bidirectional(tokens, fresh, norms, use_muon, initial_state, segment_ids):
   tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, -2), tokens)
   seen = jnp.ones((1, 1, length), bool)  # the last row
   carry, _ = _learn(tuple(fresh[:4]), tokens, seen)
-  weights, *_ = _begin(carry, norms=norms, size=length, use_muon=use_muon)
+  weights, *_ = begin(carry, size=length)
   return jnp.moveaxis(_apply(weights, tokens[0]), -2, 1).astype(v.dtype)
 
 

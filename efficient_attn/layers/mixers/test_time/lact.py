@@ -10,9 +10,16 @@ on -f(k') . v' with rates softplus(.) near 0.001 per token, head and matrix and
 momentum sigmoid(.). The sliding window sees what happens inside a chunk
 ("shifted block causal"). The fast weights have few, wide heads.
 
-The defaults are those of the published language models' configuration. With
-`muon` updates are orthogonalised, the paper's other variant, which magnifies
-rounding errors as it does small singular values: up to 3.4^5 times.
+The defaults are those of the published configuration of language models of
+760M parameters: W_1 and W_3 start, to have few parameters, as matrices of rank
+`rank` plus I / 2; 0 learns all of them. With `muon` updates are
+orthogonalised, the paper's other variant, which magnifies rounding errors as
+it does small singular values: up to 490 times. `tuned_muon` has the released
+code's coefficients for each of its steps, otherwise Jordan's.
+
+Norms differ from the released code in their epsilon: q' and k' have
+sqrt(|x|^2 + 1e-6), not |x| + 1e-5, and the norms of weights none. Muon runs in
+float32, there in bfloat16.
 
 An encoder makes one update with all tokens, then all read it; its window
 reaches window // 2 tokens to each side.
@@ -36,6 +43,7 @@ from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops import masks
 from efficient_attn.ops.positions import rotary
 from efficient_attn.ops.recurrent.lact import fresh_state, lact
+from efficient_attn.ops.recurrent.muon import JORDAN, TUNED
 from efficient_attn.ops.softmax.attention import attention
 from efficient_attn.values import (
   ChunkSize,
@@ -64,9 +72,12 @@ class LaCT(nnx.Module):
     rngs: nnx.Rngs,
     fast_heads: NonNegative = 0,
     expand: Positive = 1,
+    rank: NonNegative = 32,
     muon: bool = False,
+    tuned_muon: bool = True,
     window: NonNegative = 0,
-    rotary_base: PositiveFloat = 10_000.0,
+    rotary_base: PositiveFloat = 1_000_000.0,
+    norm_eps: PositiveFloat = 1e-5,
     chunk_size: ChunkSize = 2048,
   ):
     fast_heads = fast_heads or math.gcd(num_heads, 4)
@@ -93,13 +104,18 @@ class LaCT(nnx.Module):
     )
     hidden = expand * width
     self.weights = nnx.List(
-      param(
-        jax.random.normal(rngs.params(), (fast_heads, i, o)) / math.sqrt(i),
+      _LowRankStart(fast_heads, *sizes, rank, rngs=rngs)
+      if rank and i != 1
+      else param(
+        jax.random.normal(rngs.params(), (fast_heads, *sizes))
+        / math.sqrt(sizes[0]),
         ('heads', None, None),
       )
-      for i, o in ((width, hidden), (hidden, width), (width, hidden))
+      for i, sizes in enumerate(
+        ((width, hidden), (hidden, width), (width, hidden))
+      )
     )
-    self.norm = RMSNorm(width)
+    self.norm = RMSNorm(width, eps=norm_eps)
     self.gate = Projection(
       {'embed': d_model}, {'heads': fast_heads}, bias=True, rngs=rngs
     )
@@ -109,7 +125,10 @@ class LaCT(nnx.Module):
     self.rotary_base = rotary_base
     self.causal = causal
     self.options = dict(
-      use_muon=muon, chunk_size=chunk_size, bidirectional=not causal
+      use_muon=muon,
+      muon_steps=TUNED if tuned_muon else JORDAN,
+      chunk_size=chunk_size,
+      bidirectional=not causal,
     )
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
@@ -194,13 +213,41 @@ class LaCT(nnx.Module):
     return rotary(_regroup(x, self.heads[1]), positions, base=self.rotary_base)
 
   def _weights(self):
-    return tuple(use(w, jnp.float32) for w in self.weights)
+    return tuple(
+      w() if isinstance(w, _LowRankStart) else use(w, jnp.float32)
+      for w in self.weights
+    )
 
   def init_cache(self, batch: int, max_len: int, dtype):
     """Returns the initial weights and an empty window."""
     state = fresh_state(self._weights(), batch, momentum=True)
     keys = empty_keys(batch, self.window - 1, self.heads, dtype)
     return keys | dict(state=own_state(state, dtype))
+
+
+class _LowRankStart(nnx.Module):
+  """Matrices left right + I / 2 [N, inputs, outputs] of few parameters."""
+
+  def __init__(
+    self, heads: int, inputs: int, outputs: int, rank: int, *, rngs: nnx.Rngs
+  ):
+    self.left, self.right = (
+      param(
+        jax.random.normal(rngs.params(), (heads, *sizes))
+        / (2 * math.sqrt(fan)),
+        ('heads', None, None),
+      )
+      for sizes, fan in (((inputs, rank), inputs), ((rank, outputs), rank))
+    )
+
+  def __call__(self) -> jax.Array:
+    """Returns the matrices, float32."""
+
+    def op(left, right):
+      return left @ right + jnp.eye(left.shape[1], right.shape[2]) / 2
+
+    op = sharding.local_op(op, ('NHR', 'NRV'), 'NHV')
+    return op(use(self.left, jnp.float32), use(self.right, jnp.float32))
 
 
 def _regroup(x: jax.Array, width: int) -> jax.Array:
