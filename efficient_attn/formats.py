@@ -15,6 +15,7 @@ FORMAT = 2
 IMPLIED: dict[int, dict[str, dict[str, Any]]] = {
   2: {
     'lact': dict(rank=0, rotary_base=10_000.0, tuned_muon=False, norm_eps=1e-6),
+    'lightning': dict(rates='linear', silu_values=False, norm_scale=False),
     'slstm': dict(shared_norm=True),
     'ttt_linear': dict(mean_gradient=False, gate=True),
     'ttt_mlp': dict(mean_gradient=False, gate=True),

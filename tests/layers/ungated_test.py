@@ -172,22 +172,47 @@ def test_sla_adds_a_convolution_of_the_values(width, causal):
   np.testing.assert_allclose(y, expected, atol=TOLERANCE)
 
 
+EARLIER = dict(rates='linear', silu_values=False, norm_scale=False)
+
+
 @pytest.mark.parametrize('causal', [True, False])
-@pytest.mark.parametrize('decay', [True, False])
-def test_lightning(decay, causal):
-  mixer, x = make('lightning', causal=causal, decay=decay), inputs()
+@pytest.mark.parametrize(
+  'options',
+  [{}, {'depth': 0.5}, {'decay': False}, EARLIER, EARLIER | {'depth': 0.5}],
+  ids=str,
+)
+def test_lightning(options, causal):
+  mixer, x = make('lightning', causal=causal, **options), inputs()
   q, k, v = qkv(mixer, x)
+  linear, depth = 'rates' in options, options.get('depth', 0)
   weights = oracle.dot(oracle.silu(q), oracle.silu(k))
-  if decay:
-    np.testing.assert_array_equal(log_decays(4), jnp.array([0.0, -2, -4, -6]))
-    gate = np.broadcast_to(-8 * np.arange(N) / N, (B, T, N))
+  if options.get('decay', True):
+    # ALiBi: of two heads 2^-4 and 2^-8, the third is the first of four.
+    rates = np.array([2**-4, 2**-8, 2**-2]) * (1 - depth + 1e-5)
+    if linear:
+      rates = 8 * np.arange(N) / N * (1 - depth)
+    gate = np.broadcast_to(-rates, (B, T, N))
     weights = weights * oracle.decays(gate)
   mask = oracle.visible(IDS, causal)
+  v = v if linear else oracle.silu(v)
   o = oracle.attend(weights, v, mask, normalize=False)
   o = o / np.sqrt((o**2).mean((-2, -1), keepdims=True) + 1e-6)
+  if not linear:
+    o = o * value(mixer.norm.scale)
   gate = 1 / (1 + np.exp(-project(mixer.gate, x)))
   y = run(mixer, x, IDS)
   np.testing.assert_allclose(y, project(mixer.out, o * gate), atol=TOLERANCE)
+
+
+def test_rates_of_lightning_are_those_of_minimax():
+  # base ** exponent * factor of its attention in transformers, 64 heads.
+  for layer in (0, 7, 79):
+    factor = 1 - layer / (80 - 1 + 1e-5) + 1e-5
+    rates = (1 / 2 ** (8 / 64)) ** (np.arange(64) + 1) * factor
+    found = log_decays(64, 'alibi', layer / (80 - 1 + 1e-5))
+    np.testing.assert_allclose(found, -rates, rtol=1e-6)
+  earlier = log_decays(4, 'linear', 0.0)
+  np.testing.assert_array_equal(earlier, [0.0, -2, -4, -6])
 
 
 def test_chela():

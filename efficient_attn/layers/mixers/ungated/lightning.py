@@ -1,29 +1,43 @@
-"""Lightning attention (Qin et al. 2401.04658), of TransNormerLLM (2307.14995).
+"""Lightning attention (Qin et al. 2401.04658), as MiniMax-01 uses it.
 
   S_t = lambda_n S_{t-1} + k_t v_t^T     o_t = S_t^T q_t
-  q = silu(W_q x), k = silu(W_k x),  lambda_n = exp(-8 n / N) for head n < N
-  y = W_o (norm(o) * sigmoid(W_u x)),  norm(o) = o / rms(o) over all heads
+  q, k, v = silu(W_q x), silu(W_k x), silu(W_v x)
+  lambda_n = exp(-2^(-8 (n + 1) / N) (1 - depth + 1e-5)) for head n < N
+  y = W_o (norm(o) * sigmoid(W_u x)),  norm(o) = scale * o / rms(o)
 
-Not normalised by a sum of weights: the norm does that. The papers let the
-decay of head n fade with depth, times 1 - layer / layers; a mixer does not know
-its depth here, and all layers have the decay of the first. `decay=False` is
+with the root mean square over all heads. Not normalised by a sum of weights:
+the norm does that. The rates are the slopes of ALiBi, for a number of heads
+that is no power of two those of its authors' code. The code of
+TransNormerLLM (2307.14995) has a plain v, no scale and no sigmoid.
+
+`rates='linear'` are those that the papers print, lambda_n = exp(-8 n / N
+(1 - depth)): all heads but one in eight forget within a token. `decay=False` is
 the form without a gate that surveys list.
 """
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from efficient_attn.layers.head_norm import JointRMSNorm
 from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
-from efficient_attn.values import ChunkSize
+from efficient_attn.ops.scores import alibi_slopes
+from efficient_attn.values import ChunkSize, Fraction, OneOf
 
 
 class Lightning(nnx.Module):
-  """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+  """Token mixer [B, T, D] -> [B, T, D]; see the module docstring.
+
+  `depth` is the place of the layer in its model, 0 for the first and 1 for the
+  last: later layers forget more slowly.
+  """
 
   def __init__(
     self,
@@ -33,6 +47,10 @@ class Lightning(nnx.Module):
     causal: bool,
     rngs: nnx.Rngs,
     decay: bool = True,
+    rates: Annotated[str, OneOf(('alibi', 'linear'))] = 'alibi',
+    depth: Fraction = 0.0,
+    silu_values: bool = True,
+    norm_scale: bool = True,
     chunk_size: ChunkSize = 64,
   ):
     self.heads = heads = (num_heads, d_model // num_heads)
@@ -43,7 +61,9 @@ class Lightning(nnx.Module):
     self.qkv = QKV(d_model, query=heads, key=heads, value=heads, rngs=rngs)
     self.gate = Projection(d_in, inner, rngs=rngs)
     self.out = Projection(inner, d_in, rngs=rngs)
-    self.decay = decay
+    self.norm = JointRMSNorm(*heads, eps=1e-6) if norm_scale else _norm
+    self.decay = (rates, depth) if decay else None
+    self.silu_values = silu_values
     self.options = dict(
       scale=1, bidirectional=not causal, chunk_size=chunk_size
     )
@@ -52,19 +72,20 @@ class Lightning(nnx.Module):
     """Mixes tokens; see `layers.mixers` for the contract."""
     x = without_padding(x, segment_ids)
     (q, k, v), _ = self.qkv(x)
+    decay = self.decay and jnp.asarray(log_decays(self.heads[0], *self.decay))
     o, state = run_op(
       linear_attention,
       dict(
         q=jax.nn.silu(q),
         k=jax.nn.silu(k),
-        v=v,
-        log_decay=log_decays(self.heads[0]) if self.decay else None,
+        v=jax.nn.silu(v) if self.silu_values else v,
+        log_decay=decay,
       ),
       segment_ids=segment_ids,
       state=cache and cache['state'],
       **self.options,
     )
-    y = self.out(_norm(o) * jax.nn.sigmoid(self.gate(x)))
+    y = self.out(self.norm(o) * jax.nn.sigmoid(self.gate(x)))
     return y, cache and dict(state=state)
 
   def init_cache(self, batch: int, max_len: int, dtype):
@@ -73,9 +94,13 @@ class Lightning(nnx.Module):
     return dict(state=jnp.zeros((batch, n, h, h)))
 
 
-def log_decays(num_heads: int) -> jax.Array:
-  """Returns -8 n / N for each head n, float32 [N]; head 0 never forgets."""
-  return -8.0 * jnp.arange(num_heads) / num_heads
+def log_decays(num_heads: int, rates: str, depth: float) -> np.ndarray:
+  """Returns the log decay of each head, float32 [N]."""
+  if rates == 'linear':
+    slopes = 8 * np.arange(num_heads) / num_heads * (1 - depth)
+  else:
+    slopes = alibi_slopes(num_heads) * (1 - depth + 1e-5)
+  return -slopes.astype(np.float32)
 
 
 def _norm(o):
