@@ -14,6 +14,7 @@ FORMAT = 2
 # Format -> mixer -> the options that earlier formats imply.
 IMPLIED: dict[int, dict[str, dict[str, Any]]] = {
   2: {
+    'cosformer': dict(max_length=4096),
     'lact': dict(rank=0, rotary_base=10_000.0, tuned_muon=False, norm_eps=1e-6),
     'lightning': dict(rates='linear', silu_values=False, norm_scale=False),
     'slstm': dict(shared_norm=True),

@@ -132,8 +132,9 @@ CASES = {
   'performer-hyperbolic': (performer, {'hyperbolic': True, 'nb_features': 5}),
   'rfa': (rfa, {}),
   'rfa-gate': (rfa, {'gate': True, 'nb_features': 16}),
-  'cosformer': (
-    lambda m, q, k, x: oracle.cosine(q, k, m.max_length),
+  'cosformer': (lambda m, q, k, x: oracle.cosine(q, k, T), {}),
+  'cosformer-max': (
+    lambda m, q, k, x: oracle.cosine(q, k, 16),
     {'max_length': 16},
   ),
   'sana': (sana, {}),
@@ -296,6 +297,32 @@ def test_cosformer_refuses_what_is_too_long():
   call = lambda x, ids: mixer(x, segment_ids=ids)[0]  # noqa: E731
   assert jax.eval_shape(call, x[:, 1:], None).shape == (B, T - 1, D)
   assert jax.eval_shape(call, x, jnp.asarray(IDS)).shape == x.shape
+
+
+def test_cosformer_weighs_by_the_length_of_the_row():
+  """So that it is on at any length: the farthest token has weight ~ 0."""
+  mixer, x = make('cosformer'), inputs()
+  for length in (6, T):
+    q, k, v = qkv(mixer, x[:, :length])
+    ids = np.ones((B, length), int)
+    weights = oracle.cosine(q, k, length)
+    o = oracle.attend(weights, v, oracle.visible(ids, True))
+    y = run(mixer, x[:, :length])
+    np.testing.assert_allclose(y, project(mixer.out, o), atol=TOLERANCE)
+
+
+def test_cosformer_decodes_as_one_call_with_the_room_of_the_cache():
+  mixer, x = make('cosformer'), jnp.asarray(inputs(), jnp.float32)
+  step = jax.jit(lambda x, cache: mixer(x, cache=cache))
+  for room in (T, T + 3):
+    # What follows does not matter, but that there is room for it does.
+    longer = jnp.pad(x, ((0, 0), (0, room - T), (0, 0)))
+    expected = mixer(longer)[0][:, :T]
+    cache = mixer.init_cache(B, room, x.dtype)
+    first, cache = step(x[:, :7], cache)
+    second, _ = step(x[:, 7:], cache)
+    y = jnp.concatenate([first, second], 1)
+    np.testing.assert_allclose(y, expected, atol=2e-5)
 
 
 def test_sla_refuses_an_even_width_in_an_encoder():

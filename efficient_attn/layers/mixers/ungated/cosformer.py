@@ -3,47 +3,66 @@
   o_t = sum_s w_ts v_s / sum_s w_ts
   w_ts = (relu(q_t) . relu(k_s)) cos(pi (t - s) / (2 M))
 
-The cosine of a difference splits into features of t and of s. M, `max_length`,
-is the longest distance with a weight: beyond it the cosine is negative, so
-longer sequences are refused. With `segment_ids` the length of a segment is not
-known before the call, and nothing may be longer than M.
+The cosine of a difference splits into features of t and of s. M is the longest
+distance with a weight, beyond which the cosine is negative: the length T of
+the rows, as in the released code, or `max_length`. Packed segments have the M
+of their row. With a cache M is what the cache has room for, so a prompt and
+what follows it equal one call with as many tokens as that; a model that
+decodes more or fewer tokens than it was trained on needs `max_length`.
+
+More than `max_length` tokens are refused. With `segment_ids` it is segments
+that have to be shorter, whose length is not known before the call. The
+projections have no biases, unlike those of the released code.
 """
 
+import jax.numpy as jnp
+
 from efficient_attn.config import ConfigError
+from efficient_attn.layers.cache import next_positions
 from efficient_attn.layers.mixers.ungated.kernel import Kernel
 from efficient_attn.ops.recurrent import feature_maps
-from efficient_attn.values import Positive
+from efficient_attn.values import NonNegative
 
 
 class CosFormer(Kernel):
-  """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+  """Token mixer [B, T, D] -> [B, T, D]; see the module docstring.
 
-  def __init__(self, *, max_length: Positive = 4096, **options):
+  `max_length` = 0 takes the length of the rows, or of the cache.
+  """
+
+  def __init__(self, *, max_length: NonNegative = 0, **options):
     super().__init__(**options)
     self.max_length = max_length
 
   def features(self, q, k, positions):
-    """Returns phi_t(q_t), phi_t(k_t)."""
+    """Returns phi_t(q_t), phi_t(k_t); `positions` count in units of M."""
     return tuple(
-      feature_maps.cosine(x, positions, max_length=self.max_length)
-      for x in (q, k)
+      feature_maps.cosine(x, positions, max_length=1) for x in (q, k)
     )
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
     """Mixes tokens; see `layers.mixers` for the contract."""
+    length = x.shape[1]
     if segment_ids is None:
-      self._check(x.shape[1])
-    return super().__call__(
-      x, positions=positions, segment_ids=segment_ids, cache=cache
+      self._check(length)
+    if positions is None:
+      positions = next_positions(cache, length)
+    longest = self.max_length or length
+    if cache is not None:
+      longest = cache['longest']
+    y, after = super().__call__(
+      x, positions=positions / longest, segment_ids=segment_ids, cache=cache
     )
+    return y, cache and after | dict(longest=longest)
 
   def init_cache(self, batch: int, max_len: int, dtype):
-    """Returns the zero state, (S, z), for at most `max_length` tokens."""
+    """Returns the zero state, (S, z), for at most `max_len` tokens."""
     self._check(max_len)
-    return super().init_cache(batch, max_len, dtype)
+    longest = jnp.array(self.max_length or max_len, jnp.int32)
+    return super().init_cache(batch, max_len, dtype) | dict(longest=longest)
 
   def _check(self, length):
-    if length > self.max_length:
+    if self.max_length and length > self.max_length:
       raise ConfigError(
         f'cosformer: {length} tokens are more than max_length='
         f'{self.max_length}, past which weights are negative; raise '
