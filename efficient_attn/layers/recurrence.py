@@ -75,9 +75,10 @@ class GatedOutput(nnx.Module):
     rngs: nnx.Rngs,
     activation: Callable = jax.nn.silu,
     rank: int = 0,
+    eps: float = 1e-6,
   ):
     heads = {'heads': num_heads, 'head_dim': value_dim}
-    self.norm = RMSNorm(value_dim)
+    self.norm = RMSNorm(value_dim, eps=eps)
     if rank:
       self.gate = LowRank(d_model, rank, heads, rngs=rngs)
     else:
@@ -93,9 +94,9 @@ class GatedOutput(nnx.Module):
 class NormedOutput(nnx.Module):
   """y = W_out norm_per_head(o), the output of DeltaNet."""
 
-  def __init__(self, d_model, num_heads, value_dim, *, rngs):
+  def __init__(self, d_model, num_heads, value_dim, *, eps: float, rngs):
     heads = {'heads': num_heads, 'head_dim': value_dim}
-    self.norm = RMSNorm(value_dim)
+    self.norm = RMSNorm(value_dim, eps=eps)
     self.out = Projection(heads, {'embed': d_model}, rngs=rngs)
 
   def __call__(self, o: jax.Array, x: jax.Array) -> jax.Array:

@@ -17,7 +17,10 @@ from tests.interop.pairs import D, N, Pair, build, cached, into, put, randomize
 
 
 def gated_deltanet() -> Pair:
-  """Their two key heads serve two value heads each; ours hold copies."""
+  """Their two key heads serve two value heads each; ours hold copies.
+
+  The eps is that of Qwen3-Next.
+  """
   from transformers.models.qwen3_next import modeling_qwen3_next as hf
 
   keys, key_dim, value_dim = 2, 6, 12
@@ -31,7 +34,7 @@ def gated_deltanet() -> Pair:
   )
   theirs = hf.Qwen3NextGatedDeltaNet(config, layer_idx=0)
   w = randomize(theirs, dt_bias=-2.0, norm=1.0)
-  ours = build('gated_deltanet', chunk_size=16)
+  ours = build('gated_deltanet', norm_eps=config.rms_norm_eps, chunk_size=16)
 
   def copies(a):
     return np.repeat(a, N // keys, axis=0)

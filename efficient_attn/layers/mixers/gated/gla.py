@@ -40,6 +40,7 @@ class GLA(nnx.Module):
     gate_rank: Positive = 16,
     gate_temperature: PositiveFloat = 16.0,
     conv_width: NonNegative = 0,
+    norm_eps: PositiveFloat = 1e-5,
     chunk_size: ChunkSize = 64,
   ):
     key_dim = int(expand_k * d_model / num_heads)
@@ -55,7 +56,9 @@ class GLA(nnx.Module):
     )
     heads = {'heads': num_heads, 'head_dim': key_dim}
     self.gate = LowRank(d_model, gate_rank, heads, bias=True, rngs=rngs)
-    self.out = GatedOutput(d_model, num_heads, value_dim, rngs=rngs)
+    self.out = GatedOutput(
+      d_model, num_heads, value_dim, eps=norm_eps, rngs=rngs
+    )
     self.gate_temperature = gate_temperature
     self.state_shape = (num_heads, key_dim, value_dim)
     self.options = dict(bidirectional=not causal, chunk_size=chunk_size)

@@ -31,6 +31,7 @@ class GSA(nnx.Module):
     rngs: nnx.Rngs,
     num_slots: Positive = 64,
     gate_temperature: PositiveFloat = 8.0,
+    norm_eps: PositiveFloat = 1e-5,
     chunk_size: ChunkSize = 64,
   ):
     head_dim = d_model // num_heads
@@ -41,7 +42,7 @@ class GSA(nnx.Module):
     )
     slots = {'heads': num_heads, 'slots': num_slots}
     self.decay = Projection(inputs, slots, rngs=rngs)
-    self.norm = JointRMSNorm(num_heads, head_dim)
+    self.norm = JointRMSNorm(num_heads, head_dim, eps=norm_eps)
     self.out = Projection(heads, inputs, rngs=rngs)
     self.gate_temperature = gate_temperature
     self.state_shape = (num_heads, num_slots, head_dim)

@@ -25,7 +25,7 @@ from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.diagonal_scan import diagonal_scan
-from efficient_attn.values import BelowOne, ChunkSize
+from efficient_attn.values import BelowOne, ChunkSize, PositiveFloat
 
 
 class HGRN(nnx.Module):
@@ -39,6 +39,7 @@ class HGRN(nnx.Module):
     causal: bool,
     rngs: nnx.Rngs,
     lower_bound: BelowOne = 0.0,
+    norm_eps: PositiveFloat = 1e-5,
     chunk_size: ChunkSize = 64,
   ):
     del causal  # always True, as the row says
@@ -52,7 +53,7 @@ class HGRN(nnx.Module):
     self.theta = param(theta, (*heads,), weight_decay=False)
     both = {'channels': 2 * d_model}
     self.gate = Projection(embed, both, bias=True, rngs=rngs)
-    self.norm = LayerNorm(2 * d_model)
+    self.norm = LayerNorm(2 * d_model, eps=norm_eps)
     self.out = Projection(both, embed, bias=True, rngs=rngs)
     self.lower_bound = lower_bound
     self.shape = shape

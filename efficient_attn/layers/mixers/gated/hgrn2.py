@@ -17,7 +17,7 @@ from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
-from efficient_attn.values import BelowOne, ChunkSize
+from efficient_attn.values import BelowOne, ChunkSize, PositiveFloat
 
 
 class HGRN2(nnx.Module):
@@ -31,6 +31,7 @@ class HGRN2(nnx.Module):
     causal: bool,
     rngs: nnx.Rngs,
     lower_bound: BelowOne = 0.0,
+    norm_eps: PositiveFloat = 1e-5,
     chunk_size: ChunkSize = 64,
   ):
     head_dim = d_model // num_heads
@@ -38,7 +39,7 @@ class HGRN2(nnx.Module):
     self.query, self.forget, self.value = (
       Projection({'embed': d_model}, heads, rngs=rngs) for _ in range(3)
     )
-    self.norm = JointRMSNorm(num_heads, head_dim)
+    self.norm = JointRMSNorm(num_heads, head_dim, eps=norm_eps)
     self.out = Projection(heads, {'embed': d_model}, rngs=rngs)
     self.lower_bound = lower_bound
     self.state_shape = (num_heads, head_dim, head_dim)

@@ -3,7 +3,9 @@
   S_t = gamma_n S_{t-1} + k_t v_t^T     o_t = S_t^T q_t / sqrt(H)
   gamma_n = 1 - 2^(-5-n) for head n; q and k carry rotary positions.
 
-The output is normalised per head and gated by silu(W_g x).
+The output is normalised per head and gated by silu(W_g x). As in fla, rotary
+frequencies are 10000^(-2i / H); those of torchscale end at 1 / 10000, and its
+norm has no weight and eps = 1e-6.
 """
 
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import GatedOutput, run_op
 from efficient_attn.ops.positions import rotary
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
-from efficient_attn.values import ChunkSize, Positive
+from efficient_attn.values import ChunkSize, Positive, PositiveFloat
 
 
 class Retention(nnx.Module):
@@ -29,6 +31,7 @@ class Retention(nnx.Module):
     causal: bool,
     rngs: nnx.Rngs,
     expand_v: Positive = 2,
+    norm_eps: PositiveFloat = 1e-5,
     chunk_size: ChunkSize = 64,
   ):
     head_dim = d_model // num_heads
@@ -41,7 +44,9 @@ class Retention(nnx.Module):
       value=(num_heads, value_dim),
       rngs=rngs,
     )
-    self.out = GatedOutput(d_model, num_heads, value_dim, rngs=rngs)
+    self.out = GatedOutput(
+      d_model, num_heads, value_dim, eps=norm_eps, rngs=rngs
+    )
     self.state_shape = (num_heads, head_dim, value_dim)
     self.options = dict(bidirectional=not causal, chunk_size=chunk_size)
 

@@ -20,7 +20,7 @@ from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
-from efficient_attn.values import ChunkSize, Positive
+from efficient_attn.values import ChunkSize, Positive, PositiveFloat
 
 
 class Rodimus(nnx.Module):
@@ -36,6 +36,7 @@ class Rodimus(nnx.Module):
     state_dim: Positive = 64,
     expand: Positive = 2,
     conv_width: Positive = 4,
+    norm_eps: PositiveFloat = 1e-5,
     chunk_size: ChunkSize = 64,
   ):
     value_dim = expand * d_model // num_heads
@@ -53,7 +54,7 @@ class Rodimus(nnx.Module):
     self.write_down = Projection(values, rank, rngs=rngs)
     self.write_up = Projection(rank, values, bias=True, rngs=rngs)
     self.skip = param(jnp.ones((num_heads, value_dim)), (*values,))
-    self.norm = JointRMSNorm(num_heads, value_dim)
+    self.norm = JointRMSNorm(num_heads, value_dim, eps=norm_eps)
     self.out = Projection(values, inputs, rngs=rngs)
     self.state_shape = (num_heads, state_dim, value_dim)
     self.chunk_size = chunk_size

@@ -19,7 +19,7 @@ from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.layers.token_shift import token_shift
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
-from efficient_attn.values import ChunkSize
+from efficient_attn.values import ChunkSize, PositiveFloat
 
 DEPTH = 0.5
 
@@ -34,6 +34,7 @@ class RWKV5(nnx.Module):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
+    norm_eps: PositiveFloat = 64e-5,
     chunk_size: ChunkSize = 64,
   ):
     head_dim = d_model // num_heads
@@ -56,7 +57,7 @@ class RWKV5(nnx.Module):
     bonus = DEPTH * (1 - channel) + zigzag
     self.bonus = param(bonus.reshape(num_heads, head_dim), (*heads,))
     # The paper divides o by 8 before a norm with eps = 1e-5.
-    self.norm = HeadLayerNorm(num_heads, head_dim, eps=64e-5)
+    self.norm = HeadLayerNorm(num_heads, head_dim, eps=norm_eps)
     self.out = Projection(heads, inputs, rngs=rngs)
     self.state_shape = (num_heads, head_dim, head_dim)
     self.chunk_size = chunk_size

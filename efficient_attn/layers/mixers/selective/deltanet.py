@@ -39,6 +39,7 @@ class DeltaNet(nnx.Module):
     expand_v: PositiveFloat = 1.0,
     negative_eigenvalues: bool = False,
     conv_width: NonNegative | None = None,
+    norm_eps: PositiveFloat = 1e-5,
     chunk_size: ChunkSize = 64,
   ):
     key_dim = int(expand_k * d_model / num_heads)
@@ -55,11 +56,13 @@ class DeltaNet(nnx.Module):
     self.largest_beta = 2.0 if negative_eigenvalues else 1.0
     self.state_shape = (num_heads, key_dim, value_dim)
     self.options = dict(bidirectional=not causal, chunk_size=chunk_size)
-    self.out = self.output(d_model, num_heads, value_dim, rngs=rngs)
+    self.out = self.output(
+      d_model, num_heads, value_dim, eps=norm_eps, rngs=rngs
+    )
 
-  def output(self, d_model, num_heads, value_dim, *, rngs) -> nnx.Module:
+  def output(self, d_model, num_heads, value_dim, *, eps, rngs) -> nnx.Module:
     """Returns the module that maps (o, x) to y."""
-    return NormedOutput(d_model, num_heads, value_dim, rngs=rngs)
+    return NormedOutput(d_model, num_heads, value_dim, eps=eps, rngs=rngs)
 
   def decay(self, x: jax.Array) -> jax.Array | None:
     """Returns the log decays of the tokens."""

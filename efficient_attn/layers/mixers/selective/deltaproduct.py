@@ -47,6 +47,7 @@ class DeltaProduct(nnx.Module):
     expand_v: PositiveFloat = 1.0,
     negative_eigenvalues: bool = True,
     conv_width: NonNegative | None = None,
+    norm_eps: PositiveFloat = 1e-5,
     chunk_size: ChunkSize = 64,
   ):
     key_dim = int(expand_k * d_model / num_heads)
@@ -62,7 +63,9 @@ class DeltaProduct(nnx.Module):
     steps = {'heads': num_heads, 'steps': num_steps}
     self.beta = Projection({'embed': d_model}, steps, rngs=rngs)
     self.gate = DecayGate(d_model, num_heads, rngs=rngs)
-    self.out = GatedOutput(d_model, num_heads, value_dim, rngs=rngs)
+    self.out = GatedOutput(
+      d_model, num_heads, value_dim, eps=norm_eps, rngs=rngs
+    )
     self.num_steps = num_steps
     self.largest_beta = 2.0 if negative_eigenvalues else 1.0
     self.state_shape = (num_heads, key_dim, value_dim)

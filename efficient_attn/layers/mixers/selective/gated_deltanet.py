@@ -39,9 +39,9 @@ class GatedDeltaNet(DeltaNet):
     )
     self.gate = DecayGate(d_model, num_heads, rngs=rngs)
 
-  def output(self, d_model, num_heads, value_dim, *, rngs) -> nnx.Module:
+  def output(self, d_model, num_heads, value_dim, *, eps, rngs) -> nnx.Module:
     """Returns the module that maps (o, x) to y."""
-    return GatedOutput(d_model, num_heads, value_dim, rngs=rngs)
+    return GatedOutput(d_model, num_heads, value_dim, eps=eps, rngs=rngs)
 
   def decay(self, x: jax.Array) -> jax.Array:
     """Returns the log decays of the tokens, [B, T, N]."""

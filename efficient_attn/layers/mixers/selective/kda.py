@@ -27,18 +27,17 @@ class KDA(DeltaNet):
       d_model, num_heads, key_dim, rank=value_dim, rngs=rngs
     )
 
-  def output(self, d_model, num_heads, value_dim, *, rngs) -> nnx.Module:
+  def output(self, d_model, num_heads, value_dim, *, eps, rngs) -> nnx.Module:
     """Returns the module that maps (o, x) to y."""
-    out = GatedOutput(
+    return GatedOutput(
       d_model,
       num_heads,
       value_dim,
       rngs=rngs,
       activation=jax.nn.sigmoid,
       rank=value_dim,
+      eps=eps,
     )
-    out.norm.eps = 1e-5  # as published; early outputs are of its size
-    return out
 
   def decay(self, x: jax.Array) -> jax.Array:
     """Returns the log decays of the tokens, [B, T, N, H]."""

@@ -20,7 +20,7 @@ from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
-from efficient_attn.values import ChunkSize, Positive
+from efficient_attn.values import ChunkSize, Positive, PositiveFloat
 
 
 class Mamba2(nnx.Module):
@@ -36,6 +36,7 @@ class Mamba2(nnx.Module):
     state_dim: Positive = 128,
     expand: Positive = 2,
     conv_width: Positive = 4,
+    norm_eps: PositiveFloat = 1e-5,
     chunk_size: ChunkSize = 64,
   ):
     head_dim = expand * d_model // num_heads
@@ -53,7 +54,7 @@ class Mamba2(nnx.Module):
     a = jax.random.uniform(rngs.params(), (num_heads,), minval=1, maxval=16)
     self.a_log = param(jnp.log(a), ('heads',), weight_decay=False)
     self.skip = param(jnp.ones((num_heads, 1)), (*heads,), weight_decay=False)
-    self.norm = JointRMSNorm(num_heads, head_dim)
+    self.norm = JointRMSNorm(num_heads, head_dim, eps=norm_eps)
     self.out = Projection(heads, inputs, rngs=rngs)
     self.state_shape = (num_heads, state_dim, head_dim)
     self.chunk_size = chunk_size

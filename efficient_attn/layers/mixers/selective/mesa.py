@@ -22,7 +22,7 @@ from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import GatedOutput, NormedOutput, run_op
 from efficient_attn.ops.recurrent.mesa import mesa
-from efficient_attn.values import ChunkSize, Positive
+from efficient_attn.values import ChunkSize, Positive, PositiveFloat
 
 SMALLEST_RIDGE = 0.25
 
@@ -39,6 +39,7 @@ class Mesa(nnx.Module):
     rngs: nnx.Rngs,
     conv_width: Positive = 4,
     output_gate: bool = False,
+    norm_eps: PositiveFloat = 1e-5,
     num_steps: Positive = 30,
     chunk_size: ChunkSize = 64,
   ):
@@ -58,7 +59,7 @@ class Mesa(nnx.Module):
       jnp.full(heads, start), ('heads', 'head_dim'), weight_decay=False
     )
     output = GatedOutput if output_gate else NormedOutput
-    self.out = output(d_model, *heads, rngs=rngs)
+    self.out = output(d_model, *heads, eps=norm_eps, rngs=rngs)
     self.heads = heads
     self.options = dict(num_steps=num_steps, chunk_size=chunk_size)
 

@@ -26,7 +26,7 @@ from efficient_attn.layers.param import LowRank, Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.layers.token_shift import token_shift
 from efficient_attn.ops.recurrent.dplr import dplr
-from efficient_attn.values import ChunkSize, Positive
+from efficient_attn.values import ChunkSize, Positive, PositiveFloat
 
 INPUTS = ('r', 'w', 'k', 'v', 'a', 'g')
 
@@ -44,6 +44,7 @@ class RWKV7(nnx.Module):
     decay_rank: Positive = 64,
     rate_rank: Positive = 64,
     gate_rank: Positive = 128,
+    norm_eps: PositiveFloat = 64e-5,
     chunk_size: ChunkSize = 64,
   ):
     width = d_model // num_heads
@@ -73,7 +74,7 @@ class RWKV7(nnx.Module):
     self.removal = per_channel(0.85)
     self.replacement = per_channel(1.0)
     self.bonus = per_channel(0.0)
-    self.norm = HeadLayerNorm(num_heads, width, eps=64e-5)
+    self.norm = HeadLayerNorm(num_heads, width, eps=norm_eps)
     self.out = Projection(heads, d_in, rngs=rngs)
     self.d_model = d_model
     self.state_shape = (num_heads, width, width)
