@@ -20,7 +20,7 @@ IMPLIED: dict[int, dict[str, dict[str, Any]]] = {
     'slstm': dict(shared_norm=True),
     'ttt_linear': dict(mean_gradient=False, gate=True),
     'ttt_mlp': dict(mean_gradient=False, gate=True),
-    'comba': dict(norm_eps=1e-6),
+    'comba': dict(rule='gated_delta', output_gate='silu', norm_eps=1e-6),
     'deltanet': dict(norm_eps=1e-6),
     'deltaproduct': dict(norm_eps=1e-6),
     'gated_deltanet': dict(norm_eps=1e-6),

@@ -62,8 +62,8 @@ def run_op(
 class GatedOutput(nnx.Module):
   """y = W_out (norm_per_head(o) * activation(W_gate x)).
 
-  The output of RetNet, GLA and Gated DeltaNet (silu) and of Kimi Delta
-  Attention (sigmoid, with a gate of low rank).
+  The output of RetNet, GLA and Gated DeltaNet (silu), of Comba (sigmoid) and of
+  Kimi Delta Attention (sigmoid, with a gate of low rank).
   """
 
   def __init__(

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from efficient_attn import formats
+from efficient_attn.config import ConfigError
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
 from efficient_attn.ops.recurrent.mlstm import mlstm
 from efficient_attn.ops.recurrent.trapezoid import trapezoidal_scan
@@ -67,7 +69,7 @@ def convolve(p, name, x):
       source = t - (len(weight) - 1) + i
       if source >= 0:
         y[:, t] += tap * x[:, source]
-  return silu(y + p[f'{name}.bias'])
+  return silu(y + p.get(f'{name}.bias', 0))
 
 
 def joint_norm(p, x):
@@ -204,6 +206,44 @@ def mamba3(p, x):
   return project(p, 'out', o, 2)
 
 
+def comba(p, x, earlier=False):
+  """As in fla, which normalises q, k and p; or with the rule of GDN."""
+  q, k, v = (
+    convolve(p, f'qkv.convs.{i}', project(p, f'qkv.{name}', x))
+    for i, name in enumerate(('query', 'key', 'value'))
+  )
+
+  def unit(x):
+    return x / np.sqrt((x**2).sum(-1, keepdims=True) + 1e-6)
+
+  strength = sigmoid(p['erase'])[:, None]
+  correction = p['correction'][:, None]
+  if earlier:
+    k = unit(k)
+    eraser = strength * k
+    q = unit(q) - correction * eraser
+  else:
+    q = unit(q - correction * strength * k)
+    k, eraser = unit(k), unit(strength * k)
+  beta = sigmoid(project(p, 'beta', x))
+  step = softplus(project(p, 'gate.project', x) + p['gate.dt_bias'])
+  alpha = np.exp(-np.exp(p['gate.a_log']) * step)
+  o = np.zeros_like(v)
+  for b in range(B):
+    for n in range(N):
+      state = np.zeros((k.shape[-1], v.shape[-1]))
+      for t in range(T):
+        decayed = alpha[b, t, n] * state
+        read = (decayed if earlier else state).T @ eraser[b, t, n]
+        update = beta[b, t, n] * (v[b, t, n] - read)
+        state = decayed + np.outer(k[b, t, n], update)
+        o[b, t, n] = state.T @ q[b, t, n] / np.sqrt(k.shape[-1])
+  eps = 1e-6 if earlier else 1e-5
+  o = o / np.sqrt((o**2).mean(-1, keepdims=True) + eps) * p['out.norm.scale']
+  gate = silu if earlier else sigmoid
+  return project(p, 'out.out', o * gate(project(p, 'out.gate', x)), 2)
+
+
 def xlstm(p, x):
   u = project(p, 'up', x)
   c = convolve(p, 'conv', u)
@@ -230,6 +270,7 @@ def xlstm(p, x):
 
 
 PAPERS = {
+  'comba': (comba, {}),
   'gsa': (gsa, dict(num_slots=6)),
   'hgrn2': (hgrn2, dict(lower_bound=0.2)),
   'mamba2': (mamba2, dict(state_dim=6)),
@@ -252,6 +293,18 @@ def test_mixer_is_the_equations_of_its_paper(name):
   np.testing.assert_allclose(
     actual, expected, rtol=0, atol=2e-5 * np.abs(expected).max()
   )
+
+
+def test_comba_of_earlier_runs():
+  mixer = make('comba', chunk_size=4, **formats.IMPLIED[2]['comba'])
+  x = np.random.default_rng(1).standard_normal((B, T, D)).astype(np.float32)
+  expected = comba(values(mixer), x.astype(np.float64), earlier=True)
+  actual = jax.jit(lambda m, x: m(x)[0])(mixer, x)
+  np.testing.assert_allclose(
+    actual, expected, rtol=0, atol=2e-5 * np.abs(expected).max()
+  )
+  with pytest.raises(ConfigError, match='negative_eigenvalues=True lets'):
+    make('comba', negative_eigenvalues=True)
 
 
 def test_rwkv6_without_its_low_ranks_is_rwkv5():

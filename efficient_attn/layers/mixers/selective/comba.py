@@ -1,37 +1,93 @@
 """Comba, bilinear recurrence with closed-loop control (2506.02475).
 
-  S' = alpha_t S_{t-1}
-  S_t = S' + beta_t k_t (v_t - S'^T p_t)^T      o_t = S_t^T (q_t - d p_t)
-  p_t = b k_t,   b = sigmoid of a parameter and d a parameter per head
+  S_t = alpha_t S_{t-1} + beta_t k_t (v_t - S_{t-1}^T p_t)^T     o_t = S_t^T q_t
+  p_t = b k'_t,   q_t = q'_t - d p_t,   b = sigmoid of a parameter
 
-Gated DeltaNet whose erase is weaker than its write, and whose query leaves
-out part of the key (output correction); d starts at 0.02.
+of q' and k' as projected, convolved and activated, per head. k, p and q have
+unit length after that, as in the released kernels, so that b only weighs the
+output correction d. Unlike in Gated DeltaNet the erase reads the state before
+it decays. The output gate is a sigmoid. The parameter of b and d start at 1;
+the authors start small models at d = 0.02.
+
+With `rule='gated_delta'` it is Gated DeltaNet whose erase is weaker than its
+write: p_t = b k_t of the unit key reads alpha_t S_{t-1}, and the correction
+comes after the query is normalised.
 """
+
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from efficient_attn.config import ConfigError
+from efficient_attn.layers.ffn import ACTIVATIONS
 from efficient_attn.layers.mixers.selective.gated_deltanet import (
   GatedDeltaNet,
 )
+from efficient_attn.layers.norm import l2_normalize
 from efficient_attn.layers.param import param, use
+from efficient_attn.layers.recurrence import GatedOutput, run_op
+from efficient_attn.ops.recurrent.delta_rule import delta_rule
+from efficient_attn.ops.recurrent.dplr import dplr
+from efficient_attn.values import OneOf
 
 
 class Comba(GatedDeltaNet):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(
-    self, *, d_model: int, num_heads: int, rngs: nnx.Rngs, **options
+    self,
+    *,
+    d_model: int,
+    num_heads: int,
+    rngs: nnx.Rngs,
+    rule: Annotated[str, OneOf(('comba', 'gated_delta'))] = 'comba',
+    output_gate: Annotated[str, OneOf(('sigmoid', 'silu'))] = 'sigmoid',
+    **options,
   ):
+    self.output_gate = output_gate
     super().__init__(d_model=d_model, num_heads=num_heads, rngs=rngs, **options)
-    zeros = jnp.zeros((num_heads,))
-    self.erase = param(zeros, ('heads',), weight_decay=False)
-    self.correction = param(zeros + 0.02, ('heads',), weight_decay=False)
+    if rule == 'comba' and self.largest_beta > 1:
+      raise ConfigError(
+        "negative_eigenvalues=True lets the state of rule='comba' grow without "
+        "bound; use rule='gated_delta'"
+      )
+    ones = jnp.ones((num_heads,))
+    self.erase = param(ones, ('heads',), weight_decay=False)
+    self.correction = param(ones, ('heads',), weight_decay=False)
+    self.rule = rule
 
-  def rule(self, q: jax.Array, k: jax.Array) -> dict[str, jax.Array]:
-    """Returns corrected queries, keys and erase strengths."""
+  def output(self, d_model, num_heads, value_dim, *, eps, rngs) -> nnx.Module:
+    """Returns the module that maps (o, x) to y."""
+    return GatedOutput(
+      d_model,
+      num_heads,
+      value_dim,
+      activation=ACTIVATIONS[self.output_gate],
+      eps=eps,
+      rngs=rngs,
+    )
+
+  def scan(self, q, k, v, beta, log_decay, **inputs):
+    """Returns the reads of the state and the state; q and k are of any norm."""
     erase = jax.nn.sigmoid(use(self.erase, jnp.float32))[:, None]
     correction = use(self.correction, jnp.float32)[:, None]
-    q = (q - correction * erase * k).astype(q.dtype)
-    return dict(q=q, k=k, erase=jnp.zeros(k.shape, jnp.float32) + erase)
+    inputs |= self.options
+    if self.rule == 'gated_delta':
+      k = l2_normalize(k)
+      q = (l2_normalize(q) - correction * erase * k).astype(q.dtype)
+      erase = jnp.zeros(k.shape, jnp.float32) + erase
+      arrays = dict(q=q, k=k, v=v, beta=beta, erase=erase, log_decay=log_decay)
+      return run_op(delta_rule, arrays, **inputs)
+    p = erase * k
+    write = (beta[..., None] * l2_normalize(k)).astype(k.dtype)
+    arrays = dict(
+      q=l2_normalize((q - correction * p).astype(q.dtype)),
+      k=write,
+      v=v,
+      a=l2_normalize(p.astype(k.dtype)),
+      b=-write,
+      log_decay=log_decay,
+    )
+    return run_op(dplr, arrays, **inputs)

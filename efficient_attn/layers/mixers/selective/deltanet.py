@@ -25,7 +25,7 @@ from efficient_attn.values import ChunkSize, NonNegative, PositiveFloat
 class DeltaNet(nnx.Module):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring.
 
-  The other delta rules override what differs: `decay` and `rule`.
+  The other delta rules override what differs: `output`, `decay` and `scan`.
   """
 
   def __init__(
@@ -68,9 +68,16 @@ class DeltaNet(nnx.Module):
     """Returns the log decays of the tokens."""
     return None
 
-  def rule(self, q: jax.Array, k: jax.Array) -> dict[str, jax.Array]:
-    """Returns the queries, keys and, where it is not 1, erase strengths."""
-    return dict(q=q, k=k)
+  def scan(self, q, k, v, beta, log_decay, **inputs):
+    """Returns the reads of the state and the state; q and k are of any norm."""
+    arrays = dict(
+      q=l2_normalize(q),
+      k=l2_normalize(k),
+      v=v,
+      beta=beta,
+      log_decay=log_decay,
+    )
+    return run_op(delta_rule, arrays, **inputs, **self.options)
 
   def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
     """Mixes tokens; see `layers.mixers` for the contract."""
@@ -81,15 +88,14 @@ class DeltaNet(nnx.Module):
     if tails is None:  # the convolution would have done this
       q, k, v = (jax.nn.silu(a) for a in (q, k, v))
     beta = jax.nn.sigmoid(self.beta(x).astype(jnp.float32))
-    arrays = self.rule(l2_normalize(q), l2_normalize(k)) | dict(
-      v=v, beta=self.largest_beta * beta, log_decay=self.decay(x)
-    )
-    o, state = run_op(
-      delta_rule,
-      arrays,
+    o, state = self.scan(
+      q,
+      k,
+      v,
+      self.largest_beta * beta,
+      self.decay(x),
       segment_ids=segment_ids,
       state=cache and cache['state'],
-      **self.options,
     )
     if cache is not None:
       cache = dict(state=state, conv=tails)
