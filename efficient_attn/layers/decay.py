@@ -2,8 +2,8 @@
 
 log_decay_t = -exp(A_log) softplus(x_t W + dt_bias)
 
-(Dao and Gu, 2405.21060). A_log and dt_bias are initialised as published and
-exempt from weight decay.
+(Dao and Gu, 2405.21060). exp(A_log) starts uniform and softplus(dt_bias)
+log-uniform in [1e-3, 1e-1]; both are exempt from weight decay.
 """
 
 import math
@@ -28,7 +28,8 @@ class DecayGate(nnx.Module):
   """Maps x [B, T, D] to log decays <= 0, float32.
 
   [B, T, N] for `channels` = 0, one per key channel [B, T, N, H] otherwise.
-  With `rank` > 0 the projection is low rank.
+  With `rank` > 0 the projection is low rank. exp(A_log) starts uniform in
+  (lowest, 16]: 0 in the published delta rules, 1 in Mamba-2 and Kimi Linear.
   """
 
   def __init__(
@@ -38,6 +39,7 @@ class DecayGate(nnx.Module):
     channels: int = 0,
     *,
     rank: int = 0,
+    lowest: float = 0.0,
     rngs: nnx.Rngs,
   ):
     outputs = {'heads': num_heads}
@@ -49,7 +51,8 @@ class DecayGate(nnx.Module):
       self.project = Projection({'embed': d_model}, outputs, rngs=rngs)
     bias = time_step_bias(rngs.params(), tuple(outputs.values()))
     self.dt_bias = param(bias, (*outputs,), weight_decay=False)
-    a = jax.random.uniform(rngs.params(), (num_heads,), minval=1, maxval=16)
+    # Subtracted from 16: a rate of zero would have no logarithm.
+    a = 16 - (16 - lowest) * jax.random.uniform(rngs.params(), (num_heads,))
     self.a_log = param(jnp.log(a), ('heads',), weight_decay=False)
 
   def __call__(self, x: jax.Array) -> jax.Array:

@@ -115,9 +115,11 @@ class LowRank(nnx.Module):
     rngs: nnx.Rngs,
     activation: Callable | None = None,
     bias: bool = False,
+    inits: tuple[Callable | None, Callable | None] = (None, None),
   ):
-    self.down = Projection({'embed': d_model}, {'rank': rank}, rngs=rngs)
-    self.up = Projection({'rank': rank}, outputs, rngs=rngs, bias=bias)
+    ranks = {'rank': rank}
+    self.down = Projection({'embed': d_model}, ranks, init=inits[0], rngs=rngs)
+    self.up = Projection(ranks, outputs, init=inits[1], rngs=rngs, bias=bias)
     self.activation = activation
 
   def __call__(self, x: jax.Array) -> jax.Array:

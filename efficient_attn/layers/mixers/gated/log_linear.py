@@ -6,7 +6,8 @@
 with u the input, and level(t, s) the number of binary digits of t XOR s, so
 that 2^m past tokens share a weight. All else is Mamba-2. The cache holds one
 state per binary digit of its length, up to `num_levels` - 1. With 15 levels
-2^14 tokens fill them, and the last one holds everything further away.
+2^14 tokens fill them, and the last one holds everything further away. The rates
+exp(A) start at 1, 2, ..., N over the heads, as in the released layer.
 """
 
 from typing import Annotated
@@ -34,6 +35,8 @@ class LogLinear(Mamba2):
     **options,
   ):
     super().__init__(d_model=d_model, num_heads=num_heads, rngs=rngs, **options)
+    rates = jnp.arange(1.0, num_heads + 1)
+    self.a_log = param(jnp.log(rates), ('heads',), weight_decay=False)
     levels = {'heads': num_heads, 'levels': num_levels}
     self.levels = Projection({'embed': d_model}, levels, rngs=rngs)
     ones = jnp.ones((num_heads, num_levels))

@@ -4,8 +4,8 @@
   out = W_o (sigmoid(r) * wkv(k, v))
 
 where wkv is an average of the past values whose weights exp(k) decay by a
-learned rate per channel (see `ops.wkv4`). Rates, bonus and mu start as
-published: slow to fast over the channels.
+learned rate per channel (see `ops.wkv4`). Rates, bonus and mu start as in
+RWKV-LM: slow to fast over the channels.
 """
 
 import math
@@ -28,6 +28,7 @@ class RWKV4(nnx.Module):
 
   `depth` is the place of the layer in its model, 0 for the first and 1 for the
   last: later layers start with slower decays and more of the present token.
+  RWKV-LM takes l / L for the share of layer l, and l / (L - 1) for the rest.
   """
 
   def __init__(

@@ -24,7 +24,7 @@ class KDA(DeltaNet):
     super().__init__(d_model=d_model, num_heads=num_heads, rngs=rngs, **options)
     _, key_dim, value_dim = self.state_shape
     self.gate = DecayGate(
-      d_model, num_heads, key_dim, rank=value_dim, rngs=rngs
+      d_model, num_heads, key_dim, rank=value_dim, lowest=1.0, rngs=rngs
     )
 
   def output(self, d_model, num_heads, value_dim, *, eps, rngs) -> nnx.Module:

@@ -11,6 +11,12 @@ output o_t = S_t r_t is normalised per head, gets the bonus
 
 Every input of a projection is mixed with the token before it. The value
 residual from the first layer is not part of a mixer and is left out.
+
+Biases, shares, strengths and low ranks start as in RWKV-LM, other matrices and
+the norm as everywhere here. `depth` is the place of the layer in its model, 0
+for the first and 1 for the last, where RWKV-LM takes l / L or l / (L - 1) for
+layer l. As there, `norm_eps` is 64e-5 for heads of any width; fla takes 1e-5
+for each channel of a head.
 """
 
 import math
@@ -20,15 +26,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.layers.head_norm import HeadLayerNorm
+from efficient_attn.layers.headwise import split_heads
 from efficient_attn.layers.norm import l2_normalize
 from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import LowRank, Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.layers.token_shift import token_shift
 from efficient_attn.ops.recurrent.dplr import dplr
-from efficient_attn.values import ChunkSize, Positive, PositiveFloat
+from efficient_attn.values import ChunkSize, Fraction, Positive, PositiveFloat
 
-INPUTS = ('r', 'w', 'k', 'v', 'a', 'g')
+# What is mixed, and how fast the share of the token before falls over channels.
+INPUTS = {'r': 0.2, 'w': 0.9, 'k': 0.7, 'v': 0.7, 'a': 0.9, 'g': 0.2}
 
 
 class RWKV7(nnx.Module):
@@ -44,36 +52,48 @@ class RWKV7(nnx.Module):
     decay_rank: Positive = 64,
     rate_rank: Positive = 64,
     gate_rank: Positive = 128,
+    depth: Fraction = 0.5,
     norm_eps: PositiveFloat = 64e-5,
     chunk_size: ChunkSize = 64,
   ):
-    width = d_model // num_heads
-    heads = {'heads': num_heads, 'head_dim': width}
+    heads = split_heads(d_model, num_heads)
+    width = heads['head_dim']
     d_in = {'embed': d_model}
-    self.mix = param(jnp.full((len(INPUTS), d_model), 0.5), (None, None))
+    channel = jnp.arange(d_model)
+    line = channel / max(d_model - 1, 1)
+    zigzag = 2 * (channel % width) / max(width - 1, 1) - 1  # -1 to 1 in a head
+    zigzag = zigzag * jnp.abs(zigzag)
+    powers = jnp.array(list(INPUTS.values()))[:, None] * (1 - depth)
+    self.mix = param(1 - (channel / d_model) ** powers, (None, None))
     self.receptance = Projection(d_in, heads, rngs=rngs)
     self.key = Projection(d_in, heads, rngs=rngs)
     self.value = Projection(d_in, heads, rngs=rngs)
-    self.decay = LowRank(
-      d_model, decay_rank, heads, activation=jnp.tanh, rngs=rngs
+    self.decay, self.rate, self.gate = (
+      LowRank(
+        d_model,
+        rank,
+        heads,
+        activation=activation,
+        inits=(_zeros, _orthogonal),
+        rngs=rngs,
+      )
+      for rank, activation in (
+        (decay_rank, jnp.tanh),
+        (rate_rank, None),
+        (gate_rank, jax.nn.sigmoid),
+      )
     )
-    self.rate = LowRank(d_model, rate_rank, heads, rngs=rngs)
-    self.gate = LowRank(
-      d_model, gate_rank, heads, activation=jax.nn.sigmoid, rngs=rngs
-    )
-    # Decays from slow to fast over the channels of a head, as published.
-    ramp = jnp.linspace(0, 1, width)
-    axes = ('heads', 'head_dim')
 
     def per_channel(value):
-      value = jnp.broadcast_to(value, (num_heads, width))
-      return param(value, axes, weight_decay=False)
+      value = jnp.broadcast_to(value, (d_model,)).reshape(num_heads, width)
+      return param(value, (*heads,), weight_decay=False)
 
-    self.decay_bias = per_channel(-6.0 + 5.0 * ramp**0.85 + 0.5)
-    self.rate_bias = per_channel(0.0)
-    self.removal = per_channel(0.85)
-    self.replacement = per_channel(1.0)
-    self.bonus = per_channel(0.0)
+    decay = -6 + 6 * line ** (1 + depth**0.3)  # from slow to fast
+    self.decay_bias = per_channel(decay + 0.5 + 2.5 * zigzag)
+    self.rate_bias = per_channel(-0.19 + 0.3 * zigzag + 0.4 * (line - 0.5))
+    self.removal = per_channel(0.71 - 0.1 * (line - 0.5))
+    self.replacement = per_channel(1.02)
+    self.bonus = per_channel(-0.04)
     self.norm = HeadLayerNorm(num_heads, width, eps=norm_eps)
     self.out = Projection(heads, d_in, rngs=rngs)
     self.d_model = d_model
@@ -130,3 +150,15 @@ class RWKV7(nnx.Module):
       state=jnp.zeros((batch, *self.state_shape)),
       token=jnp.zeros((batch, self.d_model), dtype),
     )
+
+
+def _zeros(key, shape, fan_in):
+  return jnp.zeros(shape)
+
+
+def _orthogonal(key, shape, fan_in):
+  """Rows of length 0.1 at right angles; columns, where those are fewer."""
+  outputs = math.prod(shape) // fan_in
+  scale = 0.1 * max(1, fan_in / outputs) ** 0.5
+  init = jax.nn.initializers.orthogonal(scale)
+  return init(key, (fan_in, outputs)).reshape(shape)
