@@ -70,7 +70,8 @@ class ModelConfig(Group):
   )
   ffn: str = 'glu'  # layers.FFNS
   ffn_dim: NonNegative = 0  # 0: 8/3 d_model for glu, 4 d_model for mlp
-  activation: str = 'silu'  # silu with glu is SwiGLU, gelu is GEGLU
+  # layers.ACTIVATIONS; silu with glu is SwiGLU, gelu_tanh Gemma's GEGLU.
+  activation: str = 'silu'
   norm: str = 'rmsnorm'  # layers.NORMS
   norm_position: Annotated[str, OneOf(('pre', 'post'))] = 'pre'
   dropout: BelowOne = 0.0

@@ -2,7 +2,8 @@
 
 A method whose defaults change keeps its earlier function as values of its
 options: a row here names them, and a run saved before the change reads them in
-place of today's defaults, so that its checkpoint means what it meant.
+place of today's defaults, so that its checkpoint means what it meant. A value
+that means something else today has another name since.
 """
 
 from collections.abc import Mapping
@@ -31,16 +32,26 @@ IMPLIED: dict[int, dict[str, dict[str, Any]]] = {
   },
 }
 
+# Format -> key of the model -> what earlier formats called a value -> its name.
+RENAMED: dict[int, dict[str, dict[str, str]]] = {
+  2: {'activation': {'gelu': 'gelu_tanh'}},
+}
+
 
 def upgrade(model: Mapping[str, Any], written: int) -> dict[str, Any]:
   """Returns the group `model` of a config of format `written` as of today.
 
   Values of the wrong form stay as they are: whoever reads them says so.
   """
+  model = dict(model)
+  for version, keys in RENAMED.items():
+    for key, names in keys.items():
+      if version > written and isinstance(model.get(key), str):
+        model[key] = names.get(model[key], model[key])
   mixers = model.get('mixers', {})
   pattern = model.get('pattern', ('attention',))
   if not isinstance(mixers, dict) or not isinstance(pattern, (list, tuple)):
-    return dict(model)
+    return model
   names = dict.fromkeys(map(str, (*pattern, *mixers)))
   changed = dict(mixers)
   for version, rows in IMPLIED.items():

@@ -234,3 +234,16 @@ def test_an_older_format_keeps_the_options_that_it_implied(
       'gla': implied['gla'],
       'gla:far': dict(conv_width=2, expand_k=0.25),
     }
+
+
+def test_gelu_of_an_older_format_is_that_of_tanh(tmp_path):
+  config = configs.resolve(configs.override(TINY, {'model.activation': 'gelu'}))
+  file = tmp_path / 'config.json'
+  configs.save(config, file)
+  stored = json.loads(file.read_text())
+  for written, name in ((0, 'gelu_tanh'), (1, 'gelu_tanh'), (2, 'gelu')):
+    file.write_text(json.dumps(stored | {'format': written}))
+    assert configs.load(str(file))['model']['activation'] == name
+  stored['model']['activation'] = ['gelu']  # refused elsewhere
+  file.write_text(json.dumps(stored | {'format': 1}))
+  assert configs.load(str(file))['model']['activation'] == ['gelu']

@@ -39,7 +39,7 @@ HYBRIDS = {
   'griffin': dict(
     pattern=('rg_lru', 'rg_lru', 'window'),
     mixers=dict(window=dict(window=1024, num_kv_heads=1)),
-    activation='gelu',
+    activation='gelu_tanh',
   ),
 }
 

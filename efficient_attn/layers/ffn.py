@@ -5,9 +5,21 @@ from flax import nnx
 
 from efficient_attn.layers.param import Projection
 
+
+def gelu(x: jax.Array) -> jax.Array:
+  """Returns x P(N(0, 1) <= x) (1606.08415), as in BERT and ViT."""
+  return jax.nn.gelu(x, approximate=False)
+
+
+def gelu_tanh(x: jax.Array) -> jax.Array:
+  """Returns the approximation of gelu by tanh, as in GPT-2 and Gemma."""
+  return jax.nn.gelu(x, approximate=True)
+
+
 ACTIVATIONS = {
   'silu': jax.nn.silu,
-  'gelu': jax.nn.gelu,
+  'gelu': gelu,
+  'gelu_tanh': gelu_tanh,
   'relu': jax.nn.relu,
   'sigmoid': jax.nn.sigmoid,
 }
