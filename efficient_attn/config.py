@@ -70,6 +70,7 @@ class ModelConfig(Group):
   )
   ffn: str = 'glu'  # layers.FFNS
   ffn_dim: NonNegative = 0  # 0: 8/3 d_model for glu, 4 d_model for mlp
+  ffn_bias: bool = False  # on its projections
   # layers.ACTIVATIONS; silu with glu is SwiGLU, gelu_tanh Gemma's GEGLU.
   activation: str = 'silu'
   norm: str = 'rmsnorm'  # layers.NORMS

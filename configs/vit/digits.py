@@ -5,7 +5,8 @@ r"""A vision transformer on scikit-learn's 8 x 8 handwritten digits.
       --config.model.pattern=gla
 
 On 2 CPU cores, start to end: 98.3 % of 297 held-out images in 43 s with
-attention and 98.3 % in 88 s with gla.
+attention and 98.3 % in 88 s with gla. `digits.py:vit` has the blocks of the
+published ViT, of LayerNorm, exact GELU and biases.
 """
 
 import ml_collections
@@ -15,7 +16,7 @@ from efficient_attn.config import words
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
   """Four bidirectional blocks over 16 patches of 2 x 2 pixels."""
-  words(arg)  # it has none
+  found = words(arg, 'vit')
   config = ml_collections.ConfigDict()
   config.steps = 1000
   config.ema = 0.99
@@ -31,6 +32,17 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     image_size=8,
     patch_size=2,
   )
+  if 'vit' in found:
+    config.model.update(
+      norm='layernorm',
+      ffn='mlp',
+      ffn_bias=True,
+      activation='gelu',
+      pooling='cls',
+      mixers=dict(
+        attention=dict(position='none', qkv_bias=True, out_bias=True)
+      ),
+    )
   config.data = dict(name='digits', augment=True)
   config.optimizer = dict(
     learning_rate=3e-3, warmup_steps=100, weight_decay=0.05

@@ -26,12 +26,14 @@ ACTIVATIONS = {
 
 
 class MLP(nnx.Module):
-  """y = W_down act(W_up x)."""
+  """y = W_down act(W_up x), with a bias on each projection if `bias`."""
 
-  def __init__(self, d_model: int, ffn_dim: int, activation, *, rngs):
-    ffn_dim = ffn_dim or 4 * d_model
-    self.up = Projection({'embed': d_model}, {'ffn': ffn_dim}, rngs=rngs)
-    self.down = Projection({'ffn': ffn_dim}, {'embed': d_model}, rngs=rngs)
+  def __init__(
+    self, d_model: int, ffn_dim: int, activation, *, bias: bool = False, rngs
+  ):
+    embed, ffn = {'embed': d_model}, {'ffn': ffn_dim or 4 * d_model}
+    self.up = Projection(embed, ffn, bias=bias, rngs=rngs)
+    self.down = Projection(ffn, embed, bias=bias, rngs=rngs)
     self.activation = activation
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -43,14 +45,18 @@ class GLU(nnx.Module):
   """y = W_down (act(W_gate x) * W_up x) (Shazeer, 2002.05202).
 
   SwiGLU with silu, GEGLU with gelu. The default width, 8/3 D rounded up to a
-  multiple of 32, gives it the parameters of an MLP of width 4 D.
+  multiple of 32, gives it the parameters of an MLP of width 4 D. `bias` puts
+  one on each projection.
   """
 
-  def __init__(self, d_model: int, ffn_dim: int, activation, *, rngs):
+  def __init__(
+    self, d_model: int, ffn_dim: int, activation, *, bias: bool = False, rngs
+  ):
     ffn_dim = ffn_dim or -(-8 * d_model // 96) * 32
-    self.gate = Projection({'embed': d_model}, {'ffn': ffn_dim}, rngs=rngs)
-    self.up = Projection({'embed': d_model}, {'ffn': ffn_dim}, rngs=rngs)
-    self.down = Projection({'ffn': ffn_dim}, {'embed': d_model}, rngs=rngs)
+    embed, ffn = {'embed': d_model}, {'ffn': ffn_dim}
+    self.gate = Projection(embed, ffn, bias=bias, rngs=rngs)
+    self.up = Projection(embed, ffn, bias=bias, rngs=rngs)
+    self.down = Projection(ffn, embed, bias=bias, rngs=rngs)
     self.activation = activation
 
   def __call__(self, x: jax.Array) -> jax.Array:

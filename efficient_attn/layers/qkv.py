@@ -12,7 +12,8 @@ class QKV(nnx.Module):
 
   Each of `query`, `key` and `value` is (number of heads, width of a head). With
   `conv_width` > 0 each passes through a short causal convolution and silu,
-  whose last inputs (the tails) continue a sequence.
+  whose last inputs (the tails) continue a sequence. `bias` is that of the
+  projections.
   """
 
   def __init__(
@@ -23,11 +24,12 @@ class QKV(nnx.Module):
     key: tuple[int, int],
     value: tuple[int, int],
     conv_width: int = 0,
+    bias: bool = False,
     rngs: nnx.Rngs,
   ):
     shapes = (query, key, value)
     self.query, self.key, self.value = (
-      Projection({'embed': d_model}, _axes(heads, dim), rngs=rngs)
+      Projection({'embed': d_model}, _axes(heads, dim), bias=bias, rngs=rngs)
       for heads, dim in shapes
     )
     if conv_width:

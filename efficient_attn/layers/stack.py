@@ -59,7 +59,13 @@ class Block(nnx.Module):
     if ffn is None:
       self.ffn = self.ffn_norm = None
     else:
-      self.ffn = ffn(config.d_model, config.ffn_dim, activation, rngs=rngs)
+      self.ffn = ffn(
+        config.d_model,
+        config.ffn_dim,
+        activation,
+        bias=config.ffn_bias,
+        rngs=rngs,
+      )
       self.ffn_norm = norm(config.d_model)
     self.name = mixer  # in the pattern
     self.norm_first = config.norm_position == 'pre'

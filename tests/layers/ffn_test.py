@@ -1,9 +1,13 @@
-"""Activations of the feed-forward layers."""
+"""Activations and biases of the feed-forward layers."""
 
+import jax.numpy as jnp
 import numpy as np
+import pytest
 import scipy.special
+from flax import nnx
 
-from efficient_attn.layers.ffn import ACTIVATIONS
+from efficient_attn.layers.ffn import ACTIVATIONS, FFNS
+from tests.layers.built import filled
 
 X = np.linspace(-4, 4, 33, dtype=np.float32)
 
@@ -17,3 +21,24 @@ def test_gelu_is_exact_and_gelu_tanh_its_approximation():
   np.testing.assert_allclose(ACTIVATIONS['gelu'](X), exact, atol=1e-6)
   np.testing.assert_allclose(ACTIVATIONS['gelu_tanh'](X), by_tanh(X), atol=1e-6)
   assert np.abs(exact - by_tanh(X)).max() > 1e-4
+
+
+@pytest.mark.parametrize('name', ['mlp', 'glu'])
+def test_biases(name):
+  def build(bias):
+    rngs = nnx.Rngs(0)
+    return FFNS[name](8, 12, ACTIVATIONS['gelu_tanh'], bias=bias, rngs=rngs)
+
+  ffn = filled(lambda: build(True))
+  x = np.random.default_rng(1).standard_normal((2, 3, 8))
+
+  def project(layer, x):
+    return x @ np.asarray(layer.weight[...]) + np.asarray(layer.bias[...])
+
+  up = project(ffn.up, x)
+  hidden = by_tanh(up) if name == 'mlp' else by_tanh(project(ffn.gate, x)) * up
+  wanted = project(ffn.down, hidden)
+  y = ffn(jnp.asarray(x, jnp.float32))
+  np.testing.assert_allclose(y, wanted, atol=1e-5)
+  without = nnx.state(nnx.eval_shape(lambda: build(False)))
+  assert {path[-1] for path, _ in nnx.to_flat_state(without)} == {'weight'}

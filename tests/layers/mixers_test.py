@@ -64,6 +64,7 @@ MORE = [
   ('attention', dict(position='alibi', logits_soft_cap=5.0)),
   ('attention', dict(gate='head', rotary_fraction=0.5)),
   ('attention', dict(position='t5')),
+  ('attention', dict(qkv_bias=True, out_bias=True)),
   ('attention', dict(cosine=True, num_kv_heads=2)),
   ('sparse_transformer', dict(kind='strided', stride=4)),
   ('bigbird', dict(block_size=4, num_random=1, num_global=2)),

@@ -16,7 +16,7 @@ HYBRID = 'configs/lm/hybrid.py'
 HYBRIDS = re.findall(r"^  '(\w+)': dict", (ROOT / HYBRID).read_text(), re.M)
 ARGUMENTS = [
   f'{HYBRID}:{name}{size}' for name in HYBRIDS for size in ('', ',tiny')
-]
+] + ['configs/vit/digits.py:vit']
 STUDIES = [file for file in FILES if file.startswith('configs/ablations/')]
 # What they take beside '' and ':tiny'.
 OTHERS = {'mqar': [':based'], 'lm_quality': [':state', ':tiny,state']}

@@ -42,6 +42,7 @@ class Longformer(Attention):
         query=heads,
         key=self.kv_heads,
         value=self.kv_heads,
+        bias=options.get('qkv_bias', False),
         rngs=options['rngs'],
       )
     else:

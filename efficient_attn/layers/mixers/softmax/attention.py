@@ -3,7 +3,8 @@
   o_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s       (Vaswani et al. 2017)
 
 With num_kv_heads < num_heads it is GQA (Ainslie et al., 2305.13245), with one
-MQA (Shazeer, 1911.02150). The cache holds every past key and value.
+MQA (Shazeer, 1911.02150). The cache holds every past key and value. BERT, GPT-2
+and ViT have both `qkv_bias` and `out_bias`, Qwen2 the first.
 
 `gate` multiplies o_t by sigmoid(W_g x_t), one gate for each head or for each
 channel (Qiu et al., 2505.06708); `sinks` adds a learned logit per head to the
@@ -55,6 +56,8 @@ class Attention(nnx.Module):
     rngs: nnx.Rngs,
     num_kv_heads: NonNegative = 0,
     head_dim: NonNegative = 0,
+    qkv_bias: bool = False,
+    out_bias: bool = False,
     position: str = 'rotary',
     rotary_base: PositiveFloat = 10_000.0,
     rotary_fraction: Share = 1.0,
@@ -80,16 +83,17 @@ class Attention(nnx.Module):
     embed = {'embed': d_model}
     heads = {'heads': num_heads, 'head_dim': head_dim}
     if shared_kv:
-      self.query = Projection(embed, heads, rngs=rngs)
+      self.query = Projection(embed, heads, bias=qkv_bias, rngs=rngs)
     else:
       self.qkv = QKV(
         d_model,
         query=(num_heads, head_dim),
         key=kv_heads,
         value=kv_heads,
+        bias=qkv_bias,
         rngs=rngs,
       )
-    self.out = Projection(heads, embed, rngs=rngs)
+    self.out = Projection(heads, embed, bias=out_bias, rngs=rngs)
     if cosine and qk_norm:
       raise ConfigError('cosine=True normalises q and k; set qk_norm=False')
     if cosine:
