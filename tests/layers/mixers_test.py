@@ -87,6 +87,7 @@ MORE = [
   ('sana', dict(chunk_size=8, qk_norm=True)),
   ('qt_vit', dict(chunk_size=8, compact=False)),
   ('deltaproduct', dict(chunk_size=8, num_steps=3)),
+  ('comba', dict(chunk_size=8, rule='gated_delta', output_gate='silu')),
   ('mamba', dict(chunk_size=8, discretization='zoh')),
   ('kda', dict(chunk_size=64, expand_v=2.0)),
 ]

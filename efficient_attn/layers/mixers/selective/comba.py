@@ -4,10 +4,11 @@
   p_t = b k'_t,   q_t = q'_t - d p_t,   b = sigmoid of a parameter
 
 of q' and k' as projected, convolved and activated, per head. k, p and q have
-unit length after that, as in the released kernels, so that b only weighs the
-output correction d. Unlike in Gated DeltaNet the erase reads the state before
-it decays. The output gate is a sigmoid. The parameter of b and d start at 1;
-the authors start small models at d = 0.02.
+unit length after that, as in fla's layer, so that b only weighs the output
+correction d. Unlike in Gated DeltaNet the erase reads the state before it
+decays, as in the paper and fla's kernels (its `naive_recurrent_comba` decays
+first). The output gate is a sigmoid. The parameter of b and d start at 1; the
+authors start small models at d = 0.02.
 
 With `rule='gated_delta'` it is Gated DeltaNet whose erase is weaker than its
 write: p_t = b k_t of the unit key reads alpha_t S_{t-1}, and the correction
