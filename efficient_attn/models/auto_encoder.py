@@ -2,8 +2,8 @@
 
   z = hidden(tokens)[T],    logits[t] = unembed(f_2(f_1(z + position[t])))
 
-with f(x) = gelu(W norm(x)), and z what a language model of the same config
-computes at the last token.
+with f(x) = gelu(W norm(x)), by tanh where MAD's is exact, and z what a language
+model of the same config computes at the last token.
 """
 
 import jax

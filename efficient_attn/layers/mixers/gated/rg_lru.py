@@ -6,8 +6,8 @@
 
 on one linear branch after a convolution of 4 tokens; the other branch passes a
 GELU and multiplies the output. The gates are block diagonal, one block per
-head. a^c starts uniform in [0.9, 0.999], as in the paper; in recurrentgemma it
-is a, uniform by area, and lets the first token of a sequence in unscaled.
+head. a^c starts uniform in [0.9, 0.999], as in the paper; recurrentgemma draws
+a, uniform by area, and does not scale the first token of a sequence.
 """
 
 import jax

@@ -7,7 +7,8 @@
 q and k pass through a short convolution and silu and have unit length. The
 ridge is 1/4 + softplus of a parameter per channel, 1 at first. The output is
 normalised per head and, with `output_gate`, gated by silu(W_g x). Chunks solve
-for o_t with `num_steps` of conjugate gradients, decoding solves exactly.
+for o_t with `num_steps` of conjugate gradients, decoding solves exactly: longer
+keys, which the op takes, would need more steps for the two to agree.
 """
 
 import math

@@ -5,8 +5,9 @@
   w_t = normalise(silu(conv_3(W_2 W_1 x)_t)),          W_1 of rank 32
 
 per head. With `forget_gate` (PaTH-FoX) sum_{l in (s, t]} log f_l joins the
-logits, f_t = sigmoid(w_f x_t + b_f). The cache holds every past value and
-every past key, turned by all tokens since.
+logits, f_t = sigmoid(w_f x_t + b_f), as in FoX; fla's kernels divide that sum
+by sqrt(H) too. The cache holds every past value and every past key, turned by
+all tokens since.
 """
 
 import jax

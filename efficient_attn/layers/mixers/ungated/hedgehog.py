@@ -5,7 +5,7 @@
 
 with a learned W for the queries and one for the keys of each head, the identity
 at init. The softmax is over the features: the exponentials of the paper, as it
-computes them, without overflow.
+computes them, without overflow. fla's map is softmax([2 y, -2 y]), y = W x + b.
 """
 
 import jax.numpy as jnp

@@ -6,7 +6,8 @@
 
 estimates softmax attention with scores q . k / sqrt(H) without bias, with an
 error of order 1 / sqrt(m). `nb_features` m is H log H by default. The w_i are
-orthogonal in blocks of H, drawn at init, not redrawn and not trained.
+orthogonal in blocks of H, drawn at init, not redrawn and not trained. Nothing
+is added to the features; the authors' code adds eps = 1e-4 to each.
 """
 
 import functools
