@@ -28,6 +28,7 @@ IMPLIED: dict[int, dict[str, dict[str, Any]]] = {
     'gla': dict(norm_eps=1e-6),
     'hgrn': dict(norm_eps=1e-6),
     'mesa': dict(norm_eps=1e-6),
+    'rebased': dict(norm_eps=1e-6),
     'retention': dict(norm_eps=1e-6),
   },
 }

@@ -57,6 +57,11 @@ def test_eps_of_the_output_norm(name):
   assert norm(shapes(name, norm_eps=0.5)).eps == 0.5
 
 
+def test_eps_of_the_feature_norms_of_rebased():
+  assert [n.eps for n in shapes('rebased').norms] == [1e-5] * 2
+  assert [n.eps for n in shapes('rebased', norm_eps=0.5).norms] == [0.5] * 2
+
+
 def test_eps_reaches_the_gated_norm_of_mesa():
   gated = shapes('mesa', output_gate=True, norm_eps=0.5)
   assert gated.out.norm.eps == 0.5 and hasattr(gated.out, 'gate')

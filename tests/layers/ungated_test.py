@@ -112,7 +112,7 @@ def based(m, q, k, x):
 
 def rebased(m, q, k, x):
   q, k = (
-    oracle.layer_norm(a, value(norm.scale), value(norm.bias))
+    oracle.layer_norm(a, value(norm.scale), value(norm.bias), eps=1e-5)
     for norm, a in zip(m.norms, (q, k), strict=True)
   )
   return oracle.dot(q, k) ** 2

@@ -62,9 +62,9 @@ def fourier_kernel(q, k, w):
   return np.cos(angle).mean(-1)
 
 
-def layer_norm(x, scale, bias):
+def layer_norm(x, scale, bias, *, eps):
   x = x - x.mean(-1, keepdims=True)
-  return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale + bias
+  return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * scale + bias
 
 
 def silu(x):

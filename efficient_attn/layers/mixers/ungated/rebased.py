@@ -13,15 +13,16 @@ from flax import nnx
 from efficient_attn.layers.mixers.ungated.based import Based
 from efficient_attn.layers.norm import LayerNorm
 from efficient_attn.ops.recurrent import feature_maps
+from efficient_attn.values import PositiveFloat
 
 
 class ReBased(Based):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
-  def __init__(self, **options):
+  def __init__(self, *, norm_eps: PositiveFloat = 1e-5, **options):
     super().__init__(**options)
     f = self.feature_dim
-    self.norms = nnx.List([LayerNorm(f), LayerNorm(f)])
+    self.norms = nnx.List(LayerNorm(f, eps=norm_eps) for _ in range(2))
 
   def features(self, q, k, positions):
     """Returns phi(q), phi(k)."""
