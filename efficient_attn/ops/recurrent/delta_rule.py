@@ -7,8 +7,7 @@ with S in R^{H x V} per head. The gate alpha_t = exp(log_decay_t) and the
 erase strength e_t tell the methods apart:
 
   no gate            DeltaNet (2102.11174, 2406.06484)
-  scalar gate        Gated DeltaNet (2412.06464); with e a scalar: Comba
-                     (2506.02475)
+  scalar gate        Gated DeltaNet (2412.06464)
   channel gate       Kimi Delta Attention (2510.26692)
   e in R^H           GDN-2 (2605.22791): beta = 1, e = b, v = w * v
 

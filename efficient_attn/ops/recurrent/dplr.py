@@ -4,8 +4,9 @@
   o_t = scale * S_t^T q_t
 
 with S in R^{H x V} per head: RWKV-7 (2503.14456) with a = -kappa and
-b = kappa * strength; every delta rule is the case a = alpha * e * k,
-b = -beta k with values beta v.
+b = kappa * strength; Comba (2506.02475), whose erase reads the state before it
+decays, with a = p and b = -beta k; every delta rule is the case
+a = alpha * e * k, b = -beta k with values beta v.
 
 In a chunk what the rank-one terms recall, y_t = a_t^T S_{t-1}, obeys
 (I - L_ab) Y = decayed A S_0 + L_ak V with L the decayed scores below the
