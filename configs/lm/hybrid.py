@@ -28,7 +28,10 @@ HYBRIDS = {
   # Qwen3-Next.
   'qwen3_next': dict(
     pattern=('gated_deltanet',) * 3 + ('attention',),
-    mixers=dict(attention=dict(num_kv_heads=2, qk_norm=True)),
+    mixers=dict(
+      attention=dict(num_kv_heads=2, qk_norm=True),
+      gated_deltanet=dict(norm_eps=1e-6),
+    ),
   ),
   # Samba (2406.07522); with one window in eight layers it is Jamba's ratio.
   'samba': dict(

@@ -6,7 +6,7 @@ r"""A vision transformer on scikit-learn's 8 x 8 handwritten digits.
 
 On 2 CPU cores, start to end: 98.3 % of 297 held-out images in 43 s with
 attention and 98.3 % in 88 s with gla. `digits.py:vit` has the blocks of the
-published ViT, of LayerNorm, exact GELU and biases.
+published ViT, with LayerNorm, exact GELU and biases: 97.6 %.
 """
 
 import ml_collections
