@@ -15,21 +15,21 @@ FORMAT = 2
 # Format -> mixer -> the options that earlier formats imply.
 IMPLIED: dict[int, dict[str, dict[str, Any]]] = {
   2: {
-    'cosformer': dict(max_length=4096),
-    'lact': dict(rank=0, rotary_base=10_000.0, tuned_muon=False, norm_eps=1e-6),
-    'lightning': dict(rates='linear', silu_values=False, norm_scale=False),
-    'slstm': dict(shared_norm=True),
-    'ttt_linear': dict(mean_gradient=False, gate=True),
-    'ttt_mlp': dict(mean_gradient=False, gate=True),
     'comba': dict(rule='gated_delta', output_gate='silu', norm_eps=1e-6),
+    'cosformer': dict(max_length=4096),
     'deltanet': dict(norm_eps=1e-6),
     'deltaproduct': dict(norm_eps=1e-6),
     'gated_deltanet': dict(norm_eps=1e-6),
     'gla': dict(norm_eps=1e-6),
     'hgrn': dict(norm_eps=1e-6),
+    'lact': dict(rank=0, rotary_base=10_000.0, tuned_muon=False, norm_eps=1e-6),
+    'lightning': dict(rates='linear', silu_values=False, norm_scale=False),
     'mesa': dict(norm_eps=1e-6),
     'rebased': dict(norm_eps=1e-6),
     'retention': dict(norm_eps=1e-6),
+    'slstm': dict(shared_norm=True),
+    'ttt_linear': dict(mean_gradient=False, gate=True),
+    'ttt_mlp': dict(mean_gradient=False, gate=True),
   },
 }
 
