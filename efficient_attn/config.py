@@ -290,7 +290,7 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
       f'{file} has the format {written!r} and this version reads up to '
       f'{FORMAT}; use the version that wrote it'
     )
-  return {**values, 'model': upgrade(values['model'], written)}
+  return {**values, 'model': upgrade(values['model'], written, str(file))}
 
 
 def load_module(path: str) -> tuple[types.ModuleType, str]:

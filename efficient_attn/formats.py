@@ -6,6 +6,8 @@ place of today's defaults, so that its checkpoint means what it meant. A value
 that means something else today has another name since.
 """
 
+import functools
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,26 +41,51 @@ RENAMED: dict[int, dict[str, dict[str, str]]] = {
 }
 
 
-def upgrade(model: Mapping[str, Any], written: int) -> dict[str, Any]:
+def upgrade(
+  model: Mapping[str, Any], written: int, source: str
+) -> dict[str, Any]:
   """Returns the group `model` of a config of format `written` as of today.
 
+  Says once of each `source`, a file, what keeps a meaning that is not today's.
   Values of the wrong form stay as they are: whoever reads them says so.
   """
-  model = dict(model)
-  for version, keys in RENAMED.items():
-    for key, names in keys.items():
-      if version > written and isinstance(model.get(key), str):
-        model[key] = names.get(model[key], model[key])
+  before, model = model, dict(model)
+  for key, names in _since(RENAMED, written):
+    if isinstance(model.get(key), str):
+      model[key] = names.get(model[key], model[key])
   mixers = model.get('mixers', {})
   pattern = model.get('pattern', ('attention',))
   if not isinstance(mixers, dict) or not isinstance(pattern, (list, tuple)):
     return model
-  names = dict.fromkeys(map(str, (*pattern, *mixers)))
-  changed = dict(mixers)
-  for version, rows in IMPLIED.items():
-    for name in names:
-      given = changed.get(name, {})
-      implied = rows.get(name.partition(':')[0])
-      if version > written and implied and isinstance(given, dict):
-        changed[name] = implied | given
-  return {**model, 'mixers': changed}
+  mixers = dict(mixers)
+  for row, implied in _since(IMPLIED, written):
+    for name in map(str, (*pattern, *mixers)):
+      given = mixers.get(name, {})
+      if name.partition(':')[0] == row and isinstance(given, dict):
+        mixers[name] = implied | given
+  found = {**model, 'mixers': mixers}
+  kept = [k for k in model if model[k] != before[k]]
+  kept += [k for k in mixers if mixers[k] != before.get('mixers', {}).get(k)]
+  if kept:
+    _note(f'{source} is of format {written}; as they were: {", ".join(kept)}')
+  return found
+
+
+@functools.cache  # a run reads its file several times
+def _note(text: str) -> None:
+  logging.getLogger('efficient_attn').warning(text)
+
+
+def changed(key: str) -> bool:
+  """Whether the value of a key such as 'model.activation' was another once."""
+  _, *parts = key.split('.')
+  if len(parts) == 3 and parts[0] == 'mixers':
+    row, option = parts[1].partition(':')[0], parts[2]
+    return any(option in rows.get(row, {}) for rows in IMPLIED.values())
+  return any(parts == [k] for keys in RENAMED.values() for k in keys)
+
+
+def _since(table, written):
+  for version, rows in sorted(table.items()):
+    if version > written:
+      yield from rows.items()

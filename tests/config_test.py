@@ -210,7 +210,7 @@ def test_saved_values_are_plain(tmp_path):
 
 
 def test_an_older_format_keeps_the_options_that_it_implied(
-  tmp_path, monkeypatch
+  tmp_path, monkeypatch, caplog
 ):
   implied = {'gla': dict(conv_width=4, expand_k=0.25)}
   monkeypatch.setitem(formats.IMPLIED, configs.FORMAT, implied)
@@ -234,6 +234,9 @@ def test_an_older_format_keeps_the_options_that_it_implied(
       'gla': implied['gla'],
       'gla:far': dict(conv_width=2, expand_k=0.25),
     }
+    configs.load(str(file))
+  notes = [f'format {w}; as they were: gla:far, gla' for w in (0, 1)]
+  assert [r.message.partition(' is of ')[2] for r in caplog.records] == notes
 
 
 def test_gelu_of_an_older_format_is_that_of_tanh(tmp_path):

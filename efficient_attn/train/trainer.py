@@ -68,7 +68,7 @@ def run(
   with contextlib.ExitStack() as stack:
     stack.enter_context(folder.clear_disk_faults(workdir))
     stack.enter_context(folder.only_writer(workdir))
-    folder.check_same_data(config, workdir)
+    folder.check_same_run(config, workdir)
     stack.enter_context(jax.set_mesh(mesh))
 
     # Data.

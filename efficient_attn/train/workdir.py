@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from efficient_attn import config as configs
-from efficient_attn import data
+from efficient_attn import data, formats
 from efficient_attn.config import Config, ConfigError
 
 # A disk that is full or failing: a file cannot be written, whoever writes it.
@@ -104,11 +104,21 @@ def read_config(workdir: pathlib.Path) -> Config | None:
     ) from None
 
 
-def check_same_data(config: Config, workdir: pathlib.Path) -> None:
-  """Raises when a run would continue with other data than it began with."""
+def check_same_run(config: Config, workdir: pathlib.Path) -> None:
+  """Raises when a run would continue as another than it began.
+
+  With other data, or with options whose defaults have changed since.
+  """
   before = read_config(workdir)
   if before is None:
     return
+  for name, old, new in differences(before.model, config.model, 'model'):
+    if formats.changed(name):
+      raise ConfigError(
+        f'{name}={new!r} but the run in {workdir} began with {old!r}, when that'
+        f' was the default; continue it with --config.{name}={old}, or use a '
+        'new workdir'
+      )
   # One of an earlier version does not have every option.
   before = dataclasses.replace(before, data=data.complete(before.data))
   for key in ('seed', 'batch_size', 'data'):

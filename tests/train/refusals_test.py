@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import fcntl
+import json
 import pathlib
 import shutil
 
@@ -10,7 +11,7 @@ import jax
 import pytest
 
 from efficient_attn import config as configs
-from efficient_attn import data
+from efficient_attn import data, formats
 from efficient_attn.config import ConfigError
 from efficient_attn.train import trainer, watch
 from efficient_attn.train import workdir as folder
@@ -211,3 +212,15 @@ def test_a_model_larger_than_the_machine(tmp_path):
   with pytest.raises(ConfigError, match='take .* GiB on the devices') as error:
     run(tmp_path / 'run', **{'model.vocab_size': 2**31 - 1})
   assert '\n' not in str(error.value)
+
+
+def test_a_default_that_changed_since_is_named(copy, monkeypatch):
+  implied = {'attention': dict(logits_soft_cap=5.0)}
+  monkeypatch.setitem(formats.IMPLIED, 2, implied)
+  file = copy / 'config.json'
+  stored = json.loads(file.read_text())
+  del stored['model']['mixers']['attention']['logits_soft_cap']
+  file.write_text(json.dumps(stored | {'format': 1}))
+  key = 'model.mixers.attention.logits_soft_cap'
+  assert_refused(copy, f'{key}=None but .* began with 5.0.* --config.{key}=5.0')
+  run(copy, **{key: 5.0})
