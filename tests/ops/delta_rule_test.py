@@ -361,3 +361,36 @@ def test_delta_product_refuses_a_constant_gate_and_unequal_steps():
     call(x[..., 0, :], x, x, x[..., 0], log_decay=jnp.zeros(2))
   with pytest.raises(ValueError, match='v has 2 steps and k 3'):
     call(x[..., 0, :], x, x[..., :2, :], x[..., :2, 0])
+
+
+@pytest.mark.parametrize(
+  'op, gate',
+  [
+    ('delta', 'scalar'),
+    pytest.param('dplr', 'channel', marks=pytest.mark.exhaustive),
+  ],
+)
+def test_vmap_and_second_order(op, gate):
+  """The change of a gradient along a direction, and stacked calls."""
+  arrays, ids = make(op, gate), jnp.asarray(segments())
+  rng = np.random.default_rng(3)
+  step = jax.tree.map(lambda x: rng.standard_normal(x.shape), arrays)
+
+  def loss(arrays, form):
+    out, state = OPS[op](**arrays, segment_ids=ids, form=form, chunk_size=CHUNK)
+    return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.sin(state))
+
+  @functools.partial(jax.jit, static_argnames='form')
+  def second(arrays, step, form):
+    grad = jax.grad(functools.partial(loss, form=form))
+    return jax.jvp(grad, (arrays,), (step,))[1]
+
+  with jax.enable_x64(True):
+    given = to_jax(arrays), to_jax(step)
+    expected = second(*given, 'recurrent')
+    assert_close(second(*given, 'chunkwise'), expected, 1e-9)
+    pairs = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), given)
+    mapped = jax.vmap(functools.partial(second, form='chunkwise'))(*pairs)
+    half = second(*jax.tree.map(lambda x: 0.5 * x, given), 'chunkwise')
+    stacked = jax.tree.map(lambda x, y: jnp.stack([x, y]), expected, half)
+    assert_close(mapped, stacked, 1e-9)

@@ -70,10 +70,15 @@ def test_a_kill_during_validation_costs_no_row(tmp_path, monkeypatch, whole):
 
 
 def test_hanging_up_asks_to_stop_however_often():
-  with watch.StopSignal(1) as stop:
-    for _ in range(3):  # of the terminal, and again of the shell
-      os.kill(os.getpid(), signal.SIGHUP)
-    assert stop.requested(1) and stop.name == 'SIGHUP'
+  # The tests may run under nohup themselves.
+  before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+  try:
+    with watch.StopSignal(1) as stop:
+      for _ in range(3):  # of the terminal, and again of the shell
+        os.kill(os.getpid(), signal.SIGHUP)
+      assert stop.requested(1) and stop.name == 'SIGHUP'
+  finally:
+    signal.signal(signal.SIGHUP, before)
 
 
 def test_nohup_is_left_alone():
