@@ -123,6 +123,28 @@ def test_block_map_is_sound_and_exact_where_static(name, T, S):
 
 
 @pytest.mark.parametrize('name', NAMES)
+def test_queries_said_to_see_themselves_do(name):
+  mask = expressions(make_data(B, N, 12, 12))[name]
+  own = np.diagonal(expected(12, 12)[name], axis1=2, axis2=3).all()
+  assert own or not mask.sees_itself()
+  assert mask.sees_itself() or name not in ('causal', 'window')
+
+
+def test_segments_of_one_array_are_those_of_two():
+  ids = jnp.asarray([[3, 3, 1, 3], [0, 0, 0, 2]])
+  one, two = masks.Segments(ids), masks.Segments(ids, ids)
+  assert one.sees_itself() and not two.sees_itself()
+  assert jax.jit(lambda mask: mask.sees_itself())(one)
+  np.testing.assert_array_equal(one.dense(4, 4), two.dense(4, 4))
+  rows = jnp.arange(2), jnp.arange(2, 4)
+  assert one.maybe(*rows) == two.maybe(*rows)
+  with pytest.raises(ValueError, match='key_ids has length 4 but S is 5'):
+    one.dense(4, 5)
+  both = masks.packed(masks.Causal(), ids)
+  assert both.sees_itself() and masks.letters(both).right.query_ids == 'BT'
+
+
+@pytest.mark.parametrize('name', NAMES)
 def test_maybe_is_sound(name):
   T, S, block = 12, 12, 3
   mask = expressions(make_data(B, N, T, S))[name]

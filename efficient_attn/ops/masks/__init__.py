@@ -23,7 +23,7 @@ With `q` a query and `k` a key index, both counted from 0 whatever T and S:
     Neighborhood(grid, window)   the nearest cells of a 1-D, 2-D or 3-D grid
     Radial(frame_size, num_frames)  ever less of ever more distant frames
     RandomBlocks(length, ...)    random blocks of keys for each of queries
-    Segments(query_ids, key_ids) query_ids[q] == key_ids[k]
+    Segments(query_ids, key_ids) query_ids[q] == key_ids[k], or of one array
     Blocks(layout, block_q, block_k)  layout[..., q // block_q, k // block_k]
     HeadWindow(left, right)      a window of its own for every head
     ElasticWindow(alpha, beta)  one that grows with the query's position

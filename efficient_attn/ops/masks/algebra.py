@@ -71,6 +71,10 @@ class Mask:
     """
     return True
 
+  def sees_itself(self) -> bool:
+    """Whether, known at trace time, each query may see the key of its index."""
+    return False
+
   def __and__(self, other: Mask) -> Mask:
     return And(self, other) if isinstance(other, Mask) else NotImplemented
 
@@ -117,6 +121,9 @@ class And(_Both):
       return right if left is True else left
     return left & right
 
+  def sees_itself(self):
+    return self.left.sees_itself() and self.right.sees_itself()
+
 
 @expression
 class Or(_Both):
@@ -145,6 +152,9 @@ class Or(_Both):
     if left is True or right is True:
       return True
     return left | right
+
+  def sees_itself(self):
+    return self.left.sees_itself() or self.right.sees_itself()
 
 
 @expression

@@ -14,27 +14,35 @@ from efficient_attn.ops.masks.expression import expression
 
 @expression
 class Segments(Mask):
-  """Admits keys whose id equals the query's; no id is special."""
+  """Admits keys whose id equals the query's; no id is special.
+
+  Without `key_ids` the keys have those of the queries.
+  """
 
   query_ids: Integer[Array | np.ndarray, 'B T']
-  key_ids: Integer[Array | np.ndarray, 'B S']
+  key_ids: Integer[Array | np.ndarray, 'B S'] | None = None
   axes = {'query_ids': 'BT', 'key_ids': 'BS'}
 
   def _ids(self, rows, cols):
     query_ids = lax.dynamic_slice_in_dim(
       self.query_ids, rows[0], rows.size, axis=1
     )
-    key_ids = lax.dynamic_slice_in_dim(self.key_ids, cols[0], cols.size, axis=1)
+    keys = self.query_ids if self.key_ids is None else self.key_ids
+    key_ids = lax.dynamic_slice_in_dim(keys, cols[0], cols.size, axis=1)
     return query_ids, key_ids
+
+  def sees_itself(self):
+    return self.key_ids is None
 
   def tile(self, rows, cols):
     query_ids, key_ids = self._ids(rows, cols)
     return (query_ids[:, :, None] == key_ids[:, None, :])[:, None]
 
   def dense(self, T, S):
+    keys = self.query_ids if self.key_ids is None else self.key_ids
     lengths = {
       'query_ids': (self.query_ids.shape[1], 'T', T),
-      'key_ids': (self.key_ids.shape[1], 'S', S),
+      'key_ids': (keys.shape[1], 'S', S),
     }
     for name, (found, axis, expected) in lengths.items():
       if found != expected:
@@ -278,7 +286,7 @@ def packed(mask: Mask | None, segment_ids: Int[Array, 'B T']) -> Mask:
   segments, as recurrences have it.
   """
   runs = chunks.segment_counts(segment_ids)
-  same = Segments(runs, runs)
+  same = Segments(runs)
   if mask is None:
     return same
   if mask.relative:

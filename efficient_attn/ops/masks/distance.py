@@ -51,6 +51,10 @@ class Distance(Mask):
     span = cols[0] - rows[-1] + jnp.arange(rows.size + cols.size - 1)
     return jnp.any(self.admits(span - jnp.reshape(self.offset, (-1, 1))))
 
+  def sees_itself(self):
+    known = isinstance(self.offset, numbers.Integral)
+    return known and bool(self.admits(np.asarray(-self.offset)))
+
 
 @expression
 class Window(Distance):

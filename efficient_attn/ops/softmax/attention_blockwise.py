@@ -44,7 +44,7 @@ from efficient_attn.ops.softmax.attention_tiles import (
   take_cols,
   take_rows,
 )
-from efficient_attn.ops.softmax.hidden import without_hidden
+from efficient_attn.ops.softmax.hidden import may_hide, without_hidden
 from efficient_attn.ops.softmax.stats import Stats, exp_below
 
 ORDERS = ('query', 'key')
@@ -102,6 +102,7 @@ def attention_blockwise(
     tiles=tiles.tobytes(),
     shared=bool(T % block_q or (tiles[:, 1] > S - block_k).any()),
     run_time=mask is not None and mask.maybe(*corner) is not True,
+    hides=may_hide(mask, T, S),
   )
   out, stats = _attend(
     options,
@@ -129,6 +130,7 @@ class _Options:
   tiles: bytes  # of `tile_schedule`: numpy arrays have no hash
   shared: bool  # whether a tile sticks out
   run_time: bool  # whether the mask decides at run time what is empty
+  hides: bool  # whether it may hide a token from all others
 
   def passes(self, mask: masks.Mask | None):
     """Yields the tiles that are full, without the mask, and then the rest."""
@@ -238,7 +240,7 @@ def _absorb(options, q, k, v, mask, bias, cap, tile, running):
     qi, kj, vj = take_rows(q, tile), take_cols(k, tile), take_cols(v, tile)
     shape = kj.shape[1], qi.shape[2], kj.shape[2]
     admitted = _admitted(mask, tile, shape)
-    if admitted is not None:
+    if options.hides and admitted is not None:
       qi, kj, vj = without_hidden(admitted, qi, kj, vj)
     s, *_ = _logits(options, qi, kj, admitted, bias, cap, tile)
     top = jnp.maximum(m, jnp.max(s, axis=-1))
@@ -295,7 +297,7 @@ def _attend_backward(options, residuals, cotangents):
       kj, vj = take_cols(k, tile), take_cols(v, tile)
       shape = K, qi.shape[2], C
       admitted = _admitted(mask, tile, shape)
-      if admitted is not None:
+      if options.hides and admitted is not None:
         qi, kj, vj = without_hidden(admitted, qi, kj, vj)
       s, slope, of_cap = _logits(
         options, qi, kj, admitted, bias, cap, tile, turned=True

@@ -7,12 +7,14 @@ over the admitted keys s, with cap(x) = c tanh(x / c). A sink (Xiao et al.
 time and memory; forward mode, higher order and float64 all work.
 """
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from efficient_attn.ops import masks, scores
 from efficient_attn.ops.shapes import Scalar
-from efficient_attn.ops.softmax.hidden import without_hidden
+from efficient_attn.ops.softmax.hidden import may_hide, without_hidden
 from efficient_attn.ops.softmax.stats import Stats, exp_below, largest
 
 
@@ -43,44 +45,64 @@ def attention_reference(
     heads = (1, 1) if x.shape[1] == 1 else (K, G)
     return x.reshape(x.shape[:1] + heads + x.shape[2:])
 
+  def attend(q, k, v, admitted, bias, scale, cap, sinks):
+    logits = scale * jnp.einsum(
+      'bkrh,bksh->bkrs', q, k, preferred_element_type=stats
+    )
+    logits = logits.reshape(B, K, G, T, S)
+    if cap is not None:
+      logits = cap * jnp.tanh(logits / cap)
+    if bias is not None:
+      logits = logits + folded(bias.dense(T, S)).astype(stats)
+    if admitted is not None:
+      logits = jnp.where(admitted, logits, -jnp.inf)
+
+    sunk = []
+    if sinks is not None:
+      sunk = [sinks.astype(stats).reshape(K, G, 1)]
+    top = largest(logits, *sunk)
+    weights = exp_below(logits, top[..., None])
+    total = jnp.sum(weights, axis=-1)
+    for sink in sunk:
+      total = total + exp_below(sink, top)
+
+    # Divided after the product, which is V wide where the weights are S wide.
+    out = jnp.einsum(
+      'bkrs,bksv->bkrv',
+      weights.astype(v.dtype).reshape(B, K, G * T, S),
+      v,
+      preferred_element_type=stats,
+    )
+    return Stats(top, total).divide(out.reshape(B, K, G, T, V)), top, total
+
   # Heads first, and a group folded into rows: one plain batched matmul.
   q = query.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)
   q = q.reshape(B, K, G * T, H)
   k, v = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
-  admitted = None
-  if mask is not None:
-    admitted = folded(mask.dense(T, S))
+
+  def attend_to_visible(q, k, v, admitted, *rest):
     shape = *admitted.shape[:2], G, T, S
     rows = jnp.broadcast_to(admitted, shape).reshape(*shape[:2], G * T, S)
-    q, k, v = without_hidden(rows, q, k, v)
-  logits = scale * jnp.einsum(
-    'bkrh,bksh->bkrs', q, k, preferred_element_type=stats
-  )
-  logits = logits.reshape(B, K, G, T, S)
-  if logits_soft_cap is not None:
-    logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
-  if bias is not None:
-    logits = logits + folded(bias.dense(T, S)).astype(stats)
-  if admitted is not None:
-    logits = jnp.where(admitted, logits, -jnp.inf)
+    return attend(*without_hidden(rows, q, k, v), admitted, *rest)
 
-  sunk = []
-  if sinks is not None:
-    sunk = [sinks.astype(stats).reshape(K, G, 1)]
-  top = largest(logits, *sunk)
-  weights = exp_below(logits, top[..., None])
-  total = jnp.sum(weights, axis=-1)
-  for sink in sunk:
-    total = total + exp_below(sink, top)
+  @jax.custom_jvp
+  def attend_once(*operands):
+    # One query spends its time on reading keys and values: they are copied
+    # without what is hidden only where that has reached the output.
+    found = attend(*operands)
+    clean = jnp.all(jnp.isfinite(found[0]))
+    return lax.cond(clean, lambda: found, lambda: attend_to_visible(*operands))
 
-  # Divided after the product, which is V wide where the weights are S wide.
-  out = jnp.einsum(
-    'bkrs,bksv->bkrv',
-    weights.astype(value.dtype).reshape(B, K, G * T, S),
-    v,
-    preferred_element_type=stats,
-  )
-  out = Stats(top, total).divide(out.reshape(B, K, G, T, V))
+  @attend_once.defjvp
+  def differentiated(primals, tangents):
+    return jax.jvp(attend_to_visible, primals, tangents)
+
+  if not may_hide(mask, T, S):
+    run = attend
+  else:
+    run = attend_to_visible if T > 1 else attend_once
+  admitted = None if mask is None else folded(mask.dense(T, S))
+  out, top, total = run(q, k, v, admitted, bias, scale, logits_soft_cap, sinks)
   out = out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, V).astype(query.dtype)
   top, total = (x.transpose(0, 3, 1, 2).reshape(B, T, N) for x in (top, total))
   return out, Stats(top, total)

@@ -8,6 +8,13 @@ does a query that sees nothing, which would reach the gradients of the keys.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from efficient_attn.ops import masks
+
+
+def may_hide(mask: masks.Mask | None, T: int, S: int) -> bool:
+  """Whether some query may see no key, or some key be seen by no query."""
+  return mask is not None and not (T == S and mask.sees_itself())
+
 
 def without_hidden(
   admitted: Bool[Array, '#B #K #R S'],

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from efficient_attn.ops import masks, scores
-from efficient_attn.ops.softmax.hidden import without_hidden
+from efficient_attn.ops.softmax.hidden import may_hide, without_hidden
 from efficient_attn.ops.softmax.score_functions import dot
 from efficient_attn.ops.softmax.stats import Stats, exp_below, largest
 
@@ -150,6 +150,7 @@ def normalized_attention(
   admitted = None
   if mask is not None:
     admitted = mask.dense(T, S)
+  if may_hide(mask, T, S):
     heads = (x.swapaxes(1, 2) for x in (query, key, value))
     heads = without_hidden(admitted, *heads)
     query, key, value = (x.swapaxes(1, 2) for x in heads)
