@@ -8,8 +8,8 @@ The contract of a mixer:
 x and y are [B, T, D]; positions [T] or [B, T] int32 (default: counted from the
 start, or from what the cache has seen); segment_ids [B, T] int32 keep packed
 sequences apart, of which one ends where the id changes. Id 0 is padding, which
-is read as zeros: it may hold anything, NaN and infinities too. A NaN in another
-segment or in the future stays there only where it is in another chunk or tile.
+may hold anything, NaN and infinities too. A NaN in another segment or in the
+future stays there only where it is in another chunk or tile.
 Without a cache the call sees whole sequences; with one the same call continues
 where the cache ends, by one token or by many.
 
