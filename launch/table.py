@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))
 from efficient_attn.layers.mixers import MIXERS, MixerSpec  # noqa: E402
 from experiments.survey import report  # noqa: E402
 from experiments.survey.claims import CLAIMS  # noqa: E402
+from tests.interop import oracles  # noqa: E402
 
 README = ROOT / 'README.md'
 SURVEY = 'experiments/survey/results'
@@ -30,6 +31,7 @@ COLUMNS = {
   'time': lambda name, spec: power(spec.time),
   'decode state': lambda name, spec: power(spec.state) if spec.causal else '–',
   'forms': lambda name, spec: ', '.join(spec.forms),
+  'outside oracle': lambda name, spec: oracles.packages(name),
 }
 
 

@@ -9,28 +9,15 @@ import jax
 import numpy as np
 import pytest
 
+from tests.interop import oracles
+
 torch = pytest.importorskip('torch')
 pytest.importorskip('transformers')
 
 B, T = 2, 37
 LENGTHS = (5, 1, 20, 11)
 PREFILL = 34
-NAMES = (
-  'deepseek_v2',
-  'deepseek_v3',
-  'diffllama',
-  'gated_deltanet',
-  'gpt_oss',
-  'kda',
-  'mamba',
-  'mamba2',
-  'minicpm3',
-  'mlstm_layer',
-  'qwen3_next',
-  'rg_lru',
-  'rwkv4',
-)
-every_block = pytest.mark.parametrize('name', NAMES)
+every_block = pytest.mark.parametrize('name', oracles.BLOCKS)
 
 
 def pair(name):

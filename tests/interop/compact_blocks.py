@@ -40,9 +40,10 @@ def attention_pair(ours, theirs, config, rotary) -> Pair:
   return Pair(ours, run, lambda: DynamicCache(config=config))
 
 
-def latent(hf, prefix, interleaved=False, **options) -> Pair:
+def latent(hf, layer, interleaved=False, **options) -> Pair:
   """MLA; theirs may rotate neighbouring channels, ours the two halves."""
   nope, rope, value, q_rank, kv_rank = 8, 4, 10, 12, 14
+  prefix = layer.__name__.removesuffix('Attention')
   config = getattr(hf, f'{prefix}Config')(
     **COMMON,
     num_key_value_heads=N,
@@ -53,7 +54,7 @@ def latent(hf, prefix, interleaved=False, **options) -> Pair:
     v_head_dim=value,
     **options,
   )
-  theirs = getattr(hf, f'{prefix}Attention')(config, layer_idx=0)
+  theirs = layer(config, layer_idx=0)
   w = randomize(theirs, q_a_layernorm=1.0, kv_a_layernorm=1.0)
   ours = build(
     'mla',
@@ -90,19 +91,19 @@ def latent(hf, prefix, interleaved=False, **options) -> Pair:
 def deepseek_v2() -> Pair:
   from transformers.models.deepseek_v2 import modeling_deepseek_v2 as hf
 
-  return latent(hf, 'DeepseekV2', interleaved=True)
+  return latent(hf, hf.DeepseekV2Attention, interleaved=True)
 
 
 def deepseek_v3() -> Pair:
   from transformers.models.deepseek_v3 import modeling_deepseek_v3 as hf
 
-  return latent(hf, 'DeepseekV3', interleaved=True)
+  return latent(hf, hf.DeepseekV3Attention, interleaved=True)
 
 
 def minicpm3() -> Pair:
   from transformers.models.minicpm3 import modeling_minicpm3 as hf
 
-  return latent(hf, 'MiniCPM3')
+  return latent(hf, hf.MiniCPM3Attention)
 
 
 def put_heads(ours, w, query='q_proj') -> None:

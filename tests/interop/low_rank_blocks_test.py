@@ -2,23 +2,15 @@
 
 import pytest
 
+from tests.interop import oracles
+
 pytest.importorskip('torch')
 pytest.importorskip('transformers')
 
 T = 36
-NAMES = (
-  'fnet',
-  'funnel',
-  'funnel_positions',
-  'led',
-  'nystrom',
-  'perceiver',
-  't5',
-  'transformer_xl',
-)
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', oracles.LOW_RANK_BLOCKS)
 def test_outputs_and_gradients_of_the_inputs(name):
   from tests.interop import compare, low_rank_blocks
 

@@ -4,15 +4,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.interop import oracles
+
 torch = pytest.importorskip('torch')
 pytest.importorskip('transformers')
 
 T = 40
 DECODERS = ('bloom', 'gemma2', 't5_decoder')
-NAMES = ('bigbird', 'longformer', 'swin2', 't5', *DECODERS)
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', oracles.PATTERN_BLOCKS)
 def test_outputs_and_gradients_of_the_inputs(name):
   from tests.interop import compare, pattern_blocks
 

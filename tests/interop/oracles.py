@@ -1,0 +1,91 @@
+"""The independent code that rows of `MIXERS` are compared with.
+
+Plain data: the tests are parametrised by it, and `launch/table.py` shows it
+without importing torch. `oracles_test.py` checks that every entry is tested.
+"""
+
+from typing import NamedTuple
+
+HF = 'transformers'
+
+
+class Oracle(NamedTuple):
+  """Independent code that one comparison calls.
+
+  Attributes:
+    row: of `MIXERS`.
+    package: its name on PyPI.
+    code: the class or function that is called.
+    part: mixer | op, what is compared with the same weights or arguments.
+  """
+
+  row: str
+  package: str
+  code: str
+  part: str = 'mixer'
+
+
+BLOCKS = {
+  'deepseek_v2': Oracle('mla', HF, 'DeepseekV2Attention'),
+  'deepseek_v3': Oracle('mla', HF, 'DeepseekV3Attention'),
+  'diffllama': Oracle('differential', HF, 'DiffLlamaAttention'),
+  'gated_deltanet': Oracle('gated_deltanet', HF, 'Qwen3NextGatedDeltaNet'),
+  'gpt_oss': Oracle('attention', HF, 'GptOssAttention'),
+  'kda': Oracle('kda', HF, 'KimiLinearDeltaAttention'),
+  'mamba': Oracle('mamba', HF, 'MambaMixer'),
+  'mamba2': Oracle('mamba2', HF, 'Mamba2Mixer'),
+  'minicpm3': Oracle('mla', HF, 'MiniCPM3Attention'),
+  'mlstm_layer': Oracle('mlstm', HF, 'xLSTMLayer', 'op'),
+  'qwen3_next': Oracle('attention', HF, 'Qwen3NextAttention'),
+  'rg_lru': Oracle('rg_lru', HF, 'RecurrentGemmaRecurrentBlock'),
+  'rwkv4': Oracle('rwkv4', HF, 'RwkvSelfAttention'),
+}
+
+LOW_RANK_BLOCKS = {
+  'fnet': Oracle('fnet', HF, 'FNetBasicFourierTransform'),
+  'funnel': Oracle('funnel', HF, 'FunnelRelMultiheadAttention'),
+  'funnel_positions': Oracle(
+    'transformer_xl', HF, 'FunnelRelMultiheadAttention'
+  ),
+  'led': Oracle('attention', HF, 'LEDDecoderAttention'),
+  'nystrom': Oracle('nystrom', HF, 'NystromformerSelfAttention'),
+  'perceiver': Oracle('perceiver', HF, 'PerceiverAttention'),
+  't5': Oracle('attention', HF, 'T5Attention'),
+  'transformer_xl': Oracle('transformer_xl', HF, 'XLNetRelativeAttention'),
+}
+
+PATTERN_BLOCKS = {
+  'bigbird': Oracle('bigbird', HF, 'BigBirdBlockSparseAttention'),
+  'bloom': Oracle('attention', HF, 'BloomAttention'),
+  'gemma2': Oracle('window', HF, 'Gemma2Attention'),
+  'longformer': Oracle('longformer', HF, 'LongformerSelfAttention'),
+  'swin2': Oracle('attention', HF, 'Swinv2SelfAttention'),
+  't5': Oracle('attention', HF, 'T5Attention'),
+  't5_decoder': Oracle('attention', HF, 'T5Attention'),
+}
+
+ROUTED_BLOCKS = {
+  'lightning_indexer': Oracle('dsa', HF, 'DeepseekV32Indexer', 'op'),
+  'reformer': Oracle('reformer', HF, 'LSHSelfAttention', 'op'),
+}
+
+# By the test file that holds the comparisons.
+GROUPS = dict(
+  blocks=BLOCKS,
+  low_rank_blocks=LOW_RANK_BLOCKS,
+  pattern_blocks=PATTERN_BLOCKS,
+  routed_blocks=ROUTED_BLOCKS,
+)
+
+
+def packages(row: str) -> str:
+  """Names the packages that `row` is compared with, '' for none."""
+  found = {}  # package -> the parts that are compared
+  for group in GROUPS.values():
+    for oracle in group.values():
+      if oracle.row == row:
+        found.setdefault(oracle.package, set()).add(oracle.part)
+  return ', '.join(
+    name if 'mixer' in parts else f'{name} (op)'
+    for name, parts in found.items()
+  )
