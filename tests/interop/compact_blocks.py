@@ -137,6 +137,28 @@ def diffllama() -> Pair:
   return attention_pair(ours, theirs, config, rotary)
 
 
+def mfa() -> Pair:
+  """One wide head of keys and values; theirs has the product of the factors."""
+  from transformers.models.llama import modeling_llama as hf
+
+  head_dim, rank = 2 * D // N, 5
+  config = hf.LlamaConfig(**COMMON, num_key_value_heads=1, head_dim=head_dim)
+  theirs = hf.LlamaAttention(config, layer_idx=0)
+  w = randomize(theirs)
+  ours = build('mfa', q_rank=rank)
+  generator = np.random.default_rng(0)
+  down = generator.standard_normal((D, rank)).astype(np.float32) / D**0.5
+  up = generator.standard_normal((rank, N * head_dim)).astype(np.float32)
+  theirs.q_proj.weight.data = torch.from_numpy((down @ up).T)
+  put(ours.query.down.weight, down)
+  put(ours.query.up.weight, up)
+  put(ours.key.weight, w['k_proj.weight'].T)
+  put(ours.value.weight, w['v_proj.weight'].T)
+  put(ours.out.weight, w['o_proj.weight'].T)
+  rotary = hf.LlamaRotaryEmbedding(config)
+  return attention_pair(ours, theirs, config, rotary)
+
+
 def gpt_oss() -> Pair:
   from transformers.models.gpt_oss import modeling_gpt_oss as hf
 
@@ -196,6 +218,7 @@ BLOCKS = {
     deepseek_v3,
     diffllama,
     gpt_oss,
+    mfa,
     minicpm3,
     qwen3_next,
   )

@@ -34,6 +34,7 @@ BLOCKS = {
   'kda': Oracle('kda', HF, 'KimiLinearDeltaAttention'),
   'mamba': Oracle('mamba', HF, 'MambaMixer'),
   'mamba2': Oracle('mamba2', HF, 'Mamba2Mixer'),
+  'mfa': Oracle('mfa', HF, 'LlamaAttention'),
   'minicpm3': Oracle('mla', HF, 'MiniCPM3Attention'),
   'mlstm_layer': Oracle('mlstm', HF, 'xLSTMLayer', 'op'),
   'qwen3_next': Oracle('attention', HF, 'Qwen3NextAttention'),
@@ -57,6 +58,7 @@ LOW_RANK_BLOCKS = {
 PATTERN_BLOCKS = {
   'bigbird': Oracle('bigbird', HF, 'BigBirdBlockSparseAttention'),
   'bloom': Oracle('attention', HF, 'BloomAttention'),
+  'cascade': Oracle('cascade', HF, 'LongformerSelfAttention'),
   'gemma2': Oracle('window', HF, 'Gemma2Attention'),
   'longformer': Oracle('longformer', HF, 'LongformerSelfAttention'),
   'swin2': Oracle('attention', HF, 'Swinv2SelfAttention'),

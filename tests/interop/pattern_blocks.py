@@ -34,44 +34,56 @@ def put_heads(qkv, query, key, value, scale=1.0):
   put(qkv.value.weight, value.T)
 
 
-def longformer(length) -> Pair:
-  """Window of 8 and two global tokens with projections of their own."""
+def longformer_pair(ours, window, num_global, own=True) -> Pair:
+  """A window and global tokens first, with projections of their `own`."""
   from transformers.models.longformer import modeling_longformer as hf
 
   config = hf.LongformerConfig(
     hidden_size=D,
     num_attention_heads=N,
     num_hidden_layers=1,
-    attention_window=[8],
+    attention_window=[window],
     attention_probs_dropout_prob=0.0,
   )
   theirs = hf.LongformerSelfAttention(config, layer_id=0).eval()
   w = without_biases(theirs)
-  ours = build(
-    'longformer',
-    window=8,
-    num_global=2,
-    global_projections=True,
-    causal=False,
-    position='none',
-  )
-  for qkv, end in ((ours.qkv, ''), (ours.global_qkv, '_global')):
-    names = (f'{name}{end}.weight' for name in ('query', 'key', 'value'))
-    put_heads(qkv, *(w[name] for name in names))
+  names = 'query', 'key', 'value'
+  put_heads(ours.qkv, *(w[f'{name}.weight'] for name in names))
+  for name in names:
+    if own:
+      projection = getattr(ours.global_qkv, name)
+      put(projection.weight, w[f'{name}_global.weight'].T)
+    else:
+      shared = getattr(theirs, name)
+      setattr(theirs, f'{name}_global', shared)
   put(ours.out.weight, np.eye(D, dtype=np.float32))  # theirs ends at the heads
 
   def run(x, cache=None):
     ends = torch.zeros(x.shape[:2])
-    ends[:, :2] = 10_000.0
+    ends[:, :num_global] = 10_000.0
     return theirs(
       x,
       attention_mask=ends,
       is_index_masked=ends < 0,
       is_index_global_attn=ends > 0,
-      is_global_attn=True,
+      is_global_attn=num_global > 0,
     )[0]
 
   return Pair(ours, run, dict)
+
+
+ENCODER = dict(causal=False, position='none')
+
+
+def longformer(length) -> Pair:
+  options = dict(window=8, num_global=2, global_projections=True)
+  return longformer_pair(build('longformer', **options, **ENCODER), 8, 2)
+
+
+def cascade(length) -> Pair:
+  """A window of 5 to each side, that of a second level."""
+  ours = build('cascade', base=3, factor=2, level=1, **ENCODER)
+  return longformer_pair(ours, 10, 0, own=False)
 
 
 def bigbird(length) -> Pair:
@@ -253,5 +265,5 @@ def swin2(length) -> Pair:
 
 BLOCKS = {
   f.__name__: f
-  for f in (longformer, bigbird, t5, t5_decoder, bloom, gemma2, swin2)
+  for f in (bigbird, bloom, cascade, gemma2, longformer, swin2, t5, t5_decoder)
 }
