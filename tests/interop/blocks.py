@@ -13,7 +13,17 @@ import torch
 
 from efficient_attn.layers.head_norm import HeadLayerNorm
 from efficient_attn.ops.recurrent.mlstm import mlstm
-from tests.interop.pairs import D, N, Pair, build, cached, into, put, randomize
+from tests.interop.pairs import (
+  D,
+  N,
+  Pair,
+  build,
+  cached,
+  into,
+  modeling,
+  put,
+  randomize,
+)
 
 
 def gated_deltanet() -> Pair:
@@ -22,6 +32,9 @@ def gated_deltanet() -> Pair:
   The eps is that of Qwen3-Next.
   """
   from transformers.models.qwen3_next import modeling_qwen3_next as hf
+
+  """Their two key heads serve two value heads each; ours hold copies."""
+  hf = modeling('qwen3_next')
 
   keys, key_dim, value_dim = 2, 6, 12
   config = hf.Qwen3NextConfig(
@@ -69,7 +82,7 @@ def gated_deltanet() -> Pair:
 
 
 def kda() -> Pair:
-  from transformers.models.kimi_linear import modeling_kimi_linear as hf
+  hf = modeling('kimi_linear')
 
   config = hf.KimiLinearConfig(
     hidden_size=D,
@@ -231,7 +244,7 @@ def mlstm_layer() -> Pair:
   Our mixer is the block of the paper: it has a convolution, block-diagonal
   q, k, v and a skip, which this later layer dropped.
   """
-  from transformers.models.xlstm import modeling_xlstm as hf
+  hf = modeling('xlstm')
 
   config = hf.xLSTMConfig(
     hidden_size=D,

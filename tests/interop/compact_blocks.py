@@ -10,7 +10,16 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from tests.interop.pairs import D, N, Pair, build, into, put, randomize
+from tests.interop.pairs import (
+  D,
+  N,
+  Pair,
+  build,
+  into,
+  modeling,
+  put,
+  randomize,
+)
 
 COMMON = dict(
   hidden_size=D,
@@ -180,7 +189,7 @@ def gpt_oss() -> Pair:
 
 def qwen3_next() -> Pair:
   """Their scales are the differences from 1."""
-  from transformers.models.qwen3_next import modeling_qwen3_next as hf
+  hf = modeling('qwen3_next')
 
   config = hf.Qwen3NextConfig(
     **COMMON

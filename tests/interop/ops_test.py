@@ -18,6 +18,8 @@ from efficient_attn.ops.recurrent.wkv4 import wkv4
 torch = pytest.importorskip('torch')
 pytest.importorskip('transformers')
 
+from tests.interop.pairs import modeling  # noqa: E402
+
 B, T, K, N, H, V = 2, 37, 2, 4, 6, 12
 TOLERANCE = 1e-5
 
@@ -61,11 +63,11 @@ def test_delta_rule(gate, theirs):
   shape = (B, T, N) if gate == 'scalar' else (B, T, N, H)
   log_decay = -jnp.exp(spread * draw(*shape, seed=6) - 3)
   if gate == 'scalar':
-    from transformers.models.qwen3_next import modeling_qwen3_next as hf
+    hf = modeling('qwen3_next')
 
     forms = hf.torch_chunk_gated_delta_rule, hf.torch_recurrent_gated_delta_rule
   else:
-    from transformers.models.kimi_linear import modeling_kimi_linear as hf
+    hf = modeling('kimi_linear')
 
     forms = hf.chunk_kimi_delta_attention, hf.recurrent_kimi_delta_attention
   options = dict(
@@ -81,7 +83,7 @@ def test_delta_rule(gate, theirs):
 
 @pytest.mark.parametrize('theirs', ['chunkwise', 'recurrent'])
 def test_mlstm_with_large_gates(theirs):
-  from transformers.models.xlstm import modeling_xlstm as hf
+  hf = modeling('xlstm')
 
   length = 40  # theirs is for whole chunks
   with jax.enable_x64(True):  # n . q cancels: float32 would lose digits

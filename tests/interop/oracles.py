@@ -7,6 +7,7 @@ without importing torch. `oracles_test.py` checks that every entry is tested.
 from typing import NamedTuple
 
 HF = 'transformers'
+FLA = 'flash-linear-attention'
 
 
 class Oracle(NamedTuple):
@@ -71,12 +72,26 @@ ROUTED_BLOCKS = {
   'reformer': Oracle('reformer', HF, 'LSHSelfAttention', 'op'),
 }
 
+FLA_BLOCKS = {
+  'based': Oracle('based', FLA, 'BasedLinearAttention'),
+  'gla': Oracle('gla', FLA, 'GatedLinearAttention'),
+  'gsa': Oracle('gsa', FLA, 'GatedSlotAttention'),
+  'hedgehog': Oracle('hedgehog', FLA, 'LinearAttention'),
+  'hgrn2': Oracle('hgrn2', FLA, 'HGRN2Attention'),
+  'linear': Oracle('linear', FLA, 'LinearAttention'),
+  'qt_vit': Oracle('qt_vit', FLA, 'BasedLinearAttention', 'op'),
+  'rebased': Oracle('rebased', FLA, 'ReBasedLinearAttention'),
+  'retention': Oracle('retention', FLA, 'MultiScaleRetention'),
+  'rodimus': Oracle('rodimus', FLA, 'RodimusAttention'),
+}
+
 # By the test file that holds the comparisons.
 GROUPS = dict(
   blocks=BLOCKS,
   low_rank_blocks=LOW_RANK_BLOCKS,
   pattern_blocks=PATTERN_BLOCKS,
   routed_blocks=ROUTED_BLOCKS,
+  fla_blocks=FLA_BLOCKS,
 )
 
 

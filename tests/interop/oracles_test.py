@@ -17,6 +17,7 @@ BUILDERS = {
   'low_rank_blocks': ('low_rank_blocks',),
   'pattern_blocks': ('pattern_blocks',),
   'routed_blocks': ('routed_blocks_test',),
+  'fla_blocks': ('fla_blocks',),
 }
 
 
@@ -51,7 +52,7 @@ def test_every_entry_is_of_a_row_and_of_code_that_is_called(group):
 # The comparisons of routed blocks are tests of their own.
 @pytest.mark.parametrize('group', sorted({*BUILDERS} - {'routed_blocks'}))
 def test_every_comparison_is_an_entry(group):
-  for package in ('torch', 'transformers'):
+  for package in ('torch', 'transformers', 'fla')[: 3 if 'fla' in group else 2]:
     pytest.importorskip(package)
   built = set()
   for name in BUILDERS[group]:

@@ -1,6 +1,9 @@
 """A block of Hugging Face transformers and ours with the same weights."""
 
+import contextlib
 import dataclasses
+import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +28,27 @@ class Pair:
   ours: Callable
   theirs: Callable
   new_cache: Callable[[], Any]
+
+
+@contextlib.contextmanager
+def hidden(*packages):
+  """Runs imports as if `packages` were not installed."""
+  modules = {name: sys.modules.pop(name, None) for name in packages}
+  sys.modules.update(dict.fromkeys(packages))
+  try:
+    yield
+  finally:
+    for name, module in modules.items():
+      del sys.modules[name]
+      if module is not None:
+        sys.modules[name] = module
+
+
+def modeling(name: str):
+  """Imports a model of transformers that runs PyTorch, not GPU packages."""
+  with hidden('fla', 'xlstm'):
+    path = f'transformers.models.{name}.modeling_{name}'
+    return importlib.import_module(path)
 
 
 def build(name: str, **options) -> nnx.Module:

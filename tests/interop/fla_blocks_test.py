@@ -1,0 +1,21 @@
+"""Our mixers against layers of flash-linear-attention, on CPU."""
+
+import pytest
+
+from tests.interop import oracles
+
+pytest.importorskip('torch')
+pytest.importorskip('fla')
+# Of theirs: how they call PyTorch, and that RWKV's author has his own code.
+pytestmark = pytest.mark.filterwarnings(
+  'ignore:.*use_reentrant:UserWarning', 'ignore:According to Bo:UserWarning'
+)
+
+T = 40
+
+
+@pytest.mark.parametrize('name', oracles.FLA_BLOCKS)
+def test_outputs_and_gradients_of_the_inputs(name):
+  from tests.interop import compare, fla_blocks
+
+  compare.check_gradients(fla_blocks.BLOCKS[name](T), T)
