@@ -16,6 +16,7 @@ T = 40
 
 @pytest.mark.parametrize('name', oracles.FLA_BLOCKS)
 def test_outputs_and_gradients_of_the_inputs(name):
-  from tests.interop import compare, fla_blocks
+  from tests.interop import compare, fla_blocks, fla_delta_blocks
 
-  compare.check_gradients(fla_blocks.BLOCKS[name](T), T)
+  blocks = fla_blocks.BLOCKS | fla_delta_blocks.BLOCKS
+  compare.check_gradients(blocks[name](T), T)

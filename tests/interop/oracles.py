@@ -74,15 +74,21 @@ ROUTED_BLOCKS = {
 
 FLA_BLOCKS = {
   'based': Oracle('based', FLA, 'BasedLinearAttention'),
+  'deltanet': Oracle('deltanet', FLA, 'DeltaNet'),
+  'deltaproduct': Oracle('deltaproduct', FLA, 'GatedDeltaProduct'),
   'gla': Oracle('gla', FLA, 'GatedLinearAttention'),
   'gsa': Oracle('gsa', FLA, 'GatedSlotAttention'),
   'hedgehog': Oracle('hedgehog', FLA, 'LinearAttention'),
   'hgrn2': Oracle('hgrn2', FLA, 'HGRN2Attention'),
   'linear': Oracle('linear', FLA, 'LinearAttention'),
+  'mesa': Oracle('mesa', FLA, 'MesaNet'),
+  'path': Oracle('path', FLA, 'PaTHAttention'),
   'qt_vit': Oracle('qt_vit', FLA, 'BasedLinearAttention', 'op'),
   'rebased': Oracle('rebased', FLA, 'ReBasedLinearAttention'),
   'retention': Oracle('retention', FLA, 'MultiScaleRetention'),
   'rodimus': Oracle('rodimus', FLA, 'RodimusAttention'),
+  'rwkv5': Oracle('rwkv5', FLA, 'RWKV6Attention'),
+  'rwkv6': Oracle('rwkv6', FLA, 'RWKV6Attention'),
 }
 
 # By the test file that holds the comparisons.

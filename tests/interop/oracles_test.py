@@ -17,7 +17,7 @@ BUILDERS = {
   'low_rank_blocks': ('low_rank_blocks',),
   'pattern_blocks': ('pattern_blocks',),
   'routed_blocks': ('routed_blocks_test',),
-  'fla_blocks': ('fla_blocks',),
+  'fla_blocks': ('fla_blocks', 'fla_delta_blocks'),
 }
 
 
