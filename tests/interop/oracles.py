@@ -91,6 +91,15 @@ FLA_BLOCKS = {
   'rwkv6': Oracle('rwkv6', FLA, 'RWKV6Attention'),
 }
 
+FLA_OPS = {
+  'comba': Oracle('comba', FLA, 'naive_recurrent_comba', 'op'),
+  'fox': Oracle('fox', FLA, 'naive_forgetting_attn', 'op'),
+  'hgrn': Oracle('hgrn', FLA, 'naive_recurrent_hgrn', 'op'),
+  'log_linear': Oracle('log_linear', FLA, 'naive_log_linear_attn', 'op'),
+  'nsa': Oracle('nsa', FLA, 'naive_nsa_selection', 'op'),
+  'rwkv7': Oracle('rwkv7', FLA, 'dplr_recurrence', 'op'),
+}
+
 # By the test file that holds the comparisons.
 GROUPS = dict(
   blocks=BLOCKS,
@@ -98,6 +107,7 @@ GROUPS = dict(
   pattern_blocks=PATTERN_BLOCKS,
   routed_blocks=ROUTED_BLOCKS,
   fla_blocks=FLA_BLOCKS,
+  fla_ops=FLA_OPS,
 )
 
 

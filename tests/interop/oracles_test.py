@@ -18,6 +18,7 @@ BUILDERS = {
   'pattern_blocks': ('pattern_blocks',),
   'routed_blocks': ('routed_blocks_test',),
   'fla_blocks': ('fla_blocks', 'fla_delta_blocks'),
+  'fla_ops': ('fla_ops',),
 }
 
 
@@ -57,11 +58,12 @@ def test_every_comparison_is_an_entry(group):
   built = set()
   for name in BUILDERS[group]:
     module = importlib.import_module(f'tests.interop.{name}')
-    built |= set(module.BLOCKS)
+    built |= set(module.CASES if group == 'fla_ops' else module.BLOCKS)
   assert built == set(oracles.GROUPS[group])
 
 
 def test_packages():
   assert oracles.packages('mamba') == 'transformers'
+  assert oracles.packages('nsa') == 'flash-linear-attention (op)'
   assert oracles.packages('mlstm') == 'transformers (op)'
   assert not oracles.packages('no row')
