@@ -100,6 +100,23 @@ FLA_OPS = {
   'rwkv7': Oracle('rwkv7', FLA, 'dplr_recurrence', 'op'),
 }
 
+LIBRARY_BLOCKS = {
+  'additive': Oracle('additive', 'keras', 'AdditiveAttention', 'op'),
+  'entmax': Oracle('entmax', 'entmax', 'entmax_bisect', 'op'),
+  'lambda_network': Oracle('lambda', 'lambda-networks', 'LambdaLayer'),
+  'lightning': Oracle('lightning', HF, 'MiniMaxLightningAttention'),
+  'linformer': Oracle('linformer', 'linformer', 'LinformerSelfAttention'),
+  'luong': Oracle('luong', 'keras', 'Attention', 'op'),
+  'performer': Oracle('performer', 'performer-pytorch', 'SelfAttention'),
+  'performer_decoder': Oracle(
+    'performer', 'performer-pytorch', 'SelfAttention'
+  ),
+  'sana': Oracle('sana', 'diffusers', 'SanaLinearAttnProcessor2_0'),
+  'set_transformer': Oracle(
+    'set_transformer', 'torch-geometric', 'InducedSetAttentionBlock'
+  ),
+}
+
 # By the test file that holds the comparisons.
 GROUPS = dict(
   blocks=BLOCKS,
@@ -108,6 +125,7 @@ GROUPS = dict(
   routed_blocks=ROUTED_BLOCKS,
   fla_blocks=FLA_BLOCKS,
   fla_ops=FLA_OPS,
+  library_blocks=LIBRARY_BLOCKS,
 )
 
 

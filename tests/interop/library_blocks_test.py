@@ -1,0 +1,34 @@
+"""Our mixers against modules of several libraries, on CPU."""
+
+import importlib.util
+import os
+import warnings
+
+import pytest
+
+from tests.interop import oracles
+
+pytest.importorskip('torch')
+
+os.environ['KERAS_BACKEND'] = 'torch'
+T = 40
+
+
+def build(name):
+  package = oracles.LIBRARY_BLOCKS[name].package
+  module = package.replace('-', '_')
+  if importlib.util.find_spec(module) is None:
+    pytest.skip(f'{package} is not installed')
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore')  # of what it imports itself
+    importlib.import_module(module)
+  from tests.interop import library_blocks
+
+  return library_blocks.BLOCKS[name](T)
+
+
+@pytest.mark.parametrize('name', oracles.LIBRARY_BLOCKS)
+def test_outputs_and_gradients_of_the_inputs(name):
+  from tests.interop import compare
+
+  compare.check_gradients(build(name), T)
