@@ -22,9 +22,10 @@ def build(name):
   with warnings.catch_warnings():
     warnings.simplefilter('ignore')  # of what it imports itself
     importlib.import_module(module)
-  from tests.interop import library_blocks
+  from tests.interop import library_blocks, memory_blocks
 
-  return library_blocks.BLOCKS[name](T)
+  blocks = library_blocks.BLOCKS | memory_blocks.BLOCKS
+  return blocks[name](T)
 
 
 @pytest.mark.parametrize('name', oracles.LIBRARY_BLOCKS)
@@ -32,3 +33,10 @@ def test_outputs_and_gradients_of_the_inputs(name):
   from tests.interop import compare
 
   compare.check_gradients(build(name), T)
+
+
+def test_compressive_in_segments():
+  from tests.interop import compare
+
+  pair = build('compressive')
+  compare.check_decoding(pair, T, range(8, T + 1, 8), batch=2)

@@ -102,6 +102,9 @@ FLA_OPS = {
 
 LIBRARY_BLOCKS = {
   'additive': Oracle('additive', 'keras', 'AdditiveAttention', 'op'),
+  'compressive': Oracle(
+    'compressive', 'compressive-transformer-pytorch', 'SelfAttention'
+  ),
   'entmax': Oracle('entmax', 'entmax', 'entmax_bisect', 'op'),
   'lambda_network': Oracle('lambda', 'lambda-networks', 'LambdaLayer'),
   'lightning': Oracle('lightning', HF, 'MiniMaxLightningAttention'),
@@ -111,9 +114,13 @@ LIBRARY_BLOCKS = {
   'performer_decoder': Oracle(
     'performer', 'performer-pytorch', 'SelfAttention'
   ),
+  'routing': Oracle('routing', 'routing-transformer', 'KmeansAttention', 'op'),
   'sana': Oracle('sana', 'diffusers', 'SanaLinearAttnProcessor2_0'),
   'set_transformer': Oracle(
     'set_transformer', 'torch-geometric', 'InducedSetAttentionBlock'
+  ),
+  'sinkhorn': Oracle(
+    'sinkhorn', 'sinkhorn-transformer', 'SinkhornAttention', 'op'
   ),
 }
 

@@ -19,7 +19,7 @@ BUILDERS = {
   'routed_blocks': ('routed_blocks_test',),
   'fla_blocks': ('fla_blocks', 'fla_delta_blocks'),
   'fla_ops': ('fla_ops',),
-  'library_blocks': ('library_blocks',),
+  'library_blocks': ('library_blocks', 'memory_blocks'),
 }
 
 
