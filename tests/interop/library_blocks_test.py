@@ -22,9 +22,9 @@ def build(name):
   with warnings.catch_warnings():
     warnings.simplefilter('ignore')  # of what it imports itself
     importlib.import_module(module)
-  from tests.interop import library_blocks, memory_blocks
+  from tests.interop import library_blocks, memory_blocks, xlstm_blocks
 
-  blocks = library_blocks.BLOCKS | memory_blocks.BLOCKS
+  blocks = library_blocks.BLOCKS | memory_blocks.BLOCKS | xlstm_blocks.BLOCKS
   return blocks[name](T)
 
 

@@ -110,6 +110,7 @@ LIBRARY_BLOCKS = {
   'lightning': Oracle('lightning', HF, 'MiniMaxLightningAttention'),
   'linformer': Oracle('linformer', 'linformer', 'LinformerSelfAttention'),
   'luong': Oracle('luong', 'keras', 'Attention', 'op'),
+  'mlstm': Oracle('mlstm', 'xlstm', 'mLSTMLayer'),
   'performer': Oracle('performer', 'performer-pytorch', 'SelfAttention'),
   'performer_decoder': Oracle(
     'performer', 'performer-pytorch', 'SelfAttention'
@@ -122,6 +123,7 @@ LIBRARY_BLOCKS = {
   'sinkhorn': Oracle(
     'sinkhorn', 'sinkhorn-transformer', 'SinkhornAttention', 'op'
   ),
+  'slstm': Oracle('slstm', 'xlstm', 'sLSTMLayer'),
 }
 
 # By the test file that holds the comparisons.

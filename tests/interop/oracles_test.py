@@ -19,7 +19,7 @@ BUILDERS = {
   'routed_blocks': ('routed_blocks_test',),
   'fla_blocks': ('fla_blocks', 'fla_delta_blocks'),
   'fla_ops': ('fla_ops',),
-  'library_blocks': ('library_blocks', 'memory_blocks'),
+  'library_blocks': ('library_blocks', 'memory_blocks', 'xlstm_blocks'),
 }
 
 
@@ -66,5 +66,5 @@ def test_every_comparison_is_an_entry(group):
 def test_packages():
   assert oracles.packages('mamba') == 'transformers'
   assert oracles.packages('nsa') == 'flash-linear-attention (op)'
-  assert oracles.packages('mlstm') == 'transformers (op)'
+  assert oracles.packages('mlstm') == 'transformers (op), xlstm'
   assert not oracles.packages('no row')
