@@ -16,6 +16,7 @@ from efficient_attn.ops import masks, scores
 from efficient_attn.ops.recurrent.delta_rule import delta_rule
 from efficient_attn.ops.recurrent.diagonal_scan import diagonal_scan
 from efficient_attn.ops.recurrent.dplr import dplr
+from efficient_attn.ops.recurrent.fast_weights import fast_weights
 from efficient_attn.ops.recurrent.log_linear import log_linear_attention
 from efficient_attn.ops.routed import nsa as nsa_ops
 from efficient_attn.ops.softmax.attention import attention
@@ -195,4 +196,44 @@ def nsa() -> Case:
   return Case(ours, run, arrays)
 
 
-CASES = {f.__name__: f for f in (comba, fox, hgrn, log_linear, nsa, rwkv7)}
+def ttt_linear() -> Case:
+  """The weights after the last token: theirs answers with x W, not x, added.
+
+  With one rate for all tokens, as theirs takes that of the query.
+  """
+  reference = theirs('ttt.naive', 'chunk_ttt_linear_ref')
+  length, rate = 40, 0.1
+  arrays = heads(length, v=(H,)) | draw(w=(N, H), b=(N, H), start=(N, H, H))
+  del arrays['q']
+  arrays['w'] = 1 + 0.1 * arrays['w']
+  arrays['start'] *= 0.3
+
+  def ours(k, v, w, b, start):
+    rates = jnp.full(k.shape[:3], rate)
+    model = dict(weights=((start, jnp.zeros((N, H))),), norm=(w, b))
+    _, state = fast_weights(k, k, v, rates, **model, chunk_size=CHUNK)
+    weight, bias = state.weights[0]
+    return jnp.concatenate([weight, bias[:, :, None]], 2)
+
+  def run(k, v, w, b, start):
+    _, weight, bias = reference(
+      k.clone(),  # queries, which it scales in place
+      k,
+      v,
+      w,
+      b,
+      eta=rate,
+      scale=1.0,
+      eps=1e-6,
+      mini_batch_size=CHUNK,
+      initial_state=start.expand(B, -1, -1, -1),
+      output_final_state=True,
+    )
+    return torch.cat([weight, bias], 2)
+
+  return Case(ours, run, arrays)
+
+
+CASES = {
+  f.__name__: f for f in (comba, fox, hgrn, log_linear, nsa, rwkv7, ttt_linear)
+}

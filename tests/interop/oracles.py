@@ -98,6 +98,7 @@ FLA_OPS = {
   'log_linear': Oracle('log_linear', FLA, 'naive_log_linear_attn', 'op'),
   'nsa': Oracle('nsa', FLA, 'naive_nsa_selection', 'op'),
   'rwkv7': Oracle('rwkv7', FLA, 'dplr_recurrence', 'op'),
+  'ttt_linear': Oracle('ttt_linear', FLA, 'chunk_ttt_linear_ref', 'op'),
 }
 
 LIBRARY_BLOCKS = {
