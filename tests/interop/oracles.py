@@ -62,6 +62,7 @@ PATTERN_BLOCKS = {
   'cascade': Oracle('cascade', HF, 'LongformerSelfAttention'),
   'gemma2': Oracle('window', HF, 'Gemma2Attention'),
   'longformer': Oracle('longformer', HF, 'LongformerSelfAttention'),
+  'star': Oracle('star', HF, 'LongformerSelfAttention'),
   'swin2': Oracle('attention', HF, 'Swinv2SelfAttention'),
   't5': Oracle('attention', HF, 'T5Attention'),
   't5_decoder': Oracle('attention', HF, 'T5Attention'),

@@ -34,8 +34,11 @@ def put_heads(qkv, query, key, value, scale=1.0):
   put(qkv.value.weight, value.T)
 
 
-def longformer_pair(ours, window, num_global, own=True) -> Pair:
-  """A window and global tokens first, with projections of their `own`."""
+def longformer_pair(ours, window, num_global, own=True, gap=1) -> Pair:
+  """A window and global tokens first, with projections of their `own`.
+
+  Theirs sees every token `gap` places from the next, masked ones between.
+  """
   from transformers.models.longformer import modeling_longformer as hf
 
   config = hf.LongformerConfig(
@@ -59,15 +62,18 @@ def longformer_pair(ours, window, num_global, own=True) -> Pair:
   put(ours.out.weight, np.eye(D, dtype=np.float32))  # theirs ends at the heads
 
   def run(x, cache=None):
-    ends = torch.zeros(x.shape[:2])
-    ends[:, :num_global] = 10_000.0
-    return theirs(
+    x = torch.nn.functional.pad(x[:, :, None], (0, 0, 0, gap - 1)).flatten(1, 2)
+    ends = torch.full(x.shape[:2], -10_000.0)
+    ends[:, ::gap] = 0.0
+    ends[:, : num_global * gap : gap] = 10_000.0
+    y, *_ = theirs(
       x,
       attention_mask=ends,
       is_index_masked=ends < 0,
       is_index_global_attn=ends > 0,
       is_global_attn=num_global > 0,
-    )[0]
+    )
+    return y[:, ::gap]
 
   return Pair(ours, run, dict)
 
@@ -78,6 +84,11 @@ ENCODER = dict(causal=False, position='none')
 def longformer(length) -> Pair:
   options = dict(window=8, num_global=2, global_projections=True)
   return longformer_pair(build('longformer', **options, **ENCODER), 8, 2)
+
+
+def star(length) -> Pair:
+  """A window of neighbours, too small for theirs alone, and a global relay."""
+  return longformer_pair(build('star', **ENCODER), 4, 1, own=False, gap=2)
 
 
 def cascade(length) -> Pair:
@@ -265,5 +276,15 @@ def swin2(length) -> Pair:
 
 BLOCKS = {
   f.__name__: f
-  for f in (bigbird, bloom, cascade, gemma2, longformer, swin2, t5, t5_decoder)
+  for f in (
+    bigbird,
+    bloom,
+    cascade,
+    gemma2,
+    longformer,
+    star,
+    swin2,
+    t5,
+    t5_decoder,
+  )
 }
