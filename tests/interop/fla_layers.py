@@ -1,4 +1,4 @@
-"""How layers of flash-linear-attention run on a CPU, and where weights go.
+"""Runs layers of flash-linear-attention on a CPU, and sets weights from them.
 
 Imported after `pytest.importorskip('fla')`. Their layers call GPU kernels; on
 a CPU the references of the same package take the place of these, and PyTorch's
@@ -19,12 +19,12 @@ def reference(folder, name):
 
 
 def rms(x, norm):
-  """Their norm of the last axis, by the epsilon and the weight of `norm`."""
+  """Normalises the last axis by the epsilon and the weight of `norm`."""
   return functional.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
 
 
 class Conv(torch.nn.Module):
-  """The causal convolution of a `ShortConvolution`."""
+  """Runs the causal convolution of a `ShortConvolution` in PyTorch."""
 
   def __init__(self, theirs):
     super().__init__()
@@ -60,9 +60,10 @@ def put_qkv(ours, w) -> None:
   put_all(w, *zip(mine, names, strict=True))
 
 
-def put_convs(layer, ours, w, *names, heads=lambda rows: rows) -> None:
+def put_convs(layer, ours, w, *names) -> None:
+  """Sets our convolutions, and puts PyTorch's into the layer."""
   for mine, name in zip(ours, names, strict=True):
-    put(mine.weight, into(heads(w[f'{name}_conv1d.weight'][:, 0])))
+    put(mine.weight, into(w[f'{name}_conv1d.weight'][:, 0]))
     setattr(layer, f'{name}_conv1d', Conv(getattr(layer, f'{name}_conv1d')))
 
 
@@ -73,12 +74,12 @@ def put_gated_output(ours, w, norm) -> None:
 
 
 def gated_norm(norm):
-  """Of a `FusedRMSNormGated`; ours has another epsilon."""
+  """Lets a `FusedRMSNormGated` run in PyTorch, with our epsilon."""
   norm.eps = 1e-6
   norm.forward = lambda o, g: rms(o, norm) * functional.silu(g)
 
 
 def plain_norm(norm):
-  """Of an `RMSNorm` of each head; ours has another epsilon."""
+  """Lets an `RMSNorm` of each head run in PyTorch, with our epsilon."""
   norm.eps = 1e-6
   norm.forward = lambda o: rms(o, norm)
