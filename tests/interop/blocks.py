@@ -31,9 +31,6 @@ def gated_deltanet() -> Pair:
 
   The eps is that of Qwen3-Next.
   """
-  from transformers.models.qwen3_next import modeling_qwen3_next as hf
-
-  """Their two key heads serve two value heads each; ours hold copies."""
   hf = modeling('qwen3_next')
 
   keys, key_dim, value_dim = 2, 6, 12
@@ -79,6 +76,36 @@ def gated_deltanet() -> Pair:
   put(ours.out.norm.scale, w['norm.weight'])
   put(ours.out.out.weight, w['out_proj.weight'].T)
   return cached(ours, theirs, config)
+
+
+def lightning() -> Pair:
+  """The second of three layers, in blocks of 8 tokens; ours in chunks of 16."""
+  hf = modeling('minimax')
+
+  layers, layer = 3, 1
+  config = hf.MiniMaxConfig(
+    hidden_size=D,
+    num_attention_heads=N,
+    num_hidden_layers=layers,
+    layer_types=['linear_attention'] * layers,
+    block_size=8,
+  )
+  theirs = hf.MiniMaxLightningAttention(config, layer_idx=layer).eval()
+  w = randomize(theirs, norm=1.0)
+  depth = layer / (layers - 1 + 1e-5)
+  ours = build('lightning', chunk_size=16, depth=depth)
+  rows = w['qkv_proj.weight'].reshape(N, 3, D // N, D)
+  put(ours.qkv.query.weight, into(rows[:, 0]))
+  put(ours.qkv.key.weight, into(rows[:, 1]))
+  put(ours.qkv.value.weight, into(rows[:, 2]))
+  put(ours.norm.scale, w['norm.weight'])
+  put(ours.gate.weight, into(w['output_gate.weight']))
+  put(ours.out.weight, into(w['out_proj.weight']))
+
+  def run(x, cache=None):
+    return theirs(x, None, None, cache)[0]
+
+  return Pair(ours, run, hf.MiniMaxCache)
 
 
 def kda() -> Pair:
@@ -298,5 +325,14 @@ def mlstm_layer() -> Pair:
 
 BLOCKS = {
   f.__name__: functools.cache(f)
-  for f in (gated_deltanet, kda, mamba, mamba2, rwkv4, rg_lru, mlstm_layer)
+  for f in (
+    gated_deltanet,
+    kda,
+    lightning,
+    mamba,
+    mamba2,
+    rwkv4,
+    rg_lru,
+    mlstm_layer,
+  )
 }

@@ -74,12 +74,10 @@ def put_gated_output(ours, w, norm) -> None:
 
 
 def gated_norm(norm):
-  """Lets a `FusedRMSNormGated` run in PyTorch, with our epsilon."""
-  norm.eps = 1e-6
+  """Lets a `FusedRMSNormGated` run in PyTorch."""
   norm.forward = lambda o, g: rms(o, norm) * functional.silu(g)
 
 
 def plain_norm(norm):
-  """Lets an `RMSNorm` of each head run in PyTorch, with our epsilon."""
-  norm.eps = 1e-6
+  """Lets an `RMSNorm` of each head run in PyTorch."""
   norm.forward = lambda o: rms(o, norm)

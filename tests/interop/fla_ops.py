@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from efficient_attn.ops import masks, scores
-from efficient_attn.ops.recurrent.delta_rule import delta_rule
 from efficient_attn.ops.recurrent.diagonal_scan import diagonal_scan
 from efficient_attn.ops.recurrent.dplr import dplr
 from efficient_attn.ops.recurrent.fast_weights import fast_weights
@@ -102,21 +101,21 @@ def rwkv7() -> Case:
 
 
 def comba() -> Case:
-  """p = b k with one b a head, as in the mixer."""
-  reference = theirs('comba.naive', 'naive_recurrent_comba')
-  erase = np.array([0.2, 0.5, 0.9], np.float32)[:, None]
-  arrays = heads(beta=(), g=())
+  """The chunked reference: its recurrent one decays before it erases."""
+  reference = theirs('comba.naive', 'naive_chunk_comba')
+  arrays = heads(64, beta=(), g=())
   arrays['k'] = unit(arrays['k'])
+  arrays['p'] = 0.7 * unit(arrays['k'] + 0.3 * arrays['q'])
   arrays['beta'] = sigmoid(arrays['beta'])
   arrays['g'] = decays(arrays['g'])
 
-  def ours(g, **x):
-    strength = jnp.broadcast_to(erase, x['k'].shape)
-    options = dict(log_decay=g, erase=strength, chunk_size=CHUNK)
-    return delta_rule(**x, **options)[0]
+  def ours(g, beta, k, p, **x):
+    write = beta[..., None] * k
+    x |= dict(k=write, a=p, b=-write, log_decay=g)
+    return dplr(**x, chunk_size=CHUNK)[0]
 
   def run(**x):
-    return reference(**x, p=torch.from_numpy(erase) * x['k'])[0]
+    return reference(**x, chunk_size=32)[0]
 
   return Case(ours, run, arrays)
 

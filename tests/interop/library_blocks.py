@@ -194,44 +194,6 @@ def luong(length) -> Pair:
   return pair(ours, run)
 
 
-def lightning(length) -> Pair:
-  """Theirs with our decays, and without its silu of values and norm weight."""
-  from transformers.models.minimax import modeling_minimax as hf
-
-  from efficient_attn.layers.mixers.ungated.lightning import log_decays
-
-  config = hf.MiniMaxConfig(
-    hidden_size=D,
-    num_hidden_layers=1,
-    num_attention_heads=N,
-    head_dim=H,
-    block_size=16,
-    layer_types=['linear_attention'],
-  )
-  theirs = hf.MiniMaxLightningAttention(config, layer_idx=0).eval()
-  w = randomize(theirs)
-  theirs.norm.weight.data.fill_(1.0)
-
-  def silu(qkv):
-    q, k, v = qkv.unflatten(-1, (N, 3, H)).unbind(-2)
-    rows = *map(torch.nn.functional.silu, (q, k)), v
-    return torch.stack(rows, -2).flatten(-3)
-
-  theirs.act_fn.forward = silu
-  # Our first head never forgets; of a rate of 0 their mask lets all pass.
-  rates = -torch.from_numpy(np.array(log_decays(N)))[:, None, None]
-  rates = rates.clamp(min=1e-30)
-  theirs.slope_rate = rates
-  factors = theirs.decay_factors(rates)
-  theirs.query_decay, theirs.key_decay, theirs.diagonal_decay = factors
-  ours = build('lightning', chunk_size=16)
-  q, k, v = w['qkv_proj.weight'].reshape(N, 3, H, D).swapaxes(0, 1)
-  put_qkv(ours.qkv, q, k, v)
-  put(ours.gate.weight, into(w['output_gate.weight']))
-  put(ours.out.weight, into(w['out_proj.weight']))
-  return pair(ours, lambda x: theirs(x, None, None)[0])
-
-
 def performer(length, causal=False) -> Pair:
   """Theirs without the small numbers that it adds to features and sums."""
   from performer_pytorch import performer_pytorch as module
@@ -289,7 +251,6 @@ BLOCKS = {
     additive,
     entmax,
     lambda_network,
-    lightning,
     linformer,
     luong,
     performer,

@@ -33,6 +33,7 @@ BLOCKS = {
   'gated_deltanet': Oracle('gated_deltanet', HF, 'Qwen3NextGatedDeltaNet'),
   'gpt_oss': Oracle('attention', HF, 'GptOssAttention'),
   'kda': Oracle('kda', HF, 'KimiLinearDeltaAttention'),
+  'lightning': Oracle('lightning', HF, 'MiniMaxLightningAttention'),
   'mamba': Oracle('mamba', HF, 'MambaMixer'),
   'mamba2': Oracle('mamba2', HF, 'Mamba2Mixer'),
   'mfa': Oracle('mfa', HF, 'LlamaAttention'),
@@ -93,7 +94,7 @@ FLA_BLOCKS = {
 }
 
 FLA_OPS = {
-  'comba': Oracle('comba', FLA, 'naive_recurrent_comba', 'op'),
+  'comba': Oracle('comba', FLA, 'naive_chunk_comba', 'op'),
   'fox': Oracle('fox', FLA, 'naive_forgetting_attn', 'op'),
   'hgrn': Oracle('hgrn', FLA, 'naive_recurrent_hgrn', 'op'),
   'log_linear': Oracle('log_linear', FLA, 'naive_log_linear_attn', 'op'),
@@ -109,7 +110,6 @@ LIBRARY_BLOCKS = {
   ),
   'entmax': Oracle('entmax', 'entmax', 'entmax_bisect', 'op'),
   'lambda_network': Oracle('lambda', 'lambda-networks', 'LambdaLayer'),
-  'lightning': Oracle('lightning', HF, 'MiniMaxLightningAttention'),
   'linformer': Oracle('linformer', 'linformer', 'LinformerSelfAttention'),
   'luong': Oracle('luong', 'keras', 'Attention', 'op'),
   'mlstm': Oracle('mlstm', 'xlstm', 'mLSTMLayer'),
@@ -128,6 +128,12 @@ LIBRARY_BLOCKS = {
   'slstm': Oracle('slstm', 'xlstm', 'sLSTMLayer'),
 }
 
+TRANSFORMER_BLOCKS = {
+  'bert': Oracle('attention', HF, 'BertLayer'),
+  'gpt2': Oracle('attention', HF, 'GPT2Block'),
+  'vit': Oracle('attention', HF, 'ViTLayer'),
+}
+
 # By the test file that holds the comparisons.
 GROUPS = dict(
   blocks=BLOCKS,
@@ -137,6 +143,7 @@ GROUPS = dict(
   fla_blocks=FLA_BLOCKS,
   fla_ops=FLA_OPS,
   library_blocks=LIBRARY_BLOCKS,
+  transformer_blocks=TRANSFORMER_BLOCKS,
 )
 
 

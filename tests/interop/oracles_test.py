@@ -20,6 +20,7 @@ BUILDERS = {
   'fla_blocks': ('fla_blocks', 'fla_delta_blocks'),
   'fla_ops': ('fla_ops',),
   'library_blocks': ('library_blocks', 'memory_blocks', 'xlstm_blocks'),
+  'transformer_blocks': ('transformer_blocks',),
 }
 
 

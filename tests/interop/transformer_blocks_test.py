@@ -2,11 +2,13 @@
 
 import pytest
 
+from tests.interop import oracles
+
 pytest.importorskip('torch')
 pytest.importorskip('transformers')
 
 
-@pytest.mark.parametrize('name', ['bert', 'gpt2', 'vit'])
+@pytest.mark.parametrize('name', oracles.TRANSFORMER_BLOCKS)
 def test_outputs_and_gradients_of_the_inputs(name):
   from tests.interop import compare, transformer_blocks
 

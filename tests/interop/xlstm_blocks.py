@@ -42,14 +42,7 @@ def slstm(length) -> Pair:
   recurrent = w['slstm_cell._recurrent_kernel_'].reshape(N, 4, H, H)
   put(ours.recurrent, recurrent.transpose(1, 0, 3, 2)[order])
   put(ours.bias, w['slstm_cell._bias_'].reshape(4, N, H)[order])
-  # Ours has one norm for all heads, and a bias.
-  scale = w['group_norm.weight'][:H]
-  theirs.group_norm.weight.data.copy_(
-    theirs.group_norm.weight.data[:H].repeat(N)
-  )
-  theirs.group_norm.eps = ours.norm.eps
-  put(ours.norm.scale, 1 + scale)
-  put(ours.norm.bias, np.zeros(H, np.float32))
+  put(ours.norm.scale, 1 + w['group_norm.weight'])
   return pair(ours, theirs)
 
 
