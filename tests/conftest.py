@@ -29,8 +29,12 @@ jax.config.update('jax_num_cpu_devices', 8)
 # Many tests compile the same program: compile it once for all workers. Small
 # ones compile as quickly as they are found.
 cache = pathlib.Path(__file__).parents[1] / '.pytest_cache' / 'jax'
-jax.config.update('jax_compilation_cache_dir', str(cache))
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+for name, value in dict(
+  jax_compilation_cache_dir=str(cache),
+  jax_persistent_cache_min_compile_time_secs=0.1,
+).items():
+  jax.config.update(name, value)
+  os.environ.setdefault(name.upper(), str(value))  # for scripts under test
 
 # Tracing makes objects by the million, of which few are garbage: collecting as
 # often as Python does by itself takes a fifth of the time.
@@ -67,6 +71,9 @@ def pytest_collection_modifyitems(config, items):
     everything=config.getoption('--all'),
     part=config.getoption('--part'),
     share=config.getoption('--share'),
+    # Whoever names tests gets them all.
+    turns=not config.getoption('keyword')
+    and config.args_source != config.ArgsSource.ARGS,
   )
   config.hook.pytest_deselected(items=left_out)
   # One worker runs a file: its tests share fixtures, oracles and programs.

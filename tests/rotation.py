@@ -1,5 +1,6 @@
 """What of the suite runs when: always, with --all, or in turn."""
 
+import collections
 import itertools
 import zlib
 
@@ -25,6 +26,17 @@ def combinations(*axes):
   ]
 
 
+# Folders whose properties are tested of many rows, shapes and options. A few
+# cases of each property run always; the others take turns, one in `TURNS`.
+IN_TURN = (
+  'tests/decode/',
+  'tests/layers/',
+  'tests/models/',
+  'tests/ops/',
+)
+TURNS = 4
+
+
 def belongs(item, part):
   """Whether a test is in the part 'K/N' of all; a group is in one part."""
   index, count = map(int, part.split('/'))
@@ -35,19 +47,44 @@ def belongs(item, part):
   return zlib.crc32(name.encode()) % count == index
 
 
-def choose(items, *, everything, part, share):
+def always(items):
+  """The tests of `items` that do not take turns.
+
+  Of each property its first two cases and those whose turn is 0; all tests of
+  a group have the same turn, and share what they compile.
+  """
+  seen = collections.Counter()
+  kept = []
+  for item in items:
+    if item.get_closest_marker('exhaustive'):
+      continue
+    function, _, case = item.nodeid.partition('[')
+    seen[function] += 1
+    takes_turns = case and function.startswith(IN_TURN) and seen[function] > 2
+    if not takes_turns or belongs(item, f'0/{TURNS}'):
+      kept.append(item)
+  return kept
+
+
+def choose(items, *, everything, part, share, turns):
   """Splits tests into (those that run, those that do not).
 
   Args:
     items: of pytest.
     everything: the whole sweep runs.
-    part: 'K/N', of the sweep; without it none of the sweep runs.
-    share: 'K/N', of the tests outside the sweep; without it all of them run.
+    part: 'K/N', of the sweep, and the turn K of the cases that take turns;
+      without it none of the sweep runs.
+    share: 'K/N', of the tests that run always; without it all of them run.
+    turns: whether cases take turns; otherwise they all run.
   """
   kept, left = [], []
+  first = set(map(id, always(items)))
+  turn = None if part is None else f'{int(part.split("/")[0]) % TURNS}/{TURNS}'
   for item in items:
     if item.get_closest_marker('exhaustive'):
       runs = everything or (part is not None and belongs(item, part))
+    elif id(item) not in first and turns:
+      runs = everything or (turn is not None and belongs(item, turn))
     else:
       runs = share is None or belongs(item, share)
     (kept if runs else left).append(item)

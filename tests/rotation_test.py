@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from tests.rotation import belongs, choose, combinations
+from tests.rotation import TURNS, always, belongs, choose, combinations
 
 
 def item(name, **marks):
@@ -18,7 +18,7 @@ ITEMS += [item(f'test_{i}') for i in range(50, 100)]
 
 def test_parts_are_the_whole_sweep_once():
   runs = [
-    choose(ITEMS, everything=False, part=f'{i}/4', share='0/1')[0]
+    choose(ITEMS, everything=False, part=f'{i}/4', share='0/1', turns=True)[0]
     for i in range(4)
   ]
   swept = [test.nodeid for part in runs for test in part[:-50]]
@@ -29,7 +29,7 @@ def test_parts_are_the_whole_sweep_once():
 
 def test_shares_are_the_rest_once():
   runs = [
-    choose(ITEMS, everything=False, part=None, share=f'{i}/3')[0]
+    choose(ITEMS, everything=False, part=None, share=f'{i}/3', turns=True)[0]
     for i in range(3)
   ]
   assert sorted(t.nodeid for part in runs for t in part) == sorted(
@@ -38,7 +38,7 @@ def test_shares_are_the_rest_once():
 
 
 def test_by_default_all_but_the_sweep_run_and_with_all_everything():
-  options = dict(part=None, share=None)
+  options = dict(part=None, share=None, turns=True)
   assert choose(ITEMS, everything=False, **options) == (ITEMS[50:], ITEMS[:50])
   assert choose(ITEMS, everything=True, **options) == (ITEMS, [])
 
@@ -64,3 +64,26 @@ def test_combinations_always_cover_every_value():
     {None},
   ]
   assert len(always) == 3
+
+
+CASES = [
+  item(f'tests/ops/x_test.py::test_{p}[{i}]') for p in 'ab' for i in range(40)
+]
+OTHERS = [item(f'tests/config_test.py::test_a[{i}]') for i in range(9)]
+OTHERS += [item(f'tests/ops/x_test.py::test_{i}') for i in range(9)]
+
+
+def test_cases_of_a_property_take_turns():
+  tests = CASES + OTHERS
+  kept = always(tests)
+  assert kept[-len(OTHERS) :] == OTHERS and {*map(id, CASES[:2])} <= {
+    *map(id, kept)
+  }
+  assert 4 < len(kept) - len(OTHERS) < 40
+  options = dict(everything=False, share=None, turns=True)
+  assert choose(tests, part=None, **options)[0] == kept
+  runs = [choose(tests, part=f'{i}/8', **options)[0] for i in range(TURNS)]
+  found = {test.nodeid for part in runs for test in part}
+  assert found == {test.nodeid for test in tests}
+  assert all({*map(id, kept)} <= {*map(id, part)} for part in runs)
+  assert choose(tests, part=None, **options | dict(turns=False))[0] == tests
