@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Installs and runs the test suite, or the tests that are named; with --all
-# also the exhaustive sweep over lengths, chunks and options, with --rotate the
-# part of it that is the turn of this commit.
+# Installs and runs the test suite, or the tests that are named (paths, -k).
+# The suite has some cases of every property; with --rotate also those whose
+# turn it is at this commit, of the exhaustive sweep over lengths, chunks and
+# options too; with --all everything. See tests/rotation.py.
 #
 #   bash launch/test.sh [--all | --rotate | --part=K/N] [pytest arguments]
 

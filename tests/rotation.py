@@ -27,7 +27,8 @@ def combinations(*axes):
 
 
 # Folders whose properties are tested of many rows, shapes and options. A few
-# cases of each property run always; the others take turns, one in `TURNS`.
+# cases of each property run always; the others take turns, one in `TURNS`, and
+# so do tests that are marked `in_turn`, long runs of what others test in parts.
 IN_TURN = (
   'tests/decode/',
   'tests/layers/',
@@ -50,8 +51,8 @@ def belongs(item, part):
 def always(items):
   """The tests of `items` that do not take turns.
 
-  Of each property its first two cases and those whose turn is 0; all tests of
-  a group have the same turn, and share what they compile.
+  Of each property its first case and those whose turn is 0; all tests of a
+  group have the same turn, and share what they compile.
   """
   seen = collections.Counter()
   kept = []
@@ -60,7 +61,8 @@ def always(items):
       continue
     function, _, case = item.nodeid.partition('[')
     seen[function] += 1
-    takes_turns = case and function.startswith(IN_TURN) and seen[function] > 2
+    takes_turns = case and function.startswith(IN_TURN) and seen[function] > 1
+    takes_turns = takes_turns or item.get_closest_marker('in_turn')
     if not takes_turns or belongs(item, f'0/{TURNS}'):
       kept.append(item)
   return kept

@@ -30,6 +30,7 @@ def train_in_two(workdir, *flags):
   ]
 
 
+@pytest.mark.in_turn
 def test_two_processes(tmp_path):
   one, two = tmp_path / 'one', tmp_path / 'two'
   finish(train(one, *FAST, RARE, '--config.cpu_devices=2'))

@@ -44,6 +44,7 @@ def assert_same_parameters(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.in_turn
 def test_interrupted_run_ends_like_an_uninterrupted_one(whole, tmp_path):
   workdir = tmp_path / 'run'
   # Relaunched from the saved config of the other.
@@ -79,6 +80,7 @@ def test_interrupted_run_ends_like_an_uninterrupted_one(whole, tmp_path):
   ).read_text()
 
 
+@pytest.mark.in_turn
 def test_damaged_checkpoints_are_replaced(whole, tmp_path):
   workdir = tmp_path / 'run'
   shutil.copytree(whole, workdir)

@@ -181,6 +181,7 @@ options = functools.partial(
 )
 
 
+@pytest.mark.in_turn
 @options(max_examples=15)
 @hypothesis.given(st.data())
 def test_random_masks(data):

@@ -62,6 +62,7 @@ def after_a_step(weight, mesh='', **changes):
   return jax.jit(run)(jax.random.key(0), batch)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize(
   'changes',
   [

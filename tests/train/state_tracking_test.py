@@ -161,6 +161,7 @@ def test_negative_eigenvalues_track_the_state(name):
     assert np.max(found) > 0.8, (task, found)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize(
   'name',
   [

@@ -87,6 +87,7 @@ def plain():
   return take('data=1', 1)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize(
   'text,rows',
   [

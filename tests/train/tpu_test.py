@@ -13,6 +13,7 @@ from efficient_attn.train.step import make_train_step
 pytest.importorskip('libtpu', reason="needs pip install 'efficient_attn[tpu]'")
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize(
   'mesh,collectives',
   [

@@ -80,6 +80,7 @@ def test_leaves_what_it_promises(one_device):
   assert saved.model.dtype == 'float32'  # resolved, not ''
 
 
+@pytest.mark.in_turn
 def test_rates_count_every_token_that_is_read(tmp_path):
   task = {'data': dict(name='palindrome', options={'seq_len': 20})}
   run(tiny(steps=3, accumulate=2, **task), tmp_path, jax.devices()[:1])
@@ -110,6 +111,7 @@ def test_every_mesh_has_the_losses_of_one_device(one_device, mesh, tmp_path):
   )
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize(
   'changes',
   [
@@ -144,6 +146,7 @@ def test_resume_is_bitwise(mesh, tmp_path):
   assert steps == sorted(steps)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize(
   'changes',
   [
@@ -171,6 +174,7 @@ def test_vit_on_every_mesh(changes, tmp_path):
   )
 
 
+@pytest.mark.in_turn
 def test_resume_on_another_mesh(one_device, tmp_path):
   shutil.copytree(one_device, tmp_path / 'part')
   shutil.rmtree(tmp_path / 'part' / 'checkpoints' / '6')
@@ -234,6 +238,7 @@ def test_divergence_can_be_skipped(tmp_path):
   assert all(np.isfinite(value).all() for value in values)
 
 
+@pytest.mark.in_turn
 def test_profile(tmp_path):
   run(tiny(profile_steps='2:3'), tmp_path, jax.devices()[:1])
   assert list((tmp_path / 'profile').rglob('*.pb'))
