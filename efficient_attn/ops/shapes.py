@@ -34,8 +34,6 @@ def check_qkv(q: Array, k: Array, v: Array) -> None:
       f'v has batch and length {v.shape[:2]}, k has {(batch, length)}: pass '
       'equal ones.'
     )
-  if length == 0:
-    raise ValueError('the length axis of q, k, v is empty: pass T >= 1.')
   if v.shape[2] % kv_heads:
     raise ValueError(
       f'v has {v.shape[2]} heads, not a multiple of the {kv_heads} heads of k: '
@@ -66,9 +64,17 @@ def check_directions(bidirectional: bool, initial_state) -> None:
 
 
 def check_floating(name: str, x: Array) -> None:
-  """Refuses integers and booleans."""
-  if not jnp.issubdtype(x.dtype, jnp.floating):
-    raise ValueError(f'{name} has dtype {x.dtype}: pass a floating dtype.')
+  """Refuses integers, booleans, floats of 8 bits, and arrays of no numbers."""
+  if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize == 1:
+    raise ValueError(
+      f'{name} has dtype {x.dtype}: cast it to a floating type of 16 bits or '
+      'more.'
+    )
+  if x.size == 0:
+    raise ValueError(
+      f'{name} has shape {x.shape}: axis {x.shape.index(0)} is empty; pass 1 '
+      'or more.'
+    )
 
 
 def check_log_decay(log_decay: Array) -> None:

@@ -28,6 +28,7 @@ call = jax.jit(lambda model, image: model(image))
 ENCODERS = ('window', 'linear', 'mamba')
 OPTIONS = {
   'neighborhood': dict(grid=(4, 4), window=3),
+  'radial': dict(frame_size=16),
   'sinkhorn': dict(block_size=4),  # divides 16 patches
   'sliding_tile': dict(grid=(4, 4), tile=2),
   'vsa': dict(grid=(4, 4), cube=(2, 2)),
@@ -82,3 +83,9 @@ def test_mistakes():
 def test_a_mixer_of_grids_does_not_take_patches_for_a_line(mixer):
   with pytest.raises(ConfigError, match=r'set it to \(4, 4\)'):
     build(pattern=('attention', mixer), pooling='mean')
+
+
+def test_an_image_is_whole_frames():
+  model = build(pattern=('radial',), pooling='mean')
+  with pytest.raises(ConfigError, match='T is 16, .* of frame_size=256'):
+    model(IMAGE)

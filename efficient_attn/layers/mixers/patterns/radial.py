@@ -10,6 +10,7 @@ Where that band is narrower than `min_width` it stays so wide, in every
 (min_width 2^e / frame_size)-th frame. O(T log T) for a fixed frame_size.
 """
 
+from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixers.patterns.encoder import Encoder
 from efficient_attn.ops import masks
 from efficient_attn.values import Positive
@@ -27,5 +28,10 @@ class Radial(Encoder):
 
   def pattern(self, length: int) -> masks.Mask:
     """Bands around the diagonal of every pair of frames."""
-    frames = -(-length // self.frame_size)
+    frames, rest = divmod(length, self.frame_size)
+    if rest:
+      raise ConfigError(
+        f'T is {length}, which are no whole frames of frame_size='
+        f'{self.frame_size}; set it to the tokens of a frame'
+      )
     return masks.Radial(self.frame_size, frames, self.min_width)
