@@ -73,7 +73,7 @@ class Grid:
       self._spread(self._train_steps, P('runs'), P('runs'), P()),
       donate_argnums=0,
     )
-    self._evaluate = jax.jit(self._spread(self._eval_step, P('runs'), P()))
+    self._evaluate = self._evaluator(self._loss)
     self.steps = 0
     self.losses = np.zeros((0, len(self.runs)), np.float32)
     self.skipped = np.zeros(len(self.runs), int)
@@ -96,11 +96,18 @@ class Grid:
 
   def evaluate(self, config: DataConfig | None = None) -> list[dict]:
     """Returns the validation metrics of each run, on all examples."""
-    valid = self._valid if config is None else self._load(config, 0).valid
+    if config is None:
+      valid, evaluate = self._valid, self._evaluate
+    else:
+      dataset = self._load(config, 0)
+      loss = make_loss(
+        dataclasses.replace(self.config, data=config), dataset.tokenizer
+      )
+      valid, evaluate = dataset.valid, self._evaluator(loss)
     params = evaluated_params(self._state)
     totals = collections.Counter()
     for batch in valid:
-      totals.update(jax.device_get(self._evaluate(params, batch)))
+      totals.update(jax.device_get(evaluate(params, batch)))
     found = jax.vmap(means)(dict(totals))
     return [
       {name: float(x[i]) for name, x in found.items()}
@@ -149,9 +156,13 @@ class Grid:
     states, metrics = jax.lax.scan(body, states, batches)
     return states, jax.tree.map(jnp.transpose, metrics)  # runs first
 
-  def _eval_step(self, params, batch):
-    step = make_eval_step(self._architecture, self._loss)
-    return jax.vmap(lambda params: step(params, batch))(params)
+  def _evaluator(self, loss):
+    step = make_eval_step(self._architecture, loss)
+
+    def evaluate(params, batch):
+      return jax.vmap(lambda params: step(params, batch))(params)
+
+    return jax.jit(self._spread(evaluate, P('runs'), P()))
 
   def _spread(self, f, *in_specs):
     """Gives each device its runs; what is not of runs goes to all."""

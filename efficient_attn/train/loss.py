@@ -13,7 +13,7 @@ import numpy as np
 
 from efficient_attn import sharding
 from efficient_attn.config import Config, ConfigError, choose
-from efficient_attn.data import DATASETS, Tokenizer
+from efficient_attn.data import DATASETS, Tokenizer, tasks
 
 
 def cross_entropy(
@@ -79,22 +79,66 @@ def next_token(config: Config, token_bytes: np.ndarray | None) -> Callable:
 
 
 def answers(config: Config, token_bytes) -> Callable:
-  """The loss of a model of tokens on a task: it counts where answers do."""
+  """The loss of a language model on a task: it counts where answers do.
+
+  Where the task bounds the answers of an example, logits are computed at those
+  alone: with a large vocabulary they are most of the work.
+  """
+  del token_bytes
+  bounds = [
+    tasks.make(config.data, train=train).most_answers for train in (True, False)
+  ]
+  bound = None if None in bounds else max(bounds)
+
+  def loss(model, batch, key):
+    tokens, labels, weights = (
+      batch[name] for name in ('tokens', 'labels', 'weights')
+    )
+    if bound is None or bound >= tokens.shape[1]:
+      logits, _ = model(tokens, key=key)
+      return _answered(config, logits, labels, weights, weights.size)
+    hidden, _ = model.hidden(tokens, key=key)
+    # One-hot [B, answer, T], as a gather from a sharded batch has no sharding.
+    number = jnp.cumsum(weights > 0, axis=1)[:, None]
+    chosen = (number == 1 + jnp.arange(bound)[:, None]) & (weights > 0)[:, None]
+    hidden = jnp.einsum(
+      'bat,btd->bad',
+      chosen.astype(hidden.dtype),
+      hidden,
+      precision=jax.lax.Precision.HIGHEST,
+    )
+    labels, weights = (
+      jnp.sum(jnp.where(chosen, x[:, None], 0), axis=-1)
+      for x in (labels, weights)
+    )
+    logits = model.logits(hidden)
+    return _answered(config, logits, labels, weights, tokens.size)
+
+  return loss
+
+
+def every_answer(config: Config, token_bytes) -> Callable:
+  """The loss of an auto-encoder on a task, whose logits come all at once."""
   del token_bytes
 
   def loss(model, batch, key):
-    labels, weights = batch['labels'], batch['weights']
     logits, _ = model(batch['tokens'], key=key)
-    objective, nll = cross_entropy(logits, labels, **vars(config.loss))
-    sums = _sums(objective, nll, logits, labels, weights)
-    # One-hot, as a scatter over a sharded batch has no sharding; XLA sums it
-    # without storing it.
-    classes = jax.nn.one_hot(labels, logits.shape[-1]) * weights[..., None]
-    hits = jnp.argmax(logits, axis=-1) == labels
-    each = {'of_class': classes, 'hits_of_class': classes * hits[..., None]}
-    return sums | {k: jnp.sum(v, (0, 1)) for k, v in each.items()}
+    weights = batch['weights']
+    return _answered(config, logits, batch['labels'], weights, weights.size)
 
   return loss
+
+
+def _answered(config, logits, labels, weights, read):
+  objective, nll = cross_entropy(logits, labels, **vars(config.loss))
+  sums = _sums(objective, nll, logits, labels, weights)
+  # One-hot, as a scatter over a sharded batch has no sharding; XLA sums it
+  # without storing it.
+  classes = jax.nn.one_hot(labels, logits.shape[-1]) * weights[..., None]
+  hits = jnp.argmax(logits, axis=-1) == labels
+  each = {'of_class': classes, 'hits_of_class': classes * hits[..., None]}
+  each = {k: jnp.sum(v, (0, 1)) for k, v in each.items()}
+  return sums | each | {'read': jnp.float32(read)}
 
 
 def classification(config: Config, token_bytes) -> Callable:
@@ -125,7 +169,7 @@ LOSSES = {
   ('lm', 'text'): next_token,
   ('lm', 'task'): answers,
   ('vit', 'images'): classification,
-  ('auto_encoder', 'task'): answers,
+  ('auto_encoder', 'task'): every_answer,
 }
 
 

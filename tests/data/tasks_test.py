@@ -164,6 +164,16 @@ def test_answers_follow_from_the_tokens(name):
   assert answers >= 10
 
 
+@pytest.mark.parametrize('name', sorted(TASKS.keys() - OTHERS))
+def test_an_example_has_no_more_answers_than_its_task_says(name):
+  most = 0
+  for seed in range(20):
+    task, example = draw(name, seed, train=bool(seed % 2))
+    most = max(most, int((example.weights > 0).sum()))
+  bound = task.most_answers
+  assert most == (bound if bound is not None else most)
+
+
 def test_memorization_is_one_map():
   known = {}
   for seed in range(30):

@@ -72,6 +72,71 @@ def test_sums_of_answers():
   )
 
 
+@pytest.mark.parametrize('model', ['lm', 'auto_encoder'])
+def test_logits_at_answers_alone_are_enough(model):
+  """Answers by example: the most, fewer and none."""
+  config = configs.resolve(
+    dict(
+      model=dict(
+        name=model, d_model=8, num_layers=1, num_heads=2, vocab_size=16
+      ),
+      data=dict(
+        name='mqar', options=dict(vocab_size=16, segments=((12, 3, 1),))
+      ),
+      loss=dict(label_smoothing=0.1),
+    )
+  )
+  architecture = Architecture(config.model)
+  params = architecture.draw(jax.random.key(0))
+  rng = np.random.default_rng(0)
+  weights = np.zeros((3, 12), np.float32)
+  weights[0, [2, 7, 11]], weights[1, 5] = 1, 1
+  tokens, labels = rng.integers(16, size=(2, 3, 12))
+  batch = dict(tokens=tokens, labels=labels, weights=weights)
+  loss = make_loss(config)
+
+  def found(params):
+    sums = loss(architecture.merge(params), batch, None)
+    return sums['objective'], sums
+
+  def wanted(params):
+    logits, _ = architecture.merge(params)(tokens)
+    objective, nll = cross_entropy(logits, labels, label_smoothing=0.1)
+    hits = jnp.argmax(logits, -1) == labels
+    sums = dict(loss=nll * weights, correct=hits * weights, weight=weights)
+    return jnp.sum(objective * weights), jax.tree.map(jnp.sum, sums)
+
+  values = [jax.jit(jax.grad(f, has_aux=True))(params) for f in (found, wanted)]
+  (gradient, sums), (other_gradient, other_sums) = values
+  for name, value in other_sums.items():
+    np.testing.assert_allclose(sums[name], value, rtol=1e-5, err_msg=name)
+  assert sums['read'] == 36 and sums['of_class'].sum() == 4
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+    gradient,
+    other_gradient,
+  )
+
+
+def test_only_answers_get_logits():
+  config = configs.resolve(
+    dict(
+      model=dict(d_model=8, num_layers=1, num_heads=2, vocab_size=64),
+      data=dict(name='mqar', options=dict(vocab_size=64)),
+    )
+  )
+  architecture = Architecture(config.model)
+  params = jax.eval_shape(architecture.draw, jax.random.key(0))
+  batch = {name: np.zeros((2, 64), int) for name in ('tokens', 'labels')}
+  batch['weights'] = np.zeros((2, 64), np.float32)
+  loss = make_loss(config)
+  traced = jax.make_jaxpr(
+    lambda params: loss(architecture.merge(params), batch, None)
+  )(params)
+  shapes = [v.aval.shape for e in traced.eqns for v in e.outvars]
+  assert (2, 4, 64) in shapes and (2, 64, 64) not in shapes
+
+
 def test_sums_of_next_tokens():
   """Padding and the first token of another segment are no targets."""
   config = dataclasses.replace(CONFIG, data=configs.DataConfig(seq_len=4))

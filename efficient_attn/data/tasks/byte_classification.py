@@ -39,6 +39,7 @@ class ByteClassification(Task):
   path: str = ''
   seq_len: int = 1024
   num_tokens = 256
+  most_answers = 1
 
   def __post_init__(self):
     check(self, self.seq_len > 0, 'seq_len must be > 0')

@@ -31,6 +31,11 @@ class SelectiveCopying(Task):
       self, self.seq_len > 2 * self.copied, 'seq_len: more than twice copied'
     )
 
+  @property
+  def most_answers(self) -> int:
+    """Bounds the answers of an example."""
+    return self.copied
+
   def draw(self, rng: np.random.Generator, train: bool) -> Example:
     """Returns one example."""
     del train

@@ -31,6 +31,11 @@ class Task:
     """Of the vocabulary."""
     return self.vocab_size
 
+  @property
+  def most_answers(self) -> int | None:
+    """Bounds the answers of an example; None: every token may be one."""
+    return None
+
   def stored(self, train: bool) -> Sequence[Any] | None:
     """Returns the items of a split, of which `read` makes examples."""
     del train

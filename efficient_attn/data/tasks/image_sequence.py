@@ -29,6 +29,7 @@ class ImageSequence(Task):
 
   path: str = ''
   num_tokens = 256
+  most_answers = 1
 
   def stored(self, train: bool) -> list[tuple[np.ndarray, Any]]:
     """Returns the pixels and the class of every image, in the files' order."""

@@ -34,6 +34,7 @@ class ListOps(Task):
   max_depth: int = 10
   max_args: int = 10
   num_tokens = FILL + 1
+  most_answers = 1
 
   def __post_init__(self):
     check(self, self.max_args >= 2, 'a list has 2 arguments or more')

@@ -27,6 +27,7 @@ class Pathfinder(Task):
   size: int = 32
   distractors: int = 6
   num_tokens = DOT + 1
+  most_answers = 1
 
   def __post_init__(self):
     check(self, self.size >= 12, 'size must be at least 12')

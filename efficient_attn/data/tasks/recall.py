@@ -42,6 +42,11 @@ class MQAR(Task):
         self, pairs < self.vocab_size // 2, 'vocab_size / 2 must exceed pairs'
       )
 
+  @property
+  def most_answers(self) -> int:
+    """Bounds the answers of an example."""
+    return max(pairs for _, pairs, _ in self.segments)
+
   def draw(self, rng: np.random.Generator, train: bool) -> Example:
     """Returns one example of the longest segment's length."""
     del train
@@ -209,6 +214,7 @@ class Induction(Task):
 
   vocab_size: int = 16
   seq_len: int = 64
+  most_answers = 1
 
   def __post_init__(self):
     check(self, self.seq_len > 2, 'seq_len must be > 2')
@@ -245,6 +251,11 @@ class Needle(Task):
     check(self, self.needles <= third, 'vocab_size: 3 for each needle, and 2')
     room = self.seq_len - 3 * self.needles - 2 * self.queries
     check(self, room >= 0, 'seq_len: 3 for each needle and 2 for each query')
+
+  @property
+  def most_answers(self) -> int:
+    """Bounds the answers of an example."""
+    return self.queries
 
   def draw(self, rng: np.random.Generator, train: bool) -> Example:
     """Returns one example."""
