@@ -121,7 +121,7 @@ LONGER = (
   ),
   (
     'the full studies of `configs/ablations`, beside the published values',
-    'python launch/ablate.py --config=configs/ablations/mqar.py:based '
+    'python launch/ablate.py --config=configs/ablations/based.py '
     '--out=runs/based',
   ),
   ('the quickstart', 'EXTRAS=cuda bash launch/quickstart.sh'),
