@@ -22,8 +22,10 @@ INK = '#010203'  # of axes and letters, replaced by the colour of the text
 # Three to one or more on white and on the dark ground below.
 COLORS = (
   '#4a7fd1', '#e0525f', '#2f9e44', '#a8860a', '#b865c4', '#1a98b5', '#868686',
+  '#c96a1b', '#8a4fd0', '#7c9416', '#e0409f', '#9c6b3f',
 )  # fmt: skip
-MARKERS = 'osD^vPX'
+MARKERS = 'osD^vPX<>*ph'
+DASHES = ('-', '--', ':', '-.')
 LINK = re.compile(r'\[([^]]+)\]\((#[^)]*)\)')  # within the page
 NUMBER = re.compile(  # with its spread and its unit
   r'[-−+±]?[\d.,]+(e[-+]?\d+)?( ± [\d.]+)?( ?[^\s\d]{1,5})?|-?inf|nan'
@@ -32,10 +34,11 @@ NUMBER = re.compile(  # with its spread and its unit
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1e; --ground: #ffffff;
   --faint: #6a6a70; --line: #dcdce0; --good: #1a7f37; --bad: #c62828;
-  --open: #8a6100; --box: #f5f5f7; --more: #00000040; }
+  --open: #8a6100; --other: #1a5fb4; --box: #f5f5f7; --more: #00000040; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8e8ea;
   --ground: #17171a; --faint: #a0a0a8; --line: #3a3a40; --good: #57c477;
-  --bad: #ff8a80; --open: #e3b341; --box: #222226; --more: #ffffff40; } }
+  --bad: #ff8a80; --open: #e3b341; --other: #7ab4f5; --box: #222226;
+  --more: #ffffff40; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 72rem; padding: 1.5rem 1rem 4rem;
   color: var(--ink); background: var(--ground); overflow-wrap: break-word;
@@ -61,10 +64,18 @@ td { min-width: 3rem; white-space: nowrap; }
 td.long { min-width: 10rem; white-space: normal; }
 .number { text-align: right; }
 .good { color: var(--good); } .bad { color: var(--bad); }
-.open { color: var(--open); }
+.open { color: var(--open); } .other { color: var(--other); }
 figure { display: inline-block; vertical-align: top; max-width: 100%;
   margin: 1rem 2rem 1rem 0; }
-@media (max-width: 36rem) { figure { margin-right: 0; } }
+@media (max-width: 36rem) { figure { margin-right: 0; }
+  /* On a phone a row of text is a card: no column is off the screen. */
+  .text, .text tbody, .text tr, .text td { display: block; }
+  .text thead { display: none; }
+  .text tr { padding: .6rem 0; border-bottom: 1px solid var(--line); }
+  .text td { padding: .1rem 0; border: 0; text-align: left;
+    white-space: normal; }
+  .text td:empty { display: none; }
+  .text td::before { content: attr(data-of) ": "; color: var(--faint); } }
 figure svg { display: block; max-width: 100%; height: auto; }
 figcaption { max-width: 31rem; color: var(--faint); font-size: .85rem; }
 pre { padding: .8rem; background: var(--box); border-radius: .4rem;
@@ -143,7 +154,8 @@ class Table:
   Attributes:
     head: of the columns.
     rows: of str, int or float.
-    kind: cell -> a class of the style sheet ('good', 'bad', 'open'), or ''.
+    kind: cell -> a class of the style sheet ('good', 'bad', 'open', 'other'),
+      or ''.
   """
 
   head: Sequence[str]
@@ -163,10 +175,15 @@ class Table:
       for column in columns
     ]
 
+    text = layout.count('long') > 1
+    cards = ' class="text"' if text else ''
+
     def cells(tag, row, kind=lambda cell: ''):
       for i, cell in enumerate(row):
         classes = ' '.join(filter(None, (layout[i], kind(cell))))
         said = f' class="{classes}"' if classes else ''
+        if text and tag == 'td' and self.head[i]:
+          said += f' data-of="{html.escape(self.head[i])}"'
         yield f'<{tag}{said}>{_inline(cell)}</{tag}>'
 
     head = ''.join(cells('th', self.head))
@@ -174,8 +191,8 @@ class Table:
       f'<tr>{"".join(cells("td", row, self.kind))}</tr>\n' for row in self.rows
     )
     return (
-      f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n'
-      f'<tbody>{body}</tbody></table></div>'
+      f'<div class="wide"><table{cards}>'
+      f'<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
     )
 
   def markdown(self) -> str:
@@ -222,6 +239,20 @@ def figure(width: float = 5.2, height: float = 3.4) -> tuple[Figure, object]:
   return made, axes
 
 
+def style(index: int) -> dict[str, str]:
+  """Returns how the line of that number is drawn.
+
+  The first twelve differ in colour and in marker; more are dashed, and no two
+  have the same colour and marker.
+  """
+  rounds, i = divmod(index, len(COLORS))
+  return dict(
+    color=COLORS[i],
+    marker=MARKERS[(i + rounds) % len(MARKERS)],
+    linestyle=DASHES[rounds % len(DASHES)],
+  )
+
+
 def legend(axes, entries: Mapping[str, object]) -> None:
   """Adds a legend above the axes, where it hides nothing; call it last.
 
@@ -258,13 +289,8 @@ def curves(
   """
   made, axes = figure()
   entries = {}
-  for (name, (xs, ys)), marker, color in zip(
-    lines.items(),
-    itertools.cycle(MARKERS),
-    itertools.cycle(COLORS),
-    strict=False,
-  ):
-    (entries[name],) = axes.plot(xs, ys, marker=marker, color=color)
+  for i, (name, (xs, ys)) in enumerate(lines.items()):
+    (entries[name],) = axes.plot(xs, ys, **style(i))
   if 'x' in log:
     axes.set_xscale('log', base=2)
   if 'y' in log:

@@ -1,5 +1,6 @@
 """The tables and plots of a study, from its stored records."""
 
+import collections
 import math
 import pathlib
 import re
@@ -12,6 +13,11 @@ from experiments import page
 from experiments.ablations.study import Study
 
 LEVEL = 0.95  # of the intervals
+NAMES_OF_SIZES = {
+  'params': 'parameters',
+  'flops': 'training FLOPs',
+  'state': 'state bytes',
+}
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -21,6 +27,28 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.nan
   spread = statistics.stdev(values) / math.sqrt(len(values))
   return mean, spread * stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)
+
+
+def bounds(values: Sequence[float], metric: str) -> tuple[float, float, float]:
+  """Returns the mean and the ends of its interval.
+
+  That of an accuracy is cut at 0 and 1, which it cannot leave; NaN of one seed.
+  """
+  mean, half = interval(values)
+  low, high = mean - half, mean + half
+  if 'accuracy' in metric and not math.isnan(half):
+    low, high = max(low, 0.0), min(high, 1.0)
+  return mean, low, high
+
+
+def at_edge(record: Mapping, metric: str) -> bool:
+  """Tells whether the best learning rate is the first or last of the grid.
+
+  The best may then be outside of it. A grid of one rate has only edges.
+  """
+  rates = {run['learning_rate'] for run in record['runs']}
+  best = best_runs(record, metric)[0]['learning_rate']
+  return best in (min(rates), max(rates))
 
 
 def best_runs(record: Mapping, metric: str, test: str | None = None) -> list:
@@ -63,8 +91,9 @@ def parts(study: Study, records: Sequence[Mapping], command: str) -> list:
       f'{len(study.seeds)} seeds; learning rates {_list(study.learning_rates)}'
       f', weight decays {_list(study.weight_decays)}: a row shows the pair '
       f'with the best mean {study.metric} over seeds, with the '
-      f'{LEVEL:.0%} interval of that mean (Student). The choice of the pair '
-      'makes all rows a little too good.'
+      f'{LEVEL:.0%} interval of that mean (Student'
+      + (', cut at 0 and 1' if 'accuracy' in study.metric else '')
+      + '). The choice of the pair makes all rows a little too good.'
     ),
     page.Code(command),
     *[page.Text(line) for line in _machines(records)],
@@ -80,7 +109,14 @@ def parts(study: Study, records: Sequence[Mapping], command: str) -> list:
     if task:
       found.append(page.Heading(page.Name(task)))
     found.append(_table(study, task, rows))
-    found.append(_frontier(study, rows))
+    found.append(page.Text(spreads(rows)))
+    edges = [r for r in rows if at_edge(r, study.metric)]
+    if edges:
+      found.append(page.Text(_said_of(edges, len(rows)), note=True))
+    if study.published.get(task):
+      found.append(page.Text(f'Published: {study.source}.', note=True))
+    if all(row['sizes']['state'] for row in rows):  # an encoder has none
+      found.append(_frontier(study, rows))
     found.append(_curves(study, rows))
   return found
 
@@ -106,21 +142,48 @@ def _list(numbers) -> str:
   return ', '.join(f'{x:g}' for x in numbers)
 
 
+def spreads(records: Sequence[Mapping]) -> str:
+  """Says how far apart the sizes of the rows are, largest over smallest."""
+  said = []
+  for key, name in NAMES_OF_SIZES.items():
+    sizes = [record['sizes'][key] for record in records]
+    if min(sizes):
+      said.append(f'{name} x{max(sizes) / min(sizes):.2f}')
+  return f'Largest over smallest: {", ".join(said)}.'
+
+
+def _said_of(edges, count) -> str:
+  names = ', '.join(page.Name(record['architecture']) for record in edges)
+  rates = {run['learning_rate'] for record in edges for run in record['runs']}
+  if len(rates) == 1:
+    return f'The learning rate of {len(edges)} of {count} rows is not tuned.'
+  return (
+    'The best learning rate is at an edge of the grid, so that a better one '
+    f'may lie outside: {names}.'
+  )
+
+
 def _table(study, task, records) -> page.Table:
   tests = [name for name in study.tests if name]
   published = study.published.get(task, {})
-  macro = 'macro_accuracy' in next(
+  macro = study.metric != 'macro_accuracy' and 'macro_accuracy' in next(
     iter(records[0]['runs'][0]['tests'].values())
   )
-  head = ['mixer', study.metric, '±', *map(page.Name, tests)]
+  state = any(record['sizes']['state'] for record in records)
+  first = records[0]['sizes']
+  head = ['mixer', study.metric, f'{LEVEL:.0%} interval']
+  head += [*map(page.Name, tests)]
   head += ['macro'] * macro + ['published', 'within band'] * bool(published)
-  head += ['parameters', 'state bytes', 'training FLOPs', 'learning rate']
+  head += ['parameters', '% of first'] + ['state bytes'] * state
+  head += ['training FLOPs', '% of first', 'learning rate', 'edge']
   head += ['weight decay', 'skipped steps', 'seconds']
   rows = []
   for record in records:
     name, runs = record['architecture'], best_runs(record, study.metric)
-    mean, half = interval([score(run, study.metric) for run in runs])
-    row = [page.Name(name), f'{mean:.3f}', f'{half:.3f}']
+    scores = [score(run, study.metric) for run in runs]
+    mean, low, high = bounds(scores, study.metric)
+    row = [page.Name(name), f'{mean:.3f}']
+    row.append('one seed' if math.isnan(low) else f'{low:.3f} to {high:.3f}')
     for test in tests:
       row.append(
         f'{statistics.fmean(score(r, study.metric, test) for r in runs):.3f}'
@@ -139,12 +202,15 @@ def _table(study, task, records) -> page.Table:
         ]
       )
     sizes = record['sizes']
-    row += [f'{sizes["params"]:,}', f'{sizes["state"]:,}']
-    row += [f'{sizes["flops"]:.3g}', f'{runs[0]["learning_rate"]:g}']
+    row += [f'{sizes["params"]:,}', _percent(sizes, first, 'params')]
+    row += [f'{sizes["state"]:,}'] * state
+    row += [f'{sizes["flops"]:.3g}', _percent(sizes, first, 'flops')]
+    row += [f'{runs[0]["learning_rate"]:g}']
+    row += ['edge' if at_edge(record, study.metric) else '']
     row += [f'{runs[0]["weight_decay"]:g}']
     row += [sum(run['skipped_steps'] for run in runs), record['seconds']]
     rows.append(row)
-  kinds = {'yes': 'good', 'no': 'bad'}
+  kinds = {'yes': 'good', 'no': 'bad', 'edge': 'open'}
 
   def kind(cell):
     return '' if isinstance(cell, page.Name) else kinds.get(cell, '')
@@ -152,24 +218,50 @@ def _table(study, task, records) -> page.Table:
   return page.Table(head, rows, kind)
 
 
+def _percent(sizes, first, key) -> str:
+  return f'{100 * sizes[key] / first[key]:.1f}'
+
+
+def families(records: Sequence[Mapping]) -> dict[str, list[Mapping]]:
+  """Returns the records by the name of the line that joins them.
+
+  One line joins the sizes of one model, 'gla 16' and 'gla 32': the names are
+  the same up to a last number, and so are the mixers of the models.
+  """
+  groups = collections.defaultdict(list)
+  for record in records:
+    stem = re.sub(r'[ -]\d+$', '', record['architecture'])
+    model = record['config'].get('model', {})
+    groups[stem, str(model.get('pattern'))].append(record)
+  stems = collections.Counter(stem for stem, _ in groups)
+  return {
+    stem
+    if len(group) > 1 and stems[stem] == 1
+    else group[0]['architecture']: group
+    for (stem, _), group in groups.items()
+  }
+
+
 def _frontier(study, records) -> page.Plot:
   made, axes = page.figure()
-  families = {}  # one line for 'gla 16', 'gla 32', ...
-  for record in records:
-    runs = best_runs(record, study.metric)
-    mean, half = interval([score(run, study.metric) for run in runs])
-    family = re.sub(r'[ -]\d+$', '', record['architecture'])
-    size = max(record['sizes']['state'], 1)
-    families.setdefault(family, []).append((size, mean, half))
   entries = {}
-  for i, (family, points) in enumerate(families.items()):
-    sizes, means, halves = zip(*sorted(points), strict=True)
+  for i, (family, members) in enumerate(families(records).items()):
+    points = []
+    for record in members:
+      runs = best_runs(record, study.metric)
+      scores = [score(run, study.metric) for run in runs]
+      points.append((record['sizes']['state'], *bounds(scores, study.metric)))
+    sizes, means, lows, highs = map(list, zip(*sorted(points), strict=True))
     entries[family] = axes.errorbar(
       sizes,
       means,
-      None if any(map(math.isnan, halves)) else halves,
-      marker=page.MARKERS[i % len(page.MARKERS)],
-      color=page.COLORS[i % len(page.COLORS)],
+      None
+      if any(map(math.isnan, lows))
+      else [
+        [mean - low for mean, low in zip(means, lows, strict=True)],
+        [high - mean for mean, high in zip(means, highs, strict=True)],
+      ],
+      **page.style(i),
       markerfacecolor='none',  # to see the one below, too
       linewidth=1,
       capsize=3,
@@ -184,14 +276,14 @@ def _frontier(study, records) -> page.Plot:
 def _curves(study, records) -> page.Plot:
   (made, axes), entries = page.figure(), {}
   for i, record in enumerate(records):
-    color = page.COLORS[i % len(page.COLORS)]
+    style = page.style(i) | dict(marker='')
     steps = record['config']['steps']
     for run in best_runs(record, study.metric):
       losses = run['losses']
       (entries[record['architecture']],) = axes.plot(
         [steps * (k + 0.5) / len(losses) for k in range(len(losses))],
         losses,
-        color=color,
+        **style,
         linewidth=1,
       )
   axes.set_xlabel('step')

@@ -372,3 +372,120 @@ def test_intervals():
     )
   ]
   assert np.mean(covered) == pytest.approx(0.95, abs=0.02)
+
+
+def test_the_interval_of_an_accuracy_stays_within_0_and_1():
+  scores = [0.9, 0.95, 1.0]
+  mean, half = report.interval(scores)
+  assert mean + half > 1
+  assert report.bounds(scores, 'accuracy') == (mean, mean - half, 1.0)
+  low = [1 - score for score in scores]
+  assert report.bounds(low, 'macro_accuracy')[1] == 0.0
+  assert report.bounds(scores, 'bits_per_byte')[2] == mean + half
+  assert all(map(math.isnan, report.bounds([1.0], 'accuracy')[1:]))
+
+
+@pytest.mark.parametrize('best,edge', [(0.1, True), (0.2, False), (0.3, True)])
+def test_a_best_rate_at_an_edge_of_the_grid_is_told(best, edge, tmp_path):
+  pairs = [(rate, 0.0, [0.9 if rate == best else 0.5]) for rate in RATES]
+  record = record_of(*pairs, name='row')
+  assert report.at_edge(record, 'accuracy') == edge
+  assert report.at_edge(record_of((0.1, 0.0, [0.5])), 'accuracy')
+  studied = study.Study(
+    title='x', architectures={'row': {}}, learning_rates=RATES
+  )
+  report.write(studied, [record], 'a command', tmp_path)
+  said = (tmp_path / 'report.md').read_text()
+  assert ('at an edge of the grid' in said) == edge
+  assert (f'| {best:g} | {"edge" if edge else ""} |' in said) is True
+
+
+RATES = (0.1, 0.2, 0.3)
+
+
+def with_sizes(name, pattern=(), **sizes):
+  record = record_of((0.1, 0.0, [0.5, 0.6]), name=name)
+  record['sizes'] |= sizes
+  record['config']['model'] = dict(pattern=pattern)
+  return record
+
+
+def test_one_line_joins_the_sizes_of_one_model():
+  rows = [
+    ('mamba', 'mamba'), ('mamba2', 'mamba2'), ('rwkv4', 'rwkv4'),
+    ('rwkv7', 'rwkv7'), ('rwkv-5', 'rwkv5'), ('rwkv-6', 'rwkv6'),
+    ('gla 16', 'gla'), ('gla 32', 'gla'), ('gla 3 16', 'other'),
+    ('deltanet negative', 'deltanet'), ('deltanet positive', 'deltanet'),
+  ]  # fmt: skip
+  found = report.families([with_sizes(name, (mixer,)) for name, mixer in rows])
+  joined = {
+    line: [record['architecture'] for record in group]
+    for line, group in found.items()
+  }
+  assert joined.pop('gla') == ['gla 16', 'gla 32']
+  assert joined == {
+    name: [name] for name, _ in rows if name not in ('gla 16', 'gla 32')
+  }
+
+
+def test_sizes_are_told_apart_from_the_first(tmp_path):
+  records = [
+    with_sizes('a', params=1000, flops=2e9, state=64),
+    with_sizes('b', params=1120, flops=3e9, state=16),
+  ]
+  said = report.spreads(records)
+  assert said == (
+    'Largest over smallest: parameters x1.12, training FLOPs x1.50, '
+    'state bytes x4.00.'
+  )
+  studied = study.Study(title='x', architectures={'a': {}, 'b': {}})
+  report.write(studied, records, 'a command', tmp_path)
+  written = (tmp_path / 'report.md').read_text()
+  assert said in written
+  assert '| 1,120 | 112.0 | 16 | 3e+09 | 150.0 |' in written
+  assert written.count('![') == 2
+
+
+def test_an_encoder_has_no_decode_state(tmp_path):
+  records = [with_sizes(name, state=0) for name in ('a', 'b')]
+  studied = study.Study(title='x', architectures={'a': {}, 'b': {}})
+  report.write(studied, records, 'a command', tmp_path)
+  written = (tmp_path / 'report.md').read_text()
+  assert 'state' not in written and written.count('![') == 1
+
+
+def test_lines_of_a_plot_differ():
+  for key in ('color', 'marker'):
+    assert len({page.style(i)[key] for i in range(12)}) == 12
+  assert (
+    len({(s['color'], s['marker']) for s in map(page.style, range(48))}) == 48
+  )
+  for color in page.COLORS:
+    for ground in ('#ffffff', '#17171a'):
+      assert contrast(color, ground) >= 3
+
+
+def contrast(*colors):
+  """Of WCAG 2: (L1 + 0.05) / (L2 + 0.05)."""
+
+  def luminance(color):
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [
+      x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts
+    ]
+    return np.dot([0.2126, 0.7152, 0.0722], linear)
+
+  dark, light = sorted(luminance(color) + 0.05 for color in colors)
+  return light / dark
+
+
+def test_every_cell_of_a_table_of_text_names_its_column():
+  """A narrow screen shows the rows below each other, without the head."""
+  long = 'a text that is longer than twenty-four letters'
+  table = page.Table(['says', 'n', 'a "rule"'], [[long, 3, long], ['x', 4, '']])
+  shown = table.html()
+  assert shown.count('data-of="says"') == shown.count('data-of="n"') == 2
+  assert shown.count('data-of="a &quot;rule&quot;"') == 2
+  assert 'attr(data-of)' in page.STYLE
+  numbers = page.Table(['says', 'n'], [[long, 3]]).html()
+  assert 'data-of' not in numbers and 'class="text"' not in numbers
