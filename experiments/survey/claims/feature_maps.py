@@ -167,13 +167,13 @@ def _plot(values) -> list:
   names = [n for n, v in values.items() if isinstance(v, dict)]
   names = [n for n in names if n not in (EQUAL, 'correlation', NO_SQUARES)]
   for i, name in enumerate([*names, EQUAL]):
-    (entries[name],) = axes.loglog(
-      SCALES,
-      [_at(values, name, scale) for scale in SCALES],
-      marker=page.MARKERS[i % len(page.MARKERS)],
-      color=page.INK if name == EQUAL else page.COLORS[i % len(page.COLORS)],
-      linestyle=':' if name == EQUAL else '--' if 'FAVOR' in name else '-',
-    )
+    style = page.style(i)
+    if name == EQUAL:
+      style |= dict(color=page.INK, linestyle=':')
+    elif 'FAVOR' in name:
+      style |= dict(linestyle='--')
+    heights = [_at(values, name, scale) for scale in SCALES]
+    (entries[name],) = axes.loglog(SCALES, heights, **style)
   axes.set_xticks(SCALES, map(str, SCALES))
   axes.set_xticks([], minor=True)
   axes.set_xlabel('standard deviation of the scores')

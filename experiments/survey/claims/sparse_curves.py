@@ -169,13 +169,14 @@ def parts(values) -> list:
       keys, mass = ([fmean(at(values, name, s, j)) for s in SHARES]
                     for j in (0, 1))  # fmt: skip
       chance = name == CHANCE
-      (entries[name if chance else ROWS[name].title],) = axes.plot(
-        keys,
-        mass,
-        marker=page.MARKERS[i % len(page.MARKERS)],
-        color=page.INK if chance else page.COLORS[i % len(page.COLORS)],
-        linestyle=':' if chance else '--' if i >= len(page.COLORS) else '-',
+      style = page.style(i) | (
+        dict(color=page.INK, linestyle=':') if chance else {}
       )
+      (entries[name if chance else ROWS[name].title],) = axes.plot(
+        keys, mass, **style
+      )
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
     axes.set_xlabel('keys computed, a share')
     axes.set_ylabel('softmax mass kept')
     page.legend(axes, entries)
