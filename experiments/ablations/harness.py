@@ -47,18 +47,17 @@ class Planned:
 
 def plan(values: Mapping[str, Any], study: Study) -> Iterator[Planned]:
   """Yields the programs of a study, each matched to the first of its task."""
-  targets = {}
+  firsts = {}
   for program in programs(values, study):
     with naming(program.task, program.architecture):
       batch = first_batch(program.config)
       config = program.config
-      if study.match and program.task in targets:
-        target = targets[program.task][study.match]
-        config = matched(config, batch, study.match, target)
+      if study.match and program.task in firsts:
+        config = matched(config, batch, study.match, firsts[program.task])
       program = dataclasses.replace(program, config=config)
       check(program, study.metric)
       counted = sizes(config, batch)
-    targets.setdefault(program.task, counted)
+    firsts.setdefault(program.task, counted)
     yield Planned(program=program, sizes=counted, key=_key(program, study))
 
 

@@ -88,8 +88,7 @@ def parts(study: Study, records: Sequence[Mapping], command: str) -> list:
   missing = len(study.tasks) * len(study.architectures) - len(by_name)
   found = [
     page.Text(
-      f'{len(study.seeds)} seeds; learning rates {_list(study.learning_rates)}'
-      f', weight decays {_list(study.weight_decays)}: a row shows the pair '
+      f'{_grid(records)}: a row shows the pair '
       f'with the best mean {study.metric} over seeds, with the '
       f'{LEVEL:.0%} interval of that mean (Student'
       + (', cut at 0 and 1' if 'accuracy' in study.metric else '')
@@ -138,8 +137,17 @@ def _machines(records) -> list[str]:
   )
 
 
-def _list(numbers) -> str:
-  return ', '.join(f'{x:g}' for x in numbers)
+def _grid(records) -> str:
+  """Says what the records ran with."""
+
+  def values(key):
+    found = {run[key] for record in records for run in record['runs']}
+    return ', '.join(f'{x:g}' for x in sorted(found))
+
+  return (
+    f'Seeds {values("seed")}; learning rates {values("learning_rate")}; weight '
+    f'decays {values("weight_decay")}'
+  )
 
 
 def spreads(records: Sequence[Mapping]) -> str:
@@ -174,7 +182,8 @@ def _table(study, task, records) -> page.Table:
   head = ['mixer', study.metric, f'{LEVEL:.0%} interval']
   head += [*map(page.Name, tests)]
   head += ['macro'] * macro + ['published', 'within band'] * bool(published)
-  head += ['parameters', '% of first'] + ['state bytes'] * state
+  head += ['parameters', '% of first']
+  head += ['state bytes', '% of first'] * state
   head += ['training FLOPs', '% of first', 'learning rate', 'edge']
   head += ['weight decay', 'skipped steps', 'seconds']
   rows = []
@@ -203,7 +212,8 @@ def _table(study, task, records) -> page.Table:
       )
     sizes = record['sizes']
     row += [f'{sizes["params"]:,}', _percent(sizes, first, 'params')]
-    row += [f'{sizes["state"]:,}'] * state
+    if state:
+      row += [f'{sizes["state"]:,}', _percent(sizes, first, 'state')]
     row += [f'{sizes["flops"]:.3g}', _percent(sizes, first, 'flops')]
     row += [f'{runs[0]["learning_rate"]:g}']
     row += ['edge' if at_edge(record, study.metric) else '']

@@ -1,6 +1,7 @@
 """Studies: what is planned, resumed, matched and reported."""
 
 import argparse
+import dataclasses
 import math
 import re
 
@@ -179,35 +180,80 @@ def test_all_programs_are_checked_before_the_first_trains(
   assert not (tmp_path / 'out').exists()
 
 
-def test_sizes_are_counted_and_matched(config):
+def of_gla(config):
   values, studied = study.load(config, {})
-  program = next(
-    p for p in study.programs(values, studied) if p.architecture == 'gla'
+  return next(
+    p.config for p in study.programs(values, studied) if p.architecture == 'gla'
   )
-  batch = harness.first_batch(program.config)
-  counted = sizes(program.config, batch)
+
+
+def test_sizes_are_counted_and_matched(config):
+  config = of_gla(config)
+  batch = harness.first_batch(config)
+  counted = sizes(config, batch)
   for quantity, times in (('params', 9), ('flops', 5)):
-    config = matched(program.config, batch, quantity, times * counted[quantity])
-    found = sizes(config, batch)[quantity] / counted[quantity]
-    assert found == pytest.approx(times, rel=0.1)
-    assert config.model.d_model % (2 * config.model.num_heads) == 0
+    first = {quantity: times * counted[quantity]}
+    found = matched(config, batch, quantity, first)
+    ratio = match.count(found, batch, quantity) / counted[quantity]
+    assert ratio == pytest.approx(times, rel=0.1)  # no ffn: by width alone
+    assert found.model.d_model % (2 * found.model.num_heads) == 0
   with pytest.raises(ConfigError, match='the nearest to'):
-    matched(program.config, batch, 'params', 10)
+    matched(config, batch, 'params', {'params': 10})
+
+
+def test_the_ffn_brings_parameters_within_two_percent(config):
+  plain = of_gla(config)
+  config = dataclasses.replace(
+    plain, model=dataclasses.replace(plain.model, ffn='glu')
+  )
+  batch = harness.first_batch(config)
+  counted = sizes(config, batch)
+  for times in (0.9, 1.12, 1.7):
+    first = {'params': round(times * counted['params'])}
+    found = matched(config, batch, 'params', first)
+    assert found.model.d_model == config.model.d_model
+    assert match.count(found, batch, 'params') == pytest.approx(
+      first['params'], rel=0.02
+    )
+  # Nothing changes where nothing has to.
+  assert matched(config, batch, 'params', counted) == config
+
+
+def test_equal_state_has_equal_parameters_too(config):
+  plain = of_gla(config)
+  config = dataclasses.replace(
+    plain,
+    model=dataclasses.replace(
+      plain.model, ffn='glu', d_model=64, num_heads=4, mixers={}
+    ),
+  )
+  batch = harness.first_batch(config)
+  counted = sizes(config, batch)
+  first = dict(state=4 * counted['state'], params=1.05 * counted['params'])
+  found = matched(config, batch, 'state', first)
+  assert found.model.num_heads == 1 and found.model.d_model == 64
+  again = sizes(found, batch)
+  for quantity, wanted in first.items():
+    assert again[quantity] == pytest.approx(wanted, rel=0.02), quantity
 
 
 def test_the_nearest_width_is_matched(config, monkeypatch):
   program = next(study.programs(*study.load(config, {})))
   monkeypatch.setattr(
-    match, 'sizes', lambda config, batch: {'params': config.model.d_model**2}
+    match, 'count', lambda config, batch, quantity: config.model.d_model**2
   )
+
+  def width(target):
+    found = matched(program.config, {}, 'params', {'params': target})
+    return found.model.d_model
+
   # Widths are multiples of 4: 36^2 = 1296, 40^2 = 1600, 44^2 = 1936.
-  for target, width in ((1297, 36), (1439, 36), (1441, 40), (1759, 40)):
-    found = matched(program.config, {}, 'params', target)
-    assert found.model.d_model == width, target
-  assert matched(program.config, {}, 'params', 13).model.d_model == 4
+  for target, wanted in ((1297, 36), (1439, 36), (1441, 40), (1759, 40)):
+    assert width(target) == wanted, target
+  assert width(13) == 4
   for target in (12.7, 0.1, 10**9):  # 16 / 12.7 > 1.25
     with pytest.raises(ConfigError, match='the nearest to'):
-      matched(program.config, {}, 'params', target)
+      width(target)
 
 
 def test_state_of_attention_grows_with_the_length():
@@ -442,7 +488,7 @@ def test_sizes_are_told_apart_from_the_first(tmp_path):
   report.write(studied, records, 'a command', tmp_path)
   written = (tmp_path / 'report.md').read_text()
   assert said in written
-  assert '| 1,120 | 112.0 | 16 | 3e+09 | 150.0 |' in written
+  assert '| 1,120 | 112.0 | 16 | 25.0 | 3e+09 | 150.0 |' in written
   assert written.count('![') == 2
 
 
