@@ -52,7 +52,9 @@ def sweep(arg: str = '') -> dict:
     architectures={
       name: {'model.pattern': pattern} for name, pattern in patterns.items()
     },
-    learning_rates=(6e-3,) if tiny else (3e-4, 6e-4, 1e-3),
+    learning_rates=(3e-3, 6e-3, 1.2e-2)
+    if tiny
+    else (3e-4, 6e-4, 1.2e-3, 2.4e-3),
     metric='bits_per_byte',
     match='state' if state else 'params',
   )

@@ -61,5 +61,5 @@ def sweep(arg: str = '') -> dict:
       for window in windows
     }
     | {'attention': {'model.pattern': ('base_conv', 'attention')}},
-    learning_rates=(1e-2,) if tiny else (1e-3, 3e-3, 1e-2),
+    learning_rates=(3e-3, 1e-2, 3e-2) if tiny else (1e-3, 3e-3, 1e-2, 3e-2),
   )

@@ -66,6 +66,8 @@ def sweep(arg: str = '') -> dict:
     title='State tracking',
     tasks={name: task(*TASKS[name]) for name in names},
     architectures=architectures,
-    learning_rates=(0.005, 0.01) if tiny else (1e-3, 3e-3, 1e-2),
+    learning_rates=(2.5e-3, 5e-3, 1e-2, 2e-2)
+    if tiny
+    else (1e-3, 3e-3, 1e-2, 3e-2),
     weight_decays=(0.0,),
   )

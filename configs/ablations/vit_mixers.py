@@ -27,6 +27,8 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     config.model.update(d_model=32, num_layers=2, patch_size=2)
     config.optimizer.warmup_steps = 20
     config.update(steps=300, batch_size=64)
+    # With a state of 128 its projections alone are larger than the others.
+    config.model.mixers = dict(mamba2=dict(state_dim=16))
   return config
 
 
@@ -36,6 +38,6 @@ def sweep(arg: str = '') -> dict:
   return dict(
     title='Mixers in an image encoder',
     architectures={name: {'model.pattern': (name,)} for name in ROWS},
-    learning_rates=(3e-3,) if tiny else (3e-4, 1e-3, 3e-3),
+    learning_rates=(1e-3, 3e-3, 1e-2) if tiny else (3e-4, 1e-3, 3e-3, 1e-2),
     match='params',
   )
