@@ -1,6 +1,7 @@
 """Synthetic tasks: answers are right, examples do not change, splits differ."""
 
 import hashlib
+import pickle
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from efficient_attn import config as configs
 from efficient_attn import data
 from efficient_attn.config import ConfigError, DataConfig
+from efficient_attn.data import tasks
 from efficient_attn.data.tasks import TASKS
 from efficient_attn.data.tasks.groups import multiplication
 from efficient_attn.train.check import check_fit
@@ -271,6 +273,46 @@ def test_a_finite_training_set_comes_again():
   one, two = (next(batches)['tokens'] for _ in range(2))
   assert {tuple(row) for row in one} == {tuple(row) for row in two}
   assert (one != two).any()  # in another order
+
+
+def test_an_example_of_a_finite_set_is_drawn_once(monkeypatch):
+  drawn = []
+  draw = TASKS['compression'].draw
+
+  def counted(task, rng, train):
+    drawn.append(train)
+    return draw(task, rng, train)
+
+  monkeypatch.setattr(TASKS['compression'], 'draw', counted)
+  # A length of its own: the test before has kept others.
+  options = dict(seq_len=23)
+  finite = DataConfig(name='compression', options=options, train_examples=8)
+  again = [iter(data.load(finite, batch_size=4).train) for _ in range(2)]
+  for _ in range(3 * 2):
+    one, two = (next(batches) for batches in again)
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+  assert drawn.count(True) == 8 + 1  # and one for its shapes
+  # Those of an endless set are others every time, and of another seed.
+  other = next(iter(data.load(finite, batch_size=8, seed=1).train))
+  endless = DataConfig(name='compression', options=options)
+  same = next(iter(data.load(endless, batch_size=8, seed=1).train))
+  assert {tuple(row) for row in other['tokens']} == {
+    tuple(row) for row in same['tokens']
+  }
+
+
+def test_a_large_finite_set_is_not_kept(monkeypatch):
+  monkeypatch.setattr(tasks, 'MOST_KEPT', 1000)
+  assert tasks._kept(TASKS['compression'](seq_len=20), 0, 5, True) is None
+  assert tasks._kept(TASKS['compression'](seq_len=20), 0, 4, True)
+
+
+def test_processes_that_prepare_batches_get_no_copy():
+  examples = tasks._Examples(TASKS['compression'](), 0, 8, True)
+  examples[3]
+  other = pickle.loads(pickle.dumps(examples))
+  assert examples.kept is not None and other.kept is None
+  np.testing.assert_array_equal(other[3]['tokens'], examples[3]['tokens'])
 
 
 def test_mistakes():

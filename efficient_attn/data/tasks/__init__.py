@@ -13,7 +13,9 @@ same ones.
 """
 
 import dataclasses
+import functools
 import typing
+from collections.abc import Callable
 
 import grain
 import numpy as np
@@ -26,6 +28,7 @@ from efficient_attn.data.tasks.copying import (
   SelectiveCopying,
   Stack,
 )
+from efficient_attn.data.tasks.example import Example
 from efficient_attn.data.tasks.groups import StateTracking
 from efficient_attn.data.tasks.image_sequence import ImageSequence
 from efficient_attn.data.tasks.list_ops import ListOps
@@ -61,6 +64,7 @@ TASKS = {
 }
 
 ENDLESS = 2**31 - 1
+MOST_KEPT = 2**30  # bytes of a split
 
 
 def make(config: DataConfig, *, train: bool = True):
@@ -86,25 +90,65 @@ def complete(config: DataConfig) -> DataConfig:
 
 
 class _Examples:
-  """Random access to the examples of one split, at most `count`."""
+  """Random access to the examples of one split, at most `count`.
+
+  A finite split that comes again every epoch is kept, as drawing it takes
+  longer than training on it.
+  """
 
   def __init__(self, task, seed: int, count: int, train: bool):
     self.task, self.seed, self.count, self.train = task, seed, count, train
+    self.kept = None
     self.stored = task.stored(train)
     if self.stored is not None:  # the first ones are a fair sample
       self.order = np.random.default_rng(0).permutation(len(self.stored))
       self.count = min(count, len(self.stored))
+    elif count < ENDLESS:
+      self.kept = _kept(task, seed, count, train)
 
   def __len__(self):
     return self.count
 
+  def __getstate__(self):
+    """Processes that prepare batches draw again: each would keep a copy."""
+    return self.__dict__ | dict(kept=None)
+
   def __getitem__(self, index):
     if self.stored is not None:
-      example = self.task.read(self.stored[self.order[index]])
-    else:
-      rng = np.random.default_rng([self.seed, self.train, index])
-      example = self.task.draw(rng, self.train)
-    return example._asdict()
+      return self.task.read(self.stored[self.order[index]])._asdict()
+    if self.kept is not None:
+      return self.kept.read(index, self._draw)._asdict()
+    return self._draw(index)._asdict()
+
+  def _draw(self, index) -> Example:
+    rng = np.random.default_rng([self.seed, self.train, index])
+    return self.task.draw(rng, self.train)
+
+
+class _Kept:
+  """Examples that were drawn, in arrays with room for all of a split."""
+
+  def __init__(self, first: Example, count: int):
+    # Memory is taken when it is written to.
+    self.arrays = [np.empty((count, *x.shape), x.dtype) for x in first]
+    self.known = np.zeros(count, bool)
+
+  def read(self, index: int, draw: Callable[[int], Example]) -> Example:
+    """Returns one example, drawn unless it has been."""
+    if not self.known[index]:
+      for array, x in zip(self.arrays, draw(index), strict=True):
+        array[index] = x
+      self.known[index] = True
+    return Example(*(array[index] for array in self.arrays))
+
+
+@functools.lru_cache(maxsize=4)  # the seeds of a grid, for its next program
+def _kept(task, seed: int, count: int, train: bool) -> _Kept | None:
+  """Returns room for a split, the same for every one that is equal."""
+  first = task.draw(np.random.default_rng(0), train)
+  if count * sum(x.nbytes for x in first) > MOST_KEPT:
+    return None
+  return _Kept(first, count)
 
 
 def load(
