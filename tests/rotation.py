@@ -34,8 +34,9 @@ IN_TURN = (
   'tests/layers/',
   'tests/models/',
   'tests/ops/',
+  'tests/train/fixtures_test',
 )
-TURNS = 4
+TURNS = 6
 
 
 def belongs(item, part):

@@ -78,10 +78,10 @@ def test_cases_of_a_property_take_turns():
   tests = CASES + OTHERS
   kept = always(tests)
   assert kept[-len(OTHERS) :] == OTHERS and id(CASES[0]) in {*map(id, kept)}
-  assert 4 < len(kept) - len(OTHERS) < 40
+  assert 3 < len(kept) - len(OTHERS) < 40
   options = dict(everything=False, share=None, turns=True)
   assert choose(tests, part=None, **options)[0] == kept
-  runs = [choose(tests, part=f'{i}/8', **options)[0] for i in range(TURNS)]
+  runs = [choose(tests, part=f'{i}/12', **options)[0] for i in range(TURNS)]
   found = {test.nodeid for part in runs for test in part}
   assert found == {test.nodeid for test in tests}
   assert all({*map(id, kept)} <= {*map(id, part)} for part in runs)

@@ -55,6 +55,7 @@ def call(config, out=None, **changes):
   ablate.run(args, changes, 'the command')
 
 
+@pytest.mark.in_turn
 def test_a_study_runs_resumes_and_reports(
   config, tmp_path, capsys, monkeypatch
 ):

@@ -106,6 +106,7 @@ def test_without_a_gpu_the_parts_are_shown(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.in_turn
 def test_training_suite(monkeypatch):
   tiny = dict(
     model=dict(d_model=16, num_layers=1, num_heads=2, dtype='float32')
@@ -130,6 +131,7 @@ def test_training_suite(monkeypatch):
     assert 1 < flops / (6 * 32 * matrices) < 1.6
 
 
+@pytest.mark.in_turn
 def test_resume_suite(monkeypatch):
   changes = {
     'model': resume.VALUES['model'] | dict(d_model=16, pattern='linear')

@@ -170,6 +170,7 @@ def test_a_damaged_file_is_one_line(tmp_path):
     run.measure(FAKE, tmp_path)
 
 
+@pytest.mark.in_turn
 def test_the_command(tmp_path, capsys):
   args = argparse.Namespace(tier='a', only='R05', out=tmp_path)
   survey.run(args, 'the command')

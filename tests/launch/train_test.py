@@ -121,6 +121,7 @@ def call(monkeypatch, capsys):
   return run
 
 
+@pytest.mark.in_turn
 def test_sample(whole, call):
   flags = [f'--workdir={whole}', '--prompt=import ', '--length=12']
   out, err = finish(start('sample.py', *flags, '--seed=3'))

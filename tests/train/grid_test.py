@@ -48,6 +48,7 @@ RUNS = [
 ]
 
 
+@pytest.mark.in_turn
 # Three runs on two devices: one of them has a run that fills it up.
 @pytest.mark.parametrize(
   'devices', [pytest.param(1, marks=pytest.mark.exhaustive), 2]
@@ -80,6 +81,7 @@ def test_runs_of_a_grid_are_runs_of_the_trainer(devices, tmp_path):
       assert found[i][name] == pytest.approx(value, rel=1e-3), name
 
 
+@pytest.mark.in_turn
 def test_a_diverging_run_does_not_touch_the_others():
   wild = Run(learning_rate=1e30, weight_decay=0.0, seed=0)
   config = dataclasses.replace(

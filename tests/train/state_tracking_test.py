@@ -149,6 +149,7 @@ def progress(name, negative_eigenvalues):
 # within 0.04 of chance. So some seed must learn it, and without them none may.
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize(
   'name',
   [

@@ -89,6 +89,7 @@ def test_rates_count_every_token_that_is_read(tmp_path):
   np.testing.assert_allclose(tokens, 8 * 20, rtol=1e-6)
 
 
+@pytest.mark.in_turn
 def test_learns(tmp_path):
   run(tiny(**{'steps': 60, 'data.seq_len': 64}), tmp_path, jax.devices()[:1])
   assert losses(tmp_path)[-1] < losses(tmp_path)[0] - 1.5
