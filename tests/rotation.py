@@ -28,7 +28,7 @@ def combinations(*axes):
 
 # Folders whose properties are tested of many rows, shapes and options. A few
 # cases of each property run always; the others take turns, one in `TURNS`, and
-# so do tests that are marked `in_turn`, long runs of what others test in parts.
+# so do all tests marked `in_turn`, long runs of what others test in parts.
 IN_TURN = (
   'tests/decode/',
   'tests/layers/',
@@ -58,12 +58,11 @@ def always(items):
   seen = collections.Counter()
   kept = []
   for item in items:
-    if item.get_closest_marker('exhaustive'):
+    if any(map(item.get_closest_marker, ('exhaustive', 'in_turn'))):
       continue
     function, _, case = item.nodeid.partition('[')
     seen[function] += 1
     takes_turns = case and function.startswith(IN_TURN) and seen[function] > 1
-    takes_turns = takes_turns or item.get_closest_marker('in_turn')
     if not takes_turns or belongs(item, f'0/{TURNS}'):
       kept.append(item)
   return kept
