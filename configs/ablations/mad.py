@@ -2,30 +2,54 @@
 
   python launch/ablate.py --config=configs/ablations/mad.py:tiny --out=runs/mad
 
-`tiny` has two of them, with 64 tokens. The full study has their settings: two
-mixers and two SwiGLU layers of width 128, 200 epochs, the best of six pairs of
-learning rate and weight decay, and wants an accelerator.
+`tiny` has two of them, with 64 tokens. The full study has the protocol of its
+code: two mixers and two SwiGLU layers of width 128, 200 epochs, the best of six
+pairs of learning rate and weight decay for each of the 66 settings, and the
+score of a task is the mean over its settings. It wants an accelerator.
+
+Differences: runs do not stop early, and it draws its own examples.
 """
 
 import ml_collections
 
 from efficient_attn.config import words
 
-# Task: its vocabulary with special tokens, and examples to train on.
+COUNTS = (6400, 3200, 1600, 800)  # training examples; 12,800 at first
+LENGTHS = (256, 512, 1024)
+WORDS = (32, 64, 128)
+RECALL = dict(vocab_size=WORDS, seq_len=LENGTHS, examples=COUNTS)
+# Task: its options at first, and what is changed one at a time.
 TASKS = {
-  'in_context_recall': (16, 12_800),
-  'fuzzy_recall': (17, 12_800),
-  'noisy_recall': (32, 12_800),
-  'selective_copying': (16, 12_800),
-  'compression': (16, 12_800),
-  'memorization': (256, 256),
+  'in_context_recall': (dict(vocab_size=16, seq_len=128), RECALL),
+  'fuzzy_recall': (dict(vocab_size=16, seq_len=128), RECALL),
+  'noisy_recall': (
+    dict(vocab_size=32, seq_len=128),
+    RECALL | dict(vocab_size=(48, 80, 144), noise=(0.4, 0.6, 0.8)),
+  ),
+  'selective_copying': (
+    dict(vocab_size=16, seq_len=256, copied=16),
+    RECALL | dict(seq_len=(512, 1024), copied=(32, 64, 96)),
+  ),
+  'compression': (
+    dict(vocab_size=16, seq_len=32),
+    RECALL | dict(seq_len=(64, 128, 256)),
+  ),
+  'memorization': (
+    dict(vocab_size=256, seq_len=32, examples=256),
+    dict(vocab_size=(512, 1024, 2048, 4096, 8192)),
+  ),
 }
-# Means over the settings of a task (2406.06484), as shares.
+# Means over the settings of a task (2406.06484), as shares, in this order.
 PUBLISHED = {
   'attention': (0.941, 0.298, 0.868, 0.996, 0.516, 0.852),
   'mamba': (0.904, 0.067, 0.901, 0.863, 0.527, 0.895),
   'gla': (0.808, 0.069, 0.816, 0.886, 0.388, 0.633),
   'deltanet': (1.0, 0.357, 1.0, 1.0, 0.422, 0.528),
+}
+# What a mixer of the full study has beside its name.
+ROWS = {
+  'attention': {'model.num_heads': 16},
+  'mamba': {'model.mixers.mamba': dict(d_state=4)},
 }
 BATCH, EPOCHS = 128, 200
 # Steps and options of the tasks of `tiny`.
@@ -33,6 +57,15 @@ TINY = {
   'in_context_recall': (800, dict(seq_len=64)),
   'selective_copying': (300, dict(seq_len=64, copied=8)),
 }
+
+
+def settings(name: str) -> dict[str, dict]:
+  """Returns the options of every setting of a task, by its name."""
+  first, changes = TASKS[name]
+  found = {name: first}
+  for key, values in changes.items():
+    found |= {f'{name} {key}={v}': first | {key: v} for v in values}
+  return found
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
@@ -51,33 +84,61 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   return config
 
 
+def _changes(name, options):
+  """Returns the changed keys of a setting."""
+  options = dict(options)
+  examples = options.pop('examples', 12_800)
+  special = name == 'fuzzy_recall'  # the filler is a token more
+  changes = {
+    'data.name': name,
+    'data.options': options,
+    'data.train_examples': examples,
+    'model.vocab_size': options['vocab_size'] + special,
+    'steps': EPOCHS * examples // BATCH,
+  }
+  if name == 'compression':
+    changes['model.name'] = 'auto_encoder'
+  return changes
+
+
 def sweep(arg: str = '') -> dict:
   """What is compared."""
-  tiny = 'tiny' in words(arg, 'tiny')
-
-  def task(name):
-    vocabulary, examples = TASKS[name]
-    changes = {'data.name': name, 'model.vocab_size': vocabulary}
-    if name == 'compression':
-      changes['model.name'] = 'auto_encoder'
-    if tiny:
-      changes['steps'], changes['data.options'] = TINY[name]
-    else:
-      changes['data.train_examples'] = examples
-      changes['steps'] = EPOCHS * max(examples // BATCH, 1)
-    return changes
-
-  rows = ('attention', 'deltanet', 'linear') if tiny else PUBLISHED
-  return dict(
-    title='Tasks of mechanistic architecture design',
-    tasks={name: task(name) for name in (TINY if tiny else TASKS)},
-    architectures={name: {'model.pattern': (name,)} for name in rows},
-    learning_rates=(1e-3, 3e-3, 1e-2) if tiny else (1e-4, 5e-4, 1e-3),
-    weight_decays=(0.0,) if tiny else (0.0, 0.1),
-    metric='macro_accuracy',
-    published={}
-    if tiny
-    else {
+  study = dict(
+    title='Tasks of mechanistic architecture design', metric='macro_accuracy'
+  )
+  if 'tiny' in words(arg, 'tiny'):
+    return study | dict(
+      tasks={
+        name: {
+          'data.name': name,
+          'data.options': options,
+          'model.vocab_size': 16,
+          'steps': steps,
+        }
+        for name, (steps, options) in TINY.items()
+      },
+      architectures={
+        name: {'model.pattern': (name,)}
+        for name in ('attention', 'deltanet', 'linear')
+      },
+      learning_rates=(1e-3, 3e-3, 1e-2),
+      weight_decays=(0.0,),
+    )
+  return study | dict(
+    tasks={
+      setting: _changes(name, options)
+      for name in TASKS
+      for setting, options in settings(name).items()
+    },
+    groups={name: tuple(settings(name)) for name in TASKS},
+    architectures={
+      name: {'model.pattern': (name,)} | ROWS.get(name, {})
+      for name in PUBLISHED
+    },
+    learning_rates=(1e-4, 5e-4, 1e-3),
+    weight_decays=(0.0, 0.1),
+    seeds=(0,),
+    published={
       task: {name: row[i] for name, row in PUBLISHED.items()}
       for i, task in enumerate(TASKS)
     },

@@ -99,7 +99,13 @@ def parts(study: Study, records: Sequence[Mapping], command: str) -> list:
   ]
   if missing:
     found.append(page.Text(f'{missing} programs have not run yet.'))
+  for name, tasks in study.groups.items():
+    found += [page.Heading(page.Name(name)), _group(study, name, by_name)]
+    found.append(page.Text(f'Mean over {len(tasks)} settings.', note=True))
+  grouped = {task for tasks in study.groups.values() for task in tasks}
   for task in study.tasks:
+    if task in grouped:
+      continue
     rows = [
       by_name[task, a] for a in study.architectures if (task, a) in by_name
     ]
@@ -148,6 +154,46 @@ def _grid(records) -> str:
     f'Seeds {values("seed")}; learning rates {values("learning_rate")}; weight '
     f'decays {values("weight_decay")}'
   )
+
+
+def _group(study, name, by_name) -> page.Table:
+  """Shows the mean over the tasks of a group, and each of them."""
+  tasks, published = study.groups[name], study.published.get(name, {})
+  head = ['mixer', study.metric] + ['published', 'within band'] * bool(
+    published
+  )
+  head += [page.Name(task.removeprefix(name).strip() or name) for task in tasks]
+  rows = []
+  for architecture in study.architectures:
+    scores = [
+      statistics.fmean(
+        score(run, study.metric) for run in best_runs(record, study.metric)
+      )
+      if (record := by_name.get((task, architecture)))
+      else None
+      for task in tasks
+    ]
+    whole = None not in scores
+    mean = statistics.fmean(scores) if whole else None
+    row = [page.Name(architecture), f'{mean:.3f}' if whole else '']
+    if published:
+      row += _beside(published.get(architecture), mean, study.band)
+    rows.append(row + ['' if s is None else f'{s:.3f}' for s in scores])
+  return page.Table(head, rows, _kind)
+
+
+def _beside(published, mean, band) -> list[str]:
+  """The published value, and whether the measured mean is within the band."""
+  if published is None:
+    return ['', '']
+  if mean is None:
+    return [f'{published:.3f}', '']
+  return [f'{published:.3f}', 'yes' if abs(published - mean) <= band else 'no']
+
+
+def _kind(cell) -> str:
+  kinds = {'yes': 'good', 'no': 'bad', 'edge': 'open'}
+  return '' if isinstance(cell, page.Name) else kinds.get(cell, '')
 
 
 def spreads(records: Sequence[Mapping]) -> str:
@@ -201,15 +247,7 @@ def _table(study, task, records) -> page.Table:
       values = [score(run, 'macro_accuracy') for run in runs]
       row.append(f'{statistics.fmean(values):.3f}')
     if published:
-      value = published.get(name)
-      row += (
-        ['', '']
-        if value is None
-        else [
-          f'{value:.3f}',
-          'yes' if abs(value - mean) <= study.band else 'no',
-        ]
-      )
+      row += _beside(published.get(name), mean, study.band)
     sizes = record['sizes']
     row += [f'{sizes["params"]:,}', _percent(sizes, first, 'params')]
     if state:
@@ -220,12 +258,7 @@ def _table(study, task, records) -> page.Table:
     row += [f'{runs[0]["weight_decay"]:g}']
     row += [sum(run['skipped_steps'] for run in runs), record['seconds']]
     rows.append(row)
-  kinds = {'yes': 'good', 'no': 'bad', 'edge': 'open'}
-
-  def kind(cell):
-    return '' if isinstance(cell, page.Name) else kinds.get(cell, '')
-
-  return page.Table(head, rows, kind)
+  return page.Table(head, rows, _kind)
 
 
 def _percent(sizes, first, key) -> str:

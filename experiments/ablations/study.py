@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 from efficient_attn import config as configs
-from efficient_attn.config import Config, ConfigError, DataConfig
+from efficient_attn.config import Config, ConfigError, DataConfig, choose
 from efficient_attn.train.grid import Run
 from efficient_attn.values import (
   NonNegativeFloat,
@@ -44,7 +44,10 @@ class Study:
     metric: of the validation, the higher the better unless it is a loss.
     match: params, state or flops: every architecture gets the width that comes
       nearest to the first one's; '': as configured.
-    published: task -> architecture -> value of the metric in the source.
+    groups: name -> tasks whose mean is the score, as in MAD; they share one
+      table.
+    published: task or group -> architecture -> value of the metric in the
+      source.
     band: how far a measured value may be from the published one.
     source: of the published values.
   """
@@ -58,6 +61,9 @@ class Study:
   seeds: tuple[Seed, ...] = (0, 1, 2)
   metric: str = 'accuracy'
   match: Annotated[str, OneOf(('', 'params', 'state', 'flops'))] = ''
+  groups: Mapping[str, tuple[str, ...]] = dataclasses.field(
+    default_factory=dict
+  )
   published: Mapping[str, Mapping[str, float]] = dataclasses.field(
     default_factory=dict
   )
@@ -67,6 +73,9 @@ class Study:
   def __post_init__(self):
     for key in ('architectures', 'tasks', 'tests'):
       _check_names(f'sweep.{key}', getattr(self, key))
+    for name, tasks in self.groups.items():
+      for task in tasks:
+        choose(f'sweep.groups.{name}', task, self.tasks)
     for key in ('learning_rates', 'weight_decays', 'seeds'):
       values = getattr(self, key)
       if not values or len(set(values)) < len(values):

@@ -501,6 +501,36 @@ def test_an_encoder_has_no_decode_state(tmp_path):
   assert 'state' not in written and written.count('![') == 1
 
 
+def test_the_score_of_a_group_is_the_mean_over_its_tasks(tmp_path):
+  studied = study.Study(
+    title='x',
+    architectures={'a': {}, 'b': {}},
+    tasks={'recall': {}, 'recall vocab=32': {}, 'other': {}},
+    groups={'recall': ('recall', 'recall vocab=32')},
+    published={'recall': {'a': 0.7, 'b': 0.7}},
+    band=0.06,
+  )
+  found = [
+    record_of((0.1, 0.0, [score]), (0.2, 0.0, [0.1]), name=name)
+    | dict(task=task)
+    for task, name, score in (
+      ('recall', 'a', 0.9),
+      ('recall vocab=32', 'a', 0.6),
+      ('recall', 'b', 0.7),  # its other setting has not run
+      ('other', 'a', 0.3),
+    )
+  ]
+  report.write(studied, found, 'a command', tmp_path)
+  written = (tmp_path / 'report.md').read_text()
+  assert '| a | 0.750 | 0.700 | yes | 0.900 | 0.600 |' in written
+  assert '| b |  | 0.700 |  | 0.700 |  |' in written
+  assert written.count('## ') == 2 and written.count('![') == 2  # of `other`
+  with pytest.raises(ConfigError, match='sweep.groups.recall.*is unknown'):
+    study.Study(
+      title='x', architectures={'a': {}}, groups={'recall': ('recal',)}
+    )
+
+
 def test_lines_of_a_plot_differ():
   for key in ('color', 'marker'):
     assert len({page.style(i)[key] for i in range(12)}) == 12
