@@ -22,14 +22,22 @@ CLOSE = 0.2
 
 
 def mark(text: str, agrees: bool) -> str:
-  """A measured cell, and whether it is as printed."""
+  """A measured cell, and whether it is as printed.
+
+  A cross is for what a method does, never for what is not built here.
+  """
   return f'{text} {"✓" if agrees else "✗"}'
+
+
+# Caches that keep all keys here, and in their papers do not.
+WHOLE_HERE = {'moa', 'duo'}
+GAP = 'not built here'
 
 
 def kind(cell) -> str:
   """The class of a cell in the style sheet."""
   ends = {'✓': 'good', '✗': 'bad'}
-  open_ = cell == NOT_MEASURED or str(cell).endswith('not run')
+  open_ = cell == NOT_MEASURED or str(cell).endswith(('not run', GAP))
   return ends.get(str(cell)[-1:], 'open' if open_ else '')
 
 
@@ -125,8 +133,9 @@ def flags(claims: Mapping) -> page.Table:
   for name, (ours, text, less, video, free) in printed.AS4.items():
     decodes, sees, own = uses(ours)
     share = stored(ours)
-    if share == 'all keys':
-      share = mark(share, less == 'no')
+    if share == 'all keys' or ours in WHOLE_HERE:
+      whole = share if share == 'all keys' else f'{share:.2f}'
+      share = mark(whole, True) if less == 'no' else f'{whole}, less {GAP}'
     elif not isinstance(share, str):
       share = mark(f'{share:.2f}', (share < 1) == (less == 'yes'))
     trained = f'{own:,}'
@@ -151,14 +160,17 @@ def linear(title: str, rows: Mapping):
     for name, row in rows.items():
       ours, gate, select, time, space, form, slow, state = row
       spec = MIXERS[ours]
-      has = all(printed.FORMS[f] in spec.forms for f in form.split(' or '))
+      forms = ', '.join(spec.forms)
+      lacks = [
+        f for f in form.split(' or ') if printed.FORMS[f] not in spec.forms
+      ]
       made.append([
         name,
         gate, mark(spec.gate, spec.gate == printed.GATES[gate]),
         select, NOT_MEASURED,
         time, training(claims, ours, form, 'time', time),
         space, training(claims, ours, form, 'memory', space),
-        form, mark(', '.join(spec.forms), has),
+        form, f'{forms}; {lacks[0]} {GAP}' if lacks else mark(forms, True),
         slow, compared(decoding(ours), slow),
         state, compared(value(claims, 'R17', ours, 'state'), state),
       ])  # fmt: skip

@@ -53,6 +53,19 @@ def test_caches_say_what_is_stored():
   assert made['NSA'][5] == '1.07 ✗'
 
 
+def test_what_is_not_built_here_gets_no_cross():
+  made = rows('AS 4', {})
+  assert (
+    made['MoA'][5] == made['DuoAttention'][5] == ('1.00, less not built here')
+  )
+  assert made['SparQ'][5] == 'all keys, less not built here'
+  form = rows('AS 5', {})['CHELA'][10]
+  assert form == 'recurrent, chunkwise; quadratic not built here'
+  assert tables.kind(form) == 'open'
+  for name in ('AS 5', 'AS 6', 'AS 7'):
+    assert not any(row[10].endswith('✗') for row in rows(name, {}).values())
+
+
 def test_kinds():
   found = [tables.kind(c) for c in ('a ✓', 'a ✗', 'R17 not run', 'N^2', 3)]
   assert found == ['good', 'bad', 'open', '', '']
