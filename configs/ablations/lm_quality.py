@@ -3,9 +3,10 @@
 python launch/ablate.py --config=configs/ablations/lm_quality.py:tiny \\
     --out=runs/lm_quality
 
-At equal parameters; with `:tiny,state` (10 minutes on 2 cores) or `:state` at
-equal bytes of the decode state. Attention has one kv head there, without which
-the others would have ten times its parameters.
+At equal parameters; with `:tiny,state` or `:state` at equal bytes of the decode
+state. Attention has one kv head there, without which the others would have
+several times its parameters. A full study has 8e20 FLOPs of products: 1100
+GPU-hours at 200 TFLOP/s (an estimate from the count).
 """
 
 import ml_collections
