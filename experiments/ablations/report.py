@@ -114,13 +114,15 @@ def parts(study: Study, records: Sequence[Mapping], command: str) -> list:
     if task:
       found.append(page.Heading(page.Name(task)))
     found.append(_table(study, task, rows))
-    found.append(page.Text(spreads(rows)))
+    if len(rows) > 1:
+      found.append(page.Text(spreads(rows)))
     edges = [r for r in rows if at_edge(r, study.metric)]
     if edges:
       found.append(page.Text(_said_of(edges, len(rows)), note=True))
     if study.published.get(task):
       found.append(page.Text(f'Published: {study.source}.', note=True))
-    if all(row['sizes']['state'] for row in rows):  # an encoder has none
+    states = {row['sizes']['state'] for row in rows}
+    if 0 not in states and len(states) > 1:  # an encoder has none
       found.append(_frontier(study, rows))
     found.append(_curves(study, rows))
   return found
@@ -159,9 +161,7 @@ def _grid(records) -> str:
 def _group(study, name, by_name) -> page.Table:
   """Shows the mean over the tasks of a group, and each of them."""
   tasks, published = study.groups[name], study.published.get(name, {})
-  head = ['mixer', study.metric] + ['published', 'within band'] * bool(
-    published
-  )
+  head = ['mixer', study.metric, *_beside_head(study, published)]
   head += [page.Name(task.removeprefix(name).strip() or name) for task in tasks]
   rows = []
   for architecture in study.architectures:
@@ -177,22 +177,30 @@ def _group(study, name, by_name) -> page.Table:
     mean = statistics.fmean(scores) if whole else None
     row = [page.Name(architecture), f'{mean:.3f}' if whole else '']
     if published:
-      row += _beside(published.get(architecture), mean, study.band)
+      row += _beside(study, published.get(architecture), mean)
     rows.append(row + ['' if s is None else f'{s:.3f}' for s in scores])
   return page.Table(head, rows, _kind)
 
 
-def _beside(published, mean, band) -> list[str]:
+def _beside_head(study, published) -> list[str]:
+  if not published:
+    return []
+  return ['published'] + ['within band'] * bool(study.band)
+
+
+def _beside(study, published, mean) -> list[str]:
   """The published value, and whether the measured mean is within the band."""
   if published is None:
-    return ['', '']
-  if mean is None:
-    return [f'{published:.3f}', '']
-  return [f'{published:.3f}', 'yes' if abs(published - mean) <= band else 'no']
+    return [''] * len(_beside_head(study, True))
+  row = [f'{published:.3f}']
+  if study.band:
+    near = mean is not None and abs(published - mean) <= study.band
+    row.append('' if mean is None else 'yes' if near else 'no')
+  return row
 
 
 def _kind(cell) -> str:
-  kinds = {'yes': 'good', 'no': 'bad', 'edge': 'open'}
+  kinds = {'yes': 'good', 'no': 'bad', 'edge': 'open', 'not tuned': 'open'}
   return '' if isinstance(cell, page.Name) else kinds.get(cell, '')
 
 
@@ -227,7 +235,7 @@ def _table(study, task, records) -> page.Table:
   first = records[0]['sizes']
   head = ['mixer', study.metric, f'{LEVEL:.0%} interval']
   head += [*map(page.Name, tests)]
-  head += ['macro'] * macro + ['published', 'within band'] * bool(published)
+  head += ['macro'] * macro + _beside_head(study, published)
   head += ['parameters', '% of first']
   head += ['state bytes', '% of first'] * state
   head += ['training FLOPs', '% of first', 'learning rate', 'edge']
@@ -247,18 +255,24 @@ def _table(study, task, records) -> page.Table:
       values = [score(run, 'macro_accuracy') for run in runs]
       row.append(f'{statistics.fmean(values):.3f}')
     if published:
-      row += _beside(published.get(name), mean, study.band)
+      row += _beside(study, published.get(name), mean)
     sizes = record['sizes']
     row += [f'{sizes["params"]:,}', _percent(sizes, first, 'params')]
     if state:
       row += [f'{sizes["state"]:,}', _percent(sizes, first, 'state')]
     row += [f'{sizes["flops"]:.3g}', _percent(sizes, first, 'flops')]
     row += [f'{runs[0]["learning_rate"]:g}']
-    row += ['edge' if at_edge(record, study.metric) else '']
+    row += [_edge(record, study.metric)]
     row += [f'{runs[0]["weight_decay"]:g}']
     row += [sum(run['skipped_steps'] for run in runs), record['seconds']]
     rows.append(row)
   return page.Table(head, rows, _kind)
+
+
+def _edge(record, metric) -> str:
+  if len({run['learning_rate'] for run in record['runs']}) == 1:
+    return 'not tuned'
+  return 'edge' if at_edge(record, metric) else ''
 
 
 def _percent(sizes, first, key) -> str:

@@ -48,7 +48,8 @@ class Study:
       table.
     published: task or group -> architecture -> value of the metric in the
       source.
-    band: how far a measured value may be from the published one.
+    band: how far a measured value may be from the published one; 0 where the
+      protocols differ too much for a judgement.
     source: of the published values.
   """
 
