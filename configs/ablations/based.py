@@ -9,9 +9,9 @@ from the count).
 
 Differences: dropout is that of embeddings and residual branches here, of
 embeddings and attention weights there; initial values are this framework's; a
-run does not stop early. Segments are mixed, each example counting alike (there
-one after the other, a batch from one segment), and gated_deltanet has an output
-gate.
+run does not stop early. Segments are mixed and an answer counts alike in all of
+them (there one segment follows the other, and a batch is of one), and
+gated_deltanet has an output gate.
 """
 
 import ml_collections
