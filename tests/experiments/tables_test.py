@@ -1,11 +1,16 @@
 """The tables of the surveys: every cell has a mark, a value or a reason."""
 
+import json
+import pathlib
+
 import pytest
 
 from efficient_attn.decode.eviction import POLICIES
 from efficient_attn.layers.mixers import MIXERS
 from efficient_attn.ops.selection import SELECTORS
-from experiments.survey import printed, tables
+from experiments import page
+from experiments.survey import printed, report, run, tables
+from experiments.survey.claim import FAILS, HOLDS, RESTATED, UNDEFINED
 from experiments.survey.claims import CLAIMS
 
 CLAIMS_OF_TWO_ROWS = {
@@ -92,3 +97,25 @@ def test_every_method_and_cost_is_known():
   ) < (printed.AS2.keys())
   assert {'R07', 'R11', 'R12', 'R13', 'R14', 'R17', 'R21', 'R24', 'R25', 'R29',
           'R30'} <= CLAIMS.keys()  # fmt: skip
+
+
+def test_every_kind_of_verdict_has_its_own_colour():
+  kinds = {report.kind(v) for v in (HOLDS, RESTATED, FAILS, UNDEFINED)}
+  assert len(kinds) == 4
+  for name in kinds:
+    assert f'.{name} {{ color: var(--{name}); }}' in page.STYLE
+
+
+def test_axes_of_the_budgets_start_at_0():
+  stored = pathlib.Path(run.__file__).parent / 'results' / 'results.json'
+  values = json.loads(stored.read_text())['claims']['R27']['values']
+  plots = [
+    part.figure.axes[0]
+    for part in CLAIMS['R27'].parts(values)
+    if isinstance(part, page.Plot)
+  ]
+  assert len(plots) == 3
+  for axes in plots:
+    assert axes.get_xlim()[0] == axes.get_ylim()[0] == 0
+    drawn = [(line.get_color(), line.get_marker()) for line in axes.lines]
+    assert len(set(drawn)) == len(drawn)
