@@ -31,6 +31,8 @@ def combinations(*axes):
 # so do all tests marked `in_turn`, long runs of what others test in parts.
 IN_TURN = (
   'tests/decode/',
+  'tests/experiments/mutations_test',
+  'tests/experiments/rules_test',
   'tests/layers/',
   'tests/models/',
   'tests/ops/',

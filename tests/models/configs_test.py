@@ -78,5 +78,7 @@ def test_unknown_arguments_are_refused():
     (study, 'tiny,stat'),
     *((file, 'tinny') for file in FILES),
   ):
-    with pytest.raises(ConfigError, match='after the colon|no argument|takes no'):
+    with pytest.raises(
+      ConfigError, match='after the colon|no argument|takes no'
+    ):
       configs.load(str(ROOT / f'{file}:{argument}'))
