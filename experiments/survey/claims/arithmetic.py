@@ -202,14 +202,14 @@ R37 = Claim(
       says='Relative improvements of Transformers over what came before',
       source='FL p. 4, table 1',
       printed=', '.join(f'{row[2]}%' for row in IMPROVED.values()),
-      measured=lambda v: ', '.join(
-        f'{x:.1f}%' for x in v['improved'].values()
-      ),
+      measured=lambda v: ', '.join(f'{x:.1f}%' for x in v['improved'].values()),
       judge=lambda v: (
-        HOLDS if all(
+        HOLDS
+        if all(
           abs(v['improved'][name] - row[2]) < 0.06
           for name, row in IMPROVED.items()
-        ) else FAILS
+        )
+        else FAILS
       ),
       rule='the change over the baseline, rounded; rows with a known baseline',
     ),
@@ -223,18 +223,41 @@ R37 = Claim(
         f'{v["years tensor cores"]:.0f} at that of the tensor cores'
       ),
       judge=lambda v: (
-        FAILS if abs(v['years FL'] / 355 - 1) > 0.05
-        else HOLDS if v['years tensor cores'] > 300 else RESTATED
+        FAILS
+        if abs(v['years FL'] / 355 - 1) > 0.05
+        else HOLDS
+        if v['years tensor cores'] > 300
+        else RESTATED
       ),
       rule='counted on the model and 300 billion tokens, to 5 percent; '
       'restated if only at a speed that the source does not name',
     ),
-    equals('and costs 4.6 million dollars', 'FL p. 4', '$4.6M', 'dollars', 4.6,
-           tolerance=0.05, unit='M at $1.50 an hour'),
-    equals('1663 layers on 128 accelerators are 127.9 times the 13 on one',
-           'FL p. 11', '127.9x', 'layers', 127.9, tolerance=1e-3, unit='x'),
-    equals('127 times more layers on the same hardware', 'FLR', '127x',
-           'layers_each', 127, unit='x on each accelerator'),
+    equals(
+      'and costs 4.6 million dollars',
+      'FL p. 4',
+      '$4.6M',
+      'dollars',
+      4.6,
+      tolerance=0.05,
+      unit='M at $1.50 an hour',
+    ),
+    equals(
+      '1663 layers on 128 accelerators are 127.9 times the 13 on one',
+      'FL p. 11',
+      '127.9x',
+      'layers',
+      127.9,
+      tolerance=1e-3,
+      unit='x',
+    ),
+    equals(
+      '127 times more layers on the same hardware',
+      'FLR',
+      '127x',
+      'layers_each',
+      127,
+      unit='x on each accelerator',
+    ),
     Statement(
       says='32 micro-batches run 4.8 times as fast as one on 8 stages',
       source='FL p. 11',
@@ -244,8 +267,15 @@ R37 = Claim(
       rule='at most the ratio of the times of the two schedules, played '
       'through without any cost of communication',
     ),
-    equals('Two thirds of the parameters are in the ffn', 'FLR', '2/3',
-           'ffn_parameters', 2 / 3, tolerance=0.01, unit='of a block'),
+    equals(
+      'Two thirds of the parameters are in the ffn',
+      'FLR',
+      '2/3',
+      'ffn_parameters',
+      2 / 3,
+      tolerance=0.01,
+      unit='of a block',
+    ),
     Statement(
       says='Two thirds of the computation are in the ffn',
       source='FLR',
@@ -254,8 +284,11 @@ R37 = Claim(
         f'{x:.2f} at {n}' for n, x in zip(TOKENS, v['ffn_flops'], strict=True)
       ),
       judge=lambda v: (
-        FAILS if v['ffn_flops'][0] < 0.6
-        else HOLDS if v['ffn_flops'][-1] > 0.6 else RESTATED
+        FAILS
+        if v['ffn_flops'][0] < 0.6
+        else HOLDS
+        if v['ffn_flops'][-1] > 0.6
+        else RESTATED
       ),
       rule='above 0.6 at all lengths; restated if at the shortest',
     ),
@@ -263,23 +296,45 @@ R37 = Claim(
       says='GPT-3 takes 700 GB and LLaMA-70B 140 GB',
       source='FLR, drawing of the bottlenecks',
       printed='700 GB, 140 GB',
-      measured=lambda v: 'GPT-3 {:.0f} GB in 16 bits, {:.0f} in 32; '
-      'LLaMA-70B {:.0f}, {:.0f}'.format(*v['gpt3_gb'], *v['llama_gb']),
+      measured=lambda v: (
+        'GPT-3 {:.0f} GB in 16 bits, {:.0f} in 32; '
+        'LLaMA-70B {:.0f}, {:.0f}'.format(*v['gpt3_gb'], *v['llama_gb'])
+      ),
       judge=lambda v: next(
-        (verdict for verdict, (i, j) in (
-          (HOLDS, (0, 0)), (HOLDS, (1, 1)), (RESTATED, (1, 0)),
-          (RESTATED, (0, 1)))
-         if abs(v['gpt3_gb'][i] / 700 - 1) < 0.05
-         and abs(v['llama_gb'][j] / 140 - 1) < 0.05),
+        (
+          verdict
+          for verdict, (i, j) in (
+            (HOLDS, (0, 0)),
+            (HOLDS, (1, 1)),
+            (RESTATED, (1, 0)),
+            (RESTATED, (0, 1)),
+          )
+          if abs(v['gpt3_gb'][i] / 700 - 1) < 0.05
+          and abs(v['llama_gb'][j] / 140 - 1) < 0.05
+        ),
         FAILS,
       ),
       rule='both to 5 percent in the same precision; restated if in different '
       'ones',
     ),
-    equals('An A100 has about 20 MB of SRAM in 108 parts of 192 KB', 'BLOG',
-           '20 MB', 'sram', 20, tolerance=0.05, unit='MB'),
-    equals('It is 10 times as fast as HBM: 19 and 2 TB/s', 'BLOG', '10x',
-           'bandwidth', 10, tolerance=0.06, unit='x'),
+    equals(
+      'An A100 has about 20 MB of SRAM in 108 parts of 192 KB',
+      'BLOG',
+      '20 MB',
+      'sram',
+      20,
+      tolerance=0.05,
+      unit='MB',
+    ),
+    equals(
+      'It is 10 times as fast as HBM: 19 and 2 TB/s',
+      'BLOG',
+      '10x',
+      'bandwidth',
+      10,
+      tolerance=0.06,
+      unit='x',
+    ),
     Statement(
       says='Three linear layers for one of attention keep 25 percent of the '
       'cache',
@@ -289,8 +344,11 @@ R37 = Claim(
         f'{x:.1%} at {n:,}' for n, x in zip(CONTEXTS, v['hybrid'], strict=True)
       ),
       judge=lambda v: (
-        FAILS if v['hybrid'][-1] > 0.26
-        else HOLDS if v['hybrid'][1] < 0.26 else RESTATED
+        FAILS
+        if v['hybrid'][-1] > 0.26
+        else HOLDS
+        if v['hybrid'][1] < 0.26
+        else RESTATED
       ),
       rule='26 percent or less from 4K tokens on; restated if at 1M only',
     ),
@@ -313,8 +371,11 @@ R37 = Claim(
         f'n^{v["scores slope"]:.2f}, {v["scores"]:.0f} multiply-adds a score'
       ),
       judge=lambda v: (
-        FAILS if abs(v['scores slope'] - 2) > 0.05
-        else HOLDS if v['scores'] == 1 else RESTATED
+        FAILS
+        if abs(v['scores slope'] - 2) > 0.05
+        else HOLDS
+        if v['scores'] == 1
+        else RESTATED
       ),
       rule='exponent of 2; restated if each score needs more than one',
     ),
@@ -330,6 +391,6 @@ R37 = Claim(
       rule='exponent above 1.5 as written',
     ),
   ),
-)  # fmt: skip
+)
 
 ARITHMETIC = {'R37': R37}

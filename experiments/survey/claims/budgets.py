@@ -111,7 +111,9 @@ R27 = Claim(
       judge=lambda v: (
         HOLDS
         if len(curves.better(v)) == len(curves.dynamic())
-        else RESTATED if curves.better(v) else FAILS
+        else RESTATED
+        if curves.better(v)
+        else FAILS
       ),
       rule='0.01 more mass than StreamingLLM with as many keys, on heads with '
       'sinks, a diagonal and heavy hitters; restated if only some do',
@@ -123,16 +125,20 @@ R27 = Claim(
       judge=lambda v: FAILS if v['bounds']['wrong'] else HOLDS,
       rule='no violation',
     ),
-    within('XAttention sums antidiagonals by a product of folded rows',
-           'AS p. 30', 'equal', 'antidiagonals', 0, 1e-12),
+    within(
+      'XAttention sums antidiagonals by a product of folded rows',
+      'AS p. 30',
+      'equal',
+      'antidiagonals',
+      0,
+      1e-12,
+    ),
     Statement(
       says='STA computes blocks that are dense or empty, none in between',
       source='AS p. 24',
-      measured=lambda v: (
-        ', '.join(
-          f'windows of {name}: {found["full"]} full, {found["mixed"]} mixed'
-          for name, found in v['windows'].items()
-        )
+      measured=lambda v: ', '.join(
+        f'windows of {name}: {found["full"]} full, {found["mixed"]} mixed'
+        for name, found in v['windows'].items()
       ),
       judge=lambda v: FAILS if v['windows']['tiles']['mixed'] else HOLDS,
       rule='none mixed',
@@ -163,7 +169,9 @@ R27 = Claim(
       judge=lambda v: (
         FAILS
         if max(v['radial']['ratios']) > 1.2 * min(v['radial']['ratios'])
-        else HOLDS if v['radial']['exponent'] < 1.3 else RESTATED
+        else HOLDS
+        if v['radial']['exponent'] < 1.3
+        else RESTATED
       ),
       rule='flat to a fifth from 16 to 128 frames; restated if frames with '
       'more tokens cost more than N^1.3',
@@ -220,6 +228,6 @@ R27 = Claim(
     _not_here('MoBA', '6.5x', 'AS p. 28'),
     _not_here('Quest', '7.03x', 'AS p. 29'),
   ),
-)  # fmt: skip
+)
 
 BUDGETS = {'R27': R27}

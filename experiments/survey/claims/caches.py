@@ -77,15 +77,31 @@ R12 = Claim(
   tier='b',
   measure=cache_bits,
   statements=(
-    _by('keys with outlier channels', 'channel', 'token',
-        'Keys with outlier channels want a scale for each channel'),
-    _by('trained keys', 'channel', 'token',
-        'Keys of a trained model want a scale for each channel'),
+    _by(
+      'keys with outlier channels',
+      'channel',
+      'token',
+      'Keys with outlier channels want a scale for each channel',
+    ),
+    _by(
+      'trained keys',
+      'channel',
+      'token',
+      'Keys of a trained model want a scale for each channel',
+    ),
     _by('values', 'token', 'channel', 'Values want a scale for each token'),
-    _by('values with outlier tokens', 'token', 'channel',
-        'Values with outlier tokens want a scale for each token'),
-    _by('trained values', 'token', 'channel',
-        'Values of a trained model want a scale for each token'),
+    _by(
+      'values with outlier tokens',
+      'token',
+      'channel',
+      'Values with outlier tokens want a scale for each token',
+    ),
+    _by(
+      'trained values',
+      'token',
+      'channel',
+      'Values of a trained model want a scale for each token',
+    ),
     Statement(
       says='Keys lose less before they are rotated than after',
       source='AS p. 16',
@@ -101,10 +117,16 @@ R12 = Claim(
       ),
       rule='at least 5 percent less error by channel, trained keys',
     ),
-    equals('Two-bit caches are 8 times smaller than 16 bits', 'AS p. 16',
-           '2 bits', 'bits', 2, unit='bits with scales and zero points'),
+    equals(
+      'Two-bit caches are 8 times smaller than 16 bits',
+      'AS p. 16',
+      '2 bits',
+      'bits',
+      2,
+      unit='bits with scales and zero points',
+    ),
   ),
-)  # fmt: skip
+)
 
 LENGTH, BUDGET = 1024, 64
 
@@ -199,6 +221,6 @@ R28 = Claim(
       'is old, at distances that the model was not trained on',
     ),
   ),
-)  # fmt: skip
+)
 
 CACHES = {'R12': R12, 'R28': R28}

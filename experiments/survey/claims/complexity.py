@@ -21,9 +21,15 @@ WIDTHS = (D, 256)  # with the same number of heads
 CHUNKS = (64, 256)
 # Rows that the tables print with O(N C d + N d^2).
 CHUNKED = (
-  'lightning', 'retention', 'gla', 'rwkv5', 'gsa', 'rodimus', 'deltanet',
+  'lightning',
+  'retention',
+  'gla',
+  'rwkv5',
+  'gsa',
+  'rodimus',
+  'deltanet',
   'gated_deltanet',
-)  # fmt: skip
+)
 
 
 def build(name: str, length: int, width: int = D, **changes) -> nnx.Module:
@@ -100,7 +106,14 @@ def _table(values) -> list:
   return [
     page.Table(
       [
-        'mixer', 'time', 'stated', 'in d', 'in C', 'memory', 'state', 'stated',
+        'mixer',
+        'time',
+        'stated',
+        'in d',
+        'in C',
+        'memory',
+        'state',
+        'stated',
         'state bytes',
       ],
       [
@@ -125,7 +138,7 @@ def _table(values) -> list:
       f'over {WIDTHS} and in the chunk size C over {CHUNKS}.',
       note=True,
     ),
-  ]  # fmt: skip
+  ]
 
 
 def _range(values, key) -> str:

@@ -41,8 +41,12 @@ ENCODERS = {
 # MobileBERT (2004.02984): shapes of the matrices and vectors outside of the 24
 # layers, and of one layer, with how many there are.
 MOBILE = {
-  (30_522, 128): 1, (3 * 128, 512): 1, (512, 512): 1, (2, 512): 1, (512,): 3,
-}  # fmt: skip
+  (30_522, 128): 1,
+  (3 * 128, 512): 1,
+  (512, 512): 1,
+  (2, 512): 1,
+  (512,): 3,
+}
 MOBILE_LAYER = {
   (512, 128): 3 + 4,  # two bottlenecks, values; out of four ffns
   (128, 128): 3,  # queries, keys, out
@@ -168,8 +172,13 @@ def _table(v) -> list:
     ]
     for name, row in v['encoders'].items()
   ]
-  head = ['model', 'millions', 'times smaller', 'times fewer FLOPs',
-          'times faster']  # fmt: skip
+  head = [
+    'model',
+    'millions',
+    'times smaller',
+    'times fewer FLOPs',
+    'times faster',
+  ]
   return [
     page.Table(head, rows),
     page.Text(
@@ -190,11 +199,14 @@ def _speed(says: str, name: str, times: float) -> Statement:
     printed=f'{times}x',
     measured=lambda v: f'{_faster(v, name):.2f}x',
     judge=lambda v: (
-      NOT_HERE if not v['accelerator']
-      else HOLDS if abs(_faster(v, name) / times - 1) < 0.15 else FAILS
+      NOT_HERE
+      if not v['accelerator']
+      else HOLDS
+      if abs(_faster(v, name) / times - 1) < 0.15
+      else FAILS
     ),
     rule=f'within 15 percent on an accelerator, {TOKENS} tokens',
-  )  # fmt: skip
+  )
 
 
 R34 = Claim(
@@ -206,29 +218,88 @@ R34 = Claim(
     *(
       equals(says, source, printed, key, value, tolerance=0.05, unit=unit)
       for says, source, printed, key, value, unit in (
-        ('DistilBERT is 1.7 times smaller than BERT', 'FL p. 10, table 2',
-         '1.7x', 'DistilBERT smaller', 1.7, 'x'),
-        ('TinyBERT is 7.5 times smaller', 'FL p. 10, table 2', '7.5x',
-         'TinyBERT-4 smaller', 7.5, 'x'),
-        ('MobileBERT is 4.3 times smaller', 'its paper (2004.02984); FLR names '
-         'it', '4.3x', 'MobileBERT smaller', 4.3, 'x'),
-        ('DistilBERT is 60 percent smaller',
-         'FLR, drawing of knowledge distillation', '60%', 'distilled', 60,
-         '%'),
-        ('DistilBERT is 40 percent smaller', 'FLR', '40%', 'distilled', 40,
-         '%'),
-        ('Factorised embeddings are 6 times smaller', 'FLR', '6x',
-         'embeddings', 6, 'x'),
-        ('ALBERT-xxlarge has 235M parameters',
-         'FLR, drawing of general methods', '235M', 'xxlarge', 235, 'M'),
-        ('340M, distilled to 66M, pruned to 33M, in INT8: 40 times', 'FLR',
-         '40x', 'pipeline', 40, 'x'),
-        ('The same chain: 85 times', 'FLR, drawing of the combined approach',
-         '85x', 'pipeline', 85, 'x'),
+        (
+          'DistilBERT is 1.7 times smaller than BERT',
+          'FL p. 10, table 2',
+          '1.7x',
+          'DistilBERT smaller',
+          1.7,
+          'x',
+        ),
+        (
+          'TinyBERT is 7.5 times smaller',
+          'FL p. 10, table 2',
+          '7.5x',
+          'TinyBERT-4 smaller',
+          7.5,
+          'x',
+        ),
+        (
+          'MobileBERT is 4.3 times smaller',
+          'its paper (2004.02984); FLR names it',
+          '4.3x',
+          'MobileBERT smaller',
+          4.3,
+          'x',
+        ),
+        (
+          'DistilBERT is 60 percent smaller',
+          'FLR, drawing of knowledge distillation',
+          '60%',
+          'distilled',
+          60,
+          '%',
+        ),
+        (
+          'DistilBERT is 40 percent smaller',
+          'FLR',
+          '40%',
+          'distilled',
+          40,
+          '%',
+        ),
+        (
+          'Factorised embeddings are 6 times smaller',
+          'FLR',
+          '6x',
+          'embeddings',
+          6,
+          'x',
+        ),
+        (
+          'ALBERT-xxlarge has 235M parameters',
+          'FLR, drawing of general methods',
+          '235M',
+          'xxlarge',
+          235,
+          'M',
+        ),
+        (
+          '340M, distilled to 66M, pruned to 33M, in INT8: 40 times',
+          'FLR',
+          '40x',
+          'pipeline',
+          40,
+          'x',
+        ),
+        (
+          'The same chain: 85 times',
+          'FLR, drawing of the combined approach',
+          '85x',
+          'pipeline',
+          85,
+          'x',
+        ),
         ('Mixtral 8x7B has 47B parameters', 'S003', '47B', 'mixtral', 47, 'B'),
         ('and uses 13B of them for a token', 'S003', '13B', 'active', 13, 'B'),
-        ('The first Transformer had 65M parameters', 'S003', '65M',
-         'first_millions', 65, 'M'),
+        (
+          'The first Transformer had 65M parameters',
+          'S003',
+          '65M',
+          'first_millions',
+          65,
+          'M',
+        ),
       )
     ),
     Statement(
@@ -239,8 +310,10 @@ R34 = Claim(
         f'{v["albert_base"]:.2f}x (base), {v["albert_large"]:.2f}x (large)'
       ),
       judge=lambda v: (
-        HOLDS if 11.4 < v['albert_base'] and v['albert_large'] < 18.9
-        else RESTATED if v['albert_base'] < 12 < 18 < v['albert_large']
+        HOLDS
+        if 11.4 < v['albert_base'] and v['albert_large'] < 18.9
+        else RESTATED
+        if v['albert_base'] < 12 < 18 < v['albert_large']
         else FAILS
       ),
       rule='base and large against BERT of the same size, to 5 percent; '
@@ -263,8 +336,10 @@ R34 = Claim(
       says='LoRA trains 0.1 percent of the parameters',
       source='FLR',
       printed='0.1%',
-      measured=lambda v: '{:.3f}% at rank 8, {:.3f}% at 16, for queries and '
-      'values of a 7B model'.format(*v['lora_percent']),
+      measured=lambda v: (
+        '{:.3f}% at rank 8, {:.3f}% at 16, for queries and '
+        'values of a 7B model'.format(*v['lora_percent'])
+      ),
       judge=lambda v: (
         HOLDS if v['lora_percent'][0] < 0.1 <= v['lora_percent'][1] else FAILS
       ),
@@ -280,12 +355,14 @@ R34 = Claim(
         f'{v["encoders"][name]["fewer"]:.2f}x' for name in TIMED[1:]
       ),
       judge=lambda v: (
-        HOLDS if v['encoders']['DistilBERT']['fewer'] >= 1.6
-        and v['encoders']['TinyBERT-4']['fewer'] >= 9.4 else FAILS
+        HOLDS
+        if v['encoders']['DistilBERT']['fewer'] >= 1.6
+        and v['encoders']['TinyBERT-4']['fewer'] >= 9.4
+        else FAILS
       ),
       rule=f'FLOPs of the products, {TOKENS} tokens',
     ),
   ),
-)  # fmt: skip
+)
 
 COMPRESSION = {'R34': R34}

@@ -176,8 +176,13 @@ def saving(target, draft, share: float) -> dict:
 
 
 def _table(v) -> list:
-  head = ['the target in the draft', 'accepted', 'tokens a block', 'formula',
-          'times faster']  # fmt: skip
+  head = [
+    'the target in the draft',
+    'accepted',
+    'tokens a block',
+    'formula',
+    'times faster',
+  ]
   return [
     page.Table(head, [list(row.values()) for row in v['blocks']]),
     page.Text(
@@ -223,9 +228,11 @@ R35 = Claim(
         f'{row["tokens"]:.2f} for {row["formula"]:.2f}' for row in v['blocks']
       ),
       judge=lambda v: (
-        HOLDS if all(
+        HOLDS
+        if all(
           abs(row['tokens'] / row['formula'] - 1) < 0.03 for row in v['blocks']
-        ) else FAILS
+        )
+        else FAILS
       ),
       rule='within 3 percent, a being the part of drafted tokens accepted',
     ),
@@ -238,16 +245,22 @@ R35 = Claim(
         for row in v['blocks']
       ),
       judge=lambda v: (
-        HOLDS if all(2 <= row['faster'] <= 3 for row in v['blocks'])
-        else RESTATED if any(2 <= row['faster'] <= 3 for row in v['blocks'])
+        HOLDS
+        if all(2 <= row['faster'] <= 3 for row in v['blocks'])
+        else RESTATED
+        if any(2 <= row['faster'] <= 3 for row in v['blocks'])
         else FAILS
       ),
       rule=f'counted blocks, a draft of {COST} of the cost; restated if that '
       'depends on how many are accepted',
     ),
-    elsewhere('and that in seconds', 'S003', '2-3x',
-              'a trained pair of models on an accelerator'),
+    elsewhere(
+      'and that in seconds',
+      'S003',
+      '2-3x',
+      'a trained pair of models on an accelerator',
+    ),
   ),
-)  # fmt: skip
+)
 
 DECODING = {'R35': R35}

@@ -37,8 +37,9 @@ def model(*widths: int) -> tuple:
   if len(sizes) == 1:
     return ((jnp.zeros((N, *sizes[0])), None),)
   weights = normal(7, *((N, i, o) for i, o in sizes))
-  return tuple((w / i**0.5, None)
-               for w, (i, _) in zip(weights, sizes, strict=True))  # fmt: skip
+  return tuple(
+    (w / i**0.5, None) for w, (i, _) in zip(weights, sizes, strict=True)
+  )
 
 
 def identities() -> dict[str, float]:
@@ -221,10 +222,16 @@ R38 = Claim(
   parts=_plots,
   statements=(
     _same('TTT-Linear with a token a step is DeltaNet', 'AS p. 42', 'DeltaNet'),
-    _same('One step of gradient descent from zero is linear attention',
-          'AS p. 42', 'linear attention'),
-    _same('Titans without decay and momentum is TTT', 'AS p. 43',
-          'Titans without gates'),
+    _same(
+      'One step of gradient descent from zero is linear attention',
+      'AS p. 42',
+      'linear attention',
+    ),
+    _same(
+      'Titans without decay and momentum is TTT',
+      'AS p. 43',
+      'Titans without gates',
+    ),
     Statement(
       says='TTT-MLP cannot be parallelised',
       source='AS p. 42',
@@ -243,8 +250,14 @@ R38 = Claim(
       rule=f'holds unless mini-batches of {C} tokens, as products, give what '
       'the loop over tokens gives, to 1e-12',
     ),
-    within('Training TTT-Linear costs O(N), as chunkwise forms do',
-           'AS p. 42', 'O(N)', 'training', 0.95, 1.05),
+    within(
+      'Training TTT-Linear costs O(N), as chunkwise forms do',
+      'AS p. 42',
+      'O(N)',
+      'training',
+      0.95,
+      1.05,
+    ),
     Statement(
       says='Gradient steps as printed keep the weights bounded',
       source='AS p. 42, eq. 92-93',
@@ -288,8 +301,8 @@ R38 = Claim(
     Statement(
       says='Muon makes steps of one size in all directions',
       source='AS p. 43',
-      measured=lambda v: (
-        'singular values of {:.2f} to {:.2f}'.format(*v['muon'])
+      measured=lambda v: 'singular values of {:.2f} to {:.2f}'.format(
+        *v['muon']
       ),
       judge=lambda v: (
         HOLDS if v['muon'][0] > 0.6 and v['muon'][1] < 1.25 else FAILS
@@ -298,6 +311,6 @@ R38 = Claim(
       '1, at three scales',
     ),
   ),
-)  # fmt: skip
+)
 
 FAST_WEIGHTS = {'R38': R38}

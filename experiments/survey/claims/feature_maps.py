@@ -128,8 +128,9 @@ def features() -> dict:
     found[f'{name} features'] = sizes[widths.index(H)]
     found[f'{name} growth'] = slope(widths, sizes)
     found[f'{name} exponent'] = slope(widths, flops)
-  small = [fmean(found[f'FAVOR+, {f} features'][str(SCALES[0])])
-           for f in FEATURES]  # fmt: skip
+  small = [
+    fmean(found[f'FAVOR+, {f} features'][str(SCALES[0])]) for f in FEATURES
+  ]
   found['random exponent'] = slope(FEATURES, small)
   return found
 
@@ -197,14 +198,38 @@ R23 = Claim(
   measure=features,
   parts=_plot,
   statements=(
-    within('Products of two channels make O(d^2) features',
-           'AS p. 36', 'd^2', 'taylor growth', 1.9, 2.05),
-    within('With them linear attention costs O(N d^3)', 'AS p. 36', 'O(N d^3)',
-           'taylor exponent', 2.7, 3.05),
-    equals('The compact map has 2 d + 1 features', 'AS p. 36, eq. 67', '129',
-           'compact features', 2 * H + 1, tolerance=0),
-    within('With it linear attention costs O(N d^2)', 'AS p. 36', 'O(N d^2)',
-           'compact exponent', 1.7, 2.05),
+    within(
+      'Products of two channels make O(d^2) features',
+      'AS p. 36',
+      'd^2',
+      'taylor growth',
+      1.9,
+      2.05,
+    ),
+    within(
+      'With them linear attention costs O(N d^3)',
+      'AS p. 36',
+      'O(N d^3)',
+      'taylor exponent',
+      2.7,
+      3.05,
+    ),
+    equals(
+      'The compact map has 2 d + 1 features',
+      'AS p. 36, eq. 67',
+      '129',
+      'compact features',
+      2 * H + 1,
+      tolerance=0,
+    ),
+    within(
+      'With it linear attention costs O(N d^2)',
+      'AS p. 36',
+      'O(N d^2)',
+      'compact exponent',
+      1.7,
+      2.05,
+    ),
     Statement(
       says='Squares of single channels say enough of the squared score',
       source='AS p. 36',
@@ -218,15 +243,27 @@ R23 = Claim(
       judge=lambda v: HOLDS if fmean(v['correlation']['1']) > 0.9 else FAILS,
       rule='correlation above 0.9, of normal queries and keys',
     ),
-    _near('A Taylor series of second order stands for the exponential',
-          'AS p. 35-36, eq. 66', 'Taylor, second order'),
+    _near(
+      'A Taylor series of second order stands for the exponential',
+      'AS p. 35-36, eq. 66',
+      'Taylor, second order',
+    ),
     _near('elu(x) + 1 stands for the exponential', 'FL p. 24-25', 'elu(x) + 1'),
     _near('ReLU stands for the exponential', 'AS p. 35', 'relu'),
-    _near('Positive random features stand for the exponential',
-          'FL p. 25, eq. 35', f'FAVOR+, {FEATURES[-1]} features'),
-    within('Their error falls with the root of their number', 'FL p. 25',
-           'O(p^-0.5)', 'random exponent', -0.7, -0.4),
+    _near(
+      'Positive random features stand for the exponential',
+      'FL p. 25, eq. 35',
+      f'FAVOR+, {FEATURES[-1]} features',
+    ),
+    within(
+      'Their error falls with the root of their number',
+      'FL p. 25',
+      'O(p^-0.5)',
+      'random exponent',
+      -0.7,
+      -0.4,
+    ),
   ),
-)  # fmt: skip
+)
 
 FEATURE_MAPS = {'R23': R23}

@@ -64,16 +64,34 @@ R07 = Claim(
   tier='b',
   measure=flash,
   statements=(
-    within('Tiles give what dense attention gives', 'AS p. 6', 'exact',
-           'error float32', 0, 1e-5),
-    within('The forward pass needs memory O(N)', 'BLOG, S003', 'O(N)',
-           'blockwise slope', 0.9, 1.1,
-           unit='as exponent'),
-    within('Dense attention needs memory O(N^2)', 'AS p. 6', 'O(N^2)',
-           'reference slope', 1.9, 2.1,
-           unit='as exponent'),
+    within(
+      'Tiles give what dense attention gives',
+      'AS p. 6',
+      'exact',
+      'error float32',
+      0,
+      1e-5,
+    ),
+    within(
+      'The forward pass needs memory O(N)',
+      'BLOG, S003',
+      'O(N)',
+      'blockwise slope',
+      0.9,
+      1.1,
+      unit='as exponent',
+    ),
+    within(
+      'Dense attention needs memory O(N^2)',
+      'AS p. 6',
+      'O(N^2)',
+      'reference slope',
+      1.9,
+      2.1,
+      unit='as exponent',
+    ),
   ),
-)  # fmt: skip
+)
 
 
 def _online(q, k, v, block=128):
@@ -119,14 +137,26 @@ R08 = Claim(
   tier='b',
   measure=flash_backward,
   statements=(
-    within('With recomputation the gradient needs memory O(N)', 'AS p. 14',
-           'O(N)', 'recomputed slope', 0.9, 1.1,
-           unit='as exponent'),
-    within('Differentiating the tiled loop as it is needs memory O(N)',
-           'BLOG, S003', 'O(N)', 'autodiff slope', 0.9, 1.1,
-           unit='as exponent'),
+    within(
+      'With recomputation the gradient needs memory O(N)',
+      'AS p. 14',
+      'O(N)',
+      'recomputed slope',
+      0.9,
+      1.1,
+      unit='as exponent',
+    ),
+    within(
+      'Differentiating the tiled loop as it is needs memory O(N)',
+      'BLOG, S003',
+      'O(N)',
+      'autodiff slope',
+      0.9,
+      1.1,
+      unit='as exponent',
+    ),
   ),
-)  # fmt: skip
+)
 
 
 def few_bits() -> dict:
@@ -171,8 +201,14 @@ R11 = Claim(
   tier='b',
   measure=few_bits,
   statements=(
-    within('A constant added to all keys does not change attention',
-           'AS p. 14', 'exact', 'invariance', 0, 1e-5),
+    within(
+      'A constant added to all keys does not change attention',
+      'AS p. 14',
+      'exact',
+      'invariance',
+      0,
+      1e-5,
+    ),
     Statement(
       says='Leaving out the mean of the keys makes INT8 more exact',
       source='AS p. 14',
@@ -190,16 +226,12 @@ R11 = Claim(
       says='Two levels of scales for P beat direct FP4',
       source='AS p. 15, table 2',
       printed='',
-      measured=lambda v: (
-        f'{v["fp4 direct"]:.3f} -> {v["fp4 two levels"]:.3f}'
-      ),
-      judge=lambda v: (
-        HOLDS if v['fp4 two levels'] < v['fp4 direct'] else FAILS
-      ),
+      measured=lambda v: f'{v["fp4 direct"]:.3f} -> {v["fp4 two levels"]:.3f}',
+      judge=lambda v: HOLDS if v['fp4 two levels'] < v['fp4 direct'] else FAILS,
       rule='a smaller relative error of the output',
     ),
   ),
-)  # fmt: skip
+)
 
 
 def pieces() -> dict:
@@ -219,10 +251,16 @@ R13 = Claim(
   tier='b',
   measure=pieces,
   statements=(
-    within('Pieces of the keys attended apart merge exactly', 'AS p. 15',
-           'exact', 'error', 0, 2e-6),
+    within(
+      'Pieces of the keys attended apart merge exactly',
+      'AS p. 15',
+      'exact',
+      'error',
+      0,
+      2e-6,
+    ),
   ),
-)  # fmt: skip
+)
 
 PAGE, REQUESTS, LONGEST = 16, 200, 2048
 
@@ -238,8 +276,9 @@ def pages() -> dict:
     .set(x.reshape(4, PAGE, *x.shape[2:]))
     for x in (k, v)
   ]
-  ours = paged_attention(q[:, -1:], *pools, jnp.asarray(order)[None],
-                         jnp.array([64]))  # fmt: skip
+  ours = paged_attention(
+    q[:, -1:], *pools, jnp.asarray(order)[None], jnp.array([64])
+  )
   wanted = ops.attention(q[:, -1:], k, v)
   lengths = np.minimum(
     rng.lognormal(5.5, 1.0, REQUESTS).astype(int) + 1, LONGEST
@@ -258,15 +297,35 @@ R14 = Claim(
   tier='b',
   measure=pages,
   statements=(
-    within('Paged attention gives what contiguous attention gives', 'AS p. 15',
-           'exact', 'error', 0, 2e-6),
-    within('Waste is near zero', 'AS p. 15', 'near zero', 'waste', 0, 0.05,
-           unit='of the slots', otherwise=RESTATED),
-    within('Less than half a page of each sequence is wasted on average',
-           'AS p. 15', 'half a page', 'waste_per_request', 0, PAGE / 2 + 0.5,
-           unit='slots'),
+    within(
+      'Paged attention gives what contiguous attention gives',
+      'AS p. 15',
+      'exact',
+      'error',
+      0,
+      2e-6,
+    ),
+    within(
+      'Waste is near zero',
+      'AS p. 15',
+      'near zero',
+      'waste',
+      0,
+      0.05,
+      unit='of the slots',
+      otherwise=RESTATED,
+    ),
+    within(
+      'Less than half a page of each sequence is wasted on average',
+      'AS p. 15',
+      'half a page',
+      'waste_per_request',
+      0,
+      PAGE / 2 + 0.5,
+      unit='slots',
+    ),
   ),
-)  # fmt: skip
+)
 
 HARDWARE = {
   'R07': R07,

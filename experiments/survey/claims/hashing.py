@@ -55,8 +55,9 @@ def costs() -> dict:
 
     count = cost.count(attend, x, x, x, ids)
     found.setdefault('sorting and attention', []).append(count.operations)
-  return {name: dict(cost=c, exponent=slope(LENGTHS, c))
-          for name, c in found.items()}  # fmt: skip
+  return {
+    name: dict(cost=c, exponent=slope(LENGTHS, c)) for name, c in found.items()
+  }
 
 
 def collisions(buckets: int) -> list[float]:
@@ -101,8 +102,9 @@ def recall(kind: str) -> dict:
     rng = np.random.default_rng(seed + 100)
     shape = (1, max(ROUNDS), H, T // CHUNK)
     rotations = [jnp.asarray(rng.standard_normal(shape), jnp.float32)]
-    ids = np.asarray(_hash(jnp.asarray(x[None, :, None], jnp.float32),
-                           rotations))[0, :, 0]  # fmt: skip
+    ids = np.asarray(
+      _hash(jnp.asarray(x[None, :, None], jnp.float32), rotations)
+    )[0, :, 0]
     same = ids[:, None] == ids
     for rounds in ROUNDS:
       seen = same[..., :rounds].any(-1)
@@ -179,9 +181,12 @@ def _plots(values) -> list:
     for rounds, row in table.items()
   ]
   head = [
-    'vectors', 'rounds', 'keys in the bucket', f'of the {TOP} largest weights',
+    'vectors',
+    'rounds',
+    'keys in the bucket',
+    f'of the {TOP} largest weights',
     'of the weight of all',
-  ]  # fmt: skip
+  ]
   return [costs, collisions, page.Table(head, rows)]
 
 
@@ -261,9 +266,15 @@ R25 = Claim(
       ),
       rule=f'more of the {TOP} largest weights in each of {ROUNDS} rounds',
     ),
-    within('With one bucket it is attention to all other tokens', 'FL p. 22',
-           'equal', 'one_bucket', 0, 1e-5),
+    within(
+      'With one bucket it is attention to all other tokens',
+      'FL p. 22',
+      'equal',
+      'one_bucket',
+      0,
+      1e-5,
+    ),
   ),
-)  # fmt: skip
+)
 
 HASHING = {'R25': R25}

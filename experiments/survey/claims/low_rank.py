@@ -67,15 +67,25 @@ def low_rank() -> dict:
       ]
     wanted = [ops.attention(*x) for x in qkv]
     for method, call in (
-      ('nystrom', lambda *x, rank: nystrom_attention(
-        *x, num_landmarks=rank, iterations=None)),
+      (
+        'nystrom',
+        lambda *x, rank: nystrom_attention(
+          *x, num_landmarks=rank, iterations=None
+        ),
+      ),
       ('linformer', projected),
-    ):  # fmt: skip
+    ):
       found[f'{method} {source}'] = [
-        float(np.mean([relative(call(*x, rank=rank), y)
-                       for x, y in zip(qkv, wanted, strict=True)]))
+        float(
+          np.mean(
+            [
+              relative(call(*x, rank=rank), y)
+              for x, y in zip(qkv, wanted, strict=True)
+            ]
+          )
+        )
         for rank in RANKS
-      ]  # fmt: skip
+      ]
     for (q, k, _), matrix in zip(qkv, matrices, strict=True):
       violations, rows = _bound(q, k, matrix)
       found['violations'] += violations
@@ -174,11 +184,24 @@ R26 = Claim(
         ('linformer', 'A random projection'),
       )
     ),
-    within('With every token a landmark, Nystrom attention is softmax '
-           'attention', 'FL p. 24', 'equal', 'nystrom exact', 0, 1e-3),
-    within('Weights of a cluster are off by |q - q^c| |K| at most', 'FL p. 25',
-           'bound', 'violations', 0, 0, unit='rows that break it'),
+    within(
+      'With every token a landmark, Nystrom attention is softmax attention',
+      'FL p. 24',
+      'equal',
+      'nystrom exact',
+      0,
+      1e-3,
+    ),
+    within(
+      'Weights of a cluster are off by |q - q^c| |K| at most',
+      'FL p. 25',
+      'bound',
+      'violations',
+      0,
+      0,
+      unit='rows that break it',
+    ),
   ),
-)  # fmt: skip
+)
 
 LOW_RANK = {'R26': R26}

@@ -25,25 +25,49 @@ TASKS = ('ListOps', 'text', 'retrieval', 'image', 'Pathfinder')
 # prints them; then the accuracies of TASKS in the paper of the benchmark
 # (2011.04006, table 1).
 TABLE = {
-  'Transformer': (54.39, (8.1, 1.4, 0.85, 9.48),
-                  (36.37, 64.27, 57.46, 42.44, 71.40)),
+  'Transformer': (
+    54.39,
+    (8.1, 1.4, 0.85, 9.48),
+    (36.37, 64.27, 57.46, 42.44, 71.40),
+  ),
   'Sparse Transformer': (51.24, None, (17.07, 63.58, 59.59, 44.24, 71.71)),
   'Longformer': (53.46, None, (35.63, 62.85, 56.89, 42.22, 69.71)),
-  'BigBird': (55.01, (7.4, 1.5, 0.77, 2.88),
-              (36.05, 64.02, 59.29, 40.83, 74.87)),
-  'Sinkhorn': (51.39, (9.1, 5.3, 0.47, 1.48),
-               (33.67, 61.20, 53.83, 41.23, 67.45)),
-  'Reformer': (50.67, (4.4, 1.1, 0.48, 2.28),
-               (37.27, 56.10, 53.40, 38.07, 68.50)),
-  'Linformer': (51.36, (9.3, 7.7, 0.37, 0.99),
-                (35.70, 53.94, 52.27, 38.56, 76.34)),
-  'Synthesizer': (51.39, (8.7, 1.9, 0.65, 6.99),
-                  (36.99, 61.68, 54.67, 41.61, 69.45)),
-  'Linear Transformer': (50.55, (9.1, 7.8, 0.37, 1.03),
-                         (16.13, 65.90, 53.09, 42.34, 75.30)),
-  'Performer': (51.41, (9.5, 8.0, 0.37, 1.06),
-                (18.01, 65.40, 53.82, 42.77, 77.05)),
-}  # fmt: skip
+  'BigBird': (
+    55.01,
+    (7.4, 1.5, 0.77, 2.88),
+    (36.05, 64.02, 59.29, 40.83, 74.87),
+  ),
+  'Sinkhorn': (
+    51.39,
+    (9.1, 5.3, 0.47, 1.48),
+    (33.67, 61.20, 53.83, 41.23, 67.45),
+  ),
+  'Reformer': (
+    50.67,
+    (4.4, 1.1, 0.48, 2.28),
+    (37.27, 56.10, 53.40, 38.07, 68.50),
+  ),
+  'Linformer': (
+    51.36,
+    (9.3, 7.7, 0.37, 0.99),
+    (35.70, 53.94, 52.27, 38.56, 76.34),
+  ),
+  'Synthesizer': (
+    51.39,
+    (8.7, 1.9, 0.65, 6.99),
+    (36.99, 61.68, 54.67, 41.61, 69.45),
+  ),
+  'Linear Transformer': (
+    50.55,
+    (9.1, 7.8, 0.37, 1.03),
+    (16.13, 65.90, 53.09, 42.34, 75.30),
+  ),
+  'Performer': (
+    51.41,
+    (9.5, 8.0, 0.37, 1.06),
+    (18.01, 65.40, 53.82, 42.77, 77.05),
+  ),
+}
 # Our rows of the same methods; attention keeps all its logits, as it did there.
 ROWS = {
   'Transformer': ('attention', dict(implementation='reference')),
@@ -112,21 +136,33 @@ def _table(values) -> list:
     if 'speed' in row:
       printed = [1 - x for x in row['saved']]
       printed += [row['exponent'], *(1 / x for x in row['speed'])]
-    rows.append([
-      name,
-      *printed[:2],
-      *(a / b for a, b in zip(row['bytes'], dense['bytes'], strict=True)),
-      printed[2],
-      row['counted'],
-      *printed[3:],
-      *(
-        a / b
-        for a, b in zip(row['operations'], dense['operations'], strict=True)
-      ),
-    ])  # fmt: skip
-  head = ['method', 'GB 1K', 'GB 4K', 'counted 1K', 'counted 4K', 'GB N^',
-          'counted N^', 's/step 1K', 's/step 4K', 'operations 1K',
-          'operations 4K']  # fmt: skip
+    rows.append(
+      [
+        name,
+        *printed[:2],
+        *(a / b for a, b in zip(row['bytes'], dense['bytes'], strict=True)),
+        printed[2],
+        row['counted'],
+        *printed[3:],
+        *(
+          a / b
+          for a, b in zip(row['operations'], dense['operations'], strict=True)
+        ),
+      ]
+    )
+  head = [
+    'method',
+    'GB 1K',
+    'GB 4K',
+    'counted 1K',
+    'counted 4K',
+    'GB N^',
+    'counted N^',
+    's/step 1K',
+    's/step 4K',
+    'operations 1K',
+    'operations 4K',
+  ]
   return [
     page.Table(head, rows),
     page.Text(
@@ -178,19 +214,23 @@ R30 = Claim(
       says='The averages of the other eight',
       source='FL p. 28, table 3',
       printed=', '.join(
-        f'{row[0]}' for name, row in TABLE.items()
+        f'{row[0]}'
+        for name, row in TABLE.items()
         if name not in ('Synthesizer', 'Sinkhorn')
       ),
       measured=lambda v: ', '.join(
-        f'{row["average"]:.2f}' for name, row in v.items()
+        f'{row["average"]:.2f}'
+        for name, row in v.items()
         if name not in ('Synthesizer', 'Sinkhorn')
       ),
       judge=lambda v: (
-        HOLDS if all(
+        HOLDS
+        if all(
           abs(row['average'] - row['printed']) < 0.006
           for name, row in v.items()
           if name not in ('Synthesizer', 'Sinkhorn')
-        ) else FAILS
+        )
+        else FAILS
       ),
       rule='each to 0.006 of the mean of its tasks',
     ),
@@ -200,9 +240,9 @@ R30 = Claim(
       printed='24-26%',
       measured=lambda v: _percent(v, ['Synthesizer'], 'saved'),
       judge=lambda v: (
-        HOLDS if all(
-          0.235 <= round(x, 3) <= 0.265 for x in v['Synthesizer']['saved']
-        ) else FAILS
+        HOLDS
+        if all(0.235 <= round(x, 3) <= 0.265 for x in v['Synthesizer']['saved'])
+        else FAILS
       ),
       rule='from the GB at 1K and 4K, to half a percent',
     ),
@@ -213,9 +253,11 @@ R30 = Claim(
       printed='56%, 88%',
       measured=lambda v: _percent(v, LIGHT, 'saved'),
       judge=lambda v: (
-        HOLDS if all(
+        HOLDS
+        if all(
           v[n]['saved'][0] >= 0.56 and v[n]['saved'][1] >= 0.88 for n in LIGHT
-        ) else FAILS
+        )
+        else FAILS
       ),
       rule='from the GB at 1K and 4K',
     ),
@@ -225,17 +267,22 @@ R30 = Claim(
       source='FL p. 28, table 3',
       printed=', '.join(
         f'{name} N^{math.log(row[1][3] / row[1][2], 4):.2f}'
-        for name, row in TABLE.items() if row[1]
+        for name, row in TABLE.items()
+        if row[1]
       ),
       measured=lambda v: ', '.join(
         f'{name} N^{row["counted"]:.2f}'
-        for name, row in v.items() if 'speed' in row
+        for name, row in v.items()
+        if 'speed' in row
       ),
       judge=lambda v: (
-        HOLDS if all(
+        HOLDS
+        if all(
           (row['counted'] > 1.4) == (row['exponent'] > 1.4) == (n in QUADRATIC)
-          for n, row in v.items() if 'speed' in row
-        ) else FAILS
+          for n, row in v.items()
+          if 'speed' in row
+        )
+        else FAILS
       ),
       rule='counted on our rows, 1K to 4K: above 1.4 for those two alone',
     ),
@@ -246,10 +293,13 @@ R30 = Claim(
       printed='1x',
       measured=lambda v: _ratios(v, ('Synthesizer', 'Reformer', 'BigBird')),
       judge=lambda v: (
-        HOLDS if all(
-          0.6 < x < 1.4 for name in ('Synthesizer', 'Reformer', 'BigBird')
+        HOLDS
+        if all(
+          0.6 < x < 1.4
+          for name in ('Synthesizer', 'Reformer', 'BigBird')
           for x in v[name]['speed']
-        ) else FAILS
+        )
+        else FAILS
       ),
       rule='steps/s at 1K and 4K within 40 percent; p. 28 of the same source '
       'calls the Reformer significantly slower',
@@ -259,9 +309,7 @@ R30 = Claim(
       source='FL p. 28',
       printed='slower',
       measured=lambda v: _ratios(v, ['Reformer']),
-      judge=lambda v: (
-        HOLDS if v['Reformer']['speed'][0] < 0.8 else FAILS
-      ),
+      judge=lambda v: HOLDS if v['Reformer']['speed'][0] < 0.8 else FAILS,
       rule='fewer than 0.8 of the steps/s at 1K',
     ),
     Statement(
@@ -271,10 +319,12 @@ R30 = Claim(
       printed='1x, faster',
       measured=lambda v: _ratios(v, (*LIGHT, 'Sinkhorn')),
       judge=lambda v: (
-        HOLDS if all(
+        HOLDS
+        if all(
           0.8 < v[n]['speed'][0] < 1.25 and v[n]['speed'][1] > 1.5
           for n in (*LIGHT, 'Sinkhorn')
-        ) else FAILS
+        )
+        else FAILS
       ),
       rule='steps/s at 1K within a quarter, more than 1.5 times at 4K',
     ),
@@ -284,26 +334,41 @@ R30 = Claim(
       source='FL p. 38-39',
       printed='< 50%, same',
       measured=lambda v: ', '.join(
-        f'{n} {v[n]["list_ops"]:.1%}' for n in (
-          'Linear Transformer', 'Performer', 'Longformer', 'BigBird')
+        f'{n} {v[n]["list_ops"]:.1%}'
+        for n in ('Linear Transformer', 'Performer', 'Longformer', 'BigBird')
       ),
       judge=lambda v: (
-        HOLDS if all(
+        HOLDS
+        if all(
           v[n]['list_ops'] < 0.5 for n in ('Linear Transformer', 'Performer')
-        ) and all(
+        )
+        and all(
           abs(v[n]['list_ops'] - 1) < 0.03 for n in ('Longformer', 'BigBird')
-        ) else FAILS
+        )
+        else FAILS
       ),
       rule='below 0.5; within 3 percent',
     ),
-    elsewhere('The ten methods rank as in the table', 'FL p. 28, table 3', '',
-              'rank correlation of trained models, 3 seeds'),
-    elsewhere('Clustered attention trains in 43 percent less time than the '
-              'Reformer, with 35 percent fewer errors', 'FL p. 25', '43%, 35%',
-              'trained models of speech'),
-    elsewhere('Transformer-XL looks back 4 times as far', 'FL p. 26', '4x',
-              'trained language models'),
+    elsewhere(
+      'The ten methods rank as in the table',
+      'FL p. 28, table 3',
+      '',
+      'rank correlation of trained models, 3 seeds',
+    ),
+    elsewhere(
+      'Clustered attention trains in 43 percent less time than the '
+      'Reformer, with 35 percent fewer errors',
+      'FL p. 25',
+      '43%, 35%',
+      'trained models of speech',
+    ),
+    elsewhere(
+      'Transformer-XL looks back 4 times as far',
+      'FL p. 26',
+      '4x',
+      'trained language models',
+    ),
   ),
-)  # fmt: skip
+)
 
 LRA = {'R30': R30}

@@ -158,10 +158,16 @@ def _again(v) -> float:
 
 def _table(v) -> list:
   rows = [
-    [depth, *(cell for name in METHODS for cell in (
-      v[f'{name} memory'][i], v[f'{name} passes'][i]))]
+    [
+      depth,
+      *(
+        cell
+        for name in METHODS
+        for cell in (v[f'{name} memory'][i], v[f'{name} passes'][i])
+      ),
+    ]
     for i, depth in enumerate(v['depths'])
-  ]  # fmt: skip
+  ]
   head = ['layers']
   for said in METHODS.values():
     head += [said, 'passes']
@@ -197,9 +203,7 @@ R32 = Claim(
         f'l^{exponent(v, "segments"):.2f}; l^{exponent(v, "all"):.2f} where '
         'everything is stored'
       ),
-      judge=lambda v: (
-        HOLDS if 0.4 < exponent(v, 'segments') < 0.6 else FAILS
-      ),
+      judge=lambda v: HOLDS if 0.4 < exponent(v, 'segments') < 0.6 else FAILS,
       rule='exponent between 0.4 and 0.6, 16 to 400 layers',
     ),
     Statement(
@@ -210,7 +214,8 @@ R32 = Claim(
         f'{v["segments passes"][-1] - v["all passes"][-1]:.2f}'
       ),
       judge=lambda v: (
-        HOLDS if abs(v['segments passes'][-1] - v['all passes'][-1] - 1) < 0.05
+        HOLDS
+        if abs(v['segments passes'][-1] - v['all passes'][-1] - 1) < 0.05
         else FAILS
       ),
       rule='within 5 percent, in FLOPs of the products',
@@ -220,16 +225,22 @@ R32 = Claim(
       source='FL p. 9',
       printed='10x',
       measured=lambda v: '; '.join(
-        f'{said} ' + ', '.join(
+        f'{said} '
+        + ', '.join(
           f'{x:.1f}x at {depth}'
           for x, depth in zip(saved(v, name), v['depths'], strict=True)
         )
-        for name, said in (('segments', 'sqrt(l) segments'),
-                           ('inputs', 'inputs of all layers'))
+        for name, said in (
+          ('segments', 'sqrt(l) segments'),
+          ('inputs', 'inputs of all layers'),
+        )
       ),
       judge=lambda v: (
-        HOLDS if saved(v, 'segments')[1] > 10
-        else RESTATED if saved(v, 'inputs')[1] > 10 else FAILS
+        HOLDS
+        if saved(v, 'segments')[1] > 10
+        else RESTATED
+        if saved(v, 'inputs')[1] > 10
+        else FAILS
       ),
       rule='a tenth of the memory at 64 layers with sqrt(l) segments; restated '
       'if only with the inputs of all layers, which is O(l)',
@@ -240,14 +251,18 @@ R32 = Claim(
       printed='1.2x',
       measured=lambda v: ', '.join(
         f'{v[f"{name} passes"][-1] / v["all passes"][-1]:.2f}x {said}'
-        for name, said in (('segments', 'in segments'),
-                           ('inputs', 'layer by layer'))
+        for name, said in (
+          ('segments', 'in segments'),
+          ('inputs', 'layer by layer'),
+        )
       ),
       judge=lambda v: (
-        HOLDS if any(
+        HOLDS
+        if any(
           abs(v[f'{name} passes'][-1] / v['all passes'][-1] / 1.2 - 1) < 0.05
           for name in ('segments', 'inputs')
-        ) else FAILS
+        )
+        else FAILS
       ),
       rule='FLOPs of a training pass, either way, within 5 percent',
     ),
@@ -257,8 +272,11 @@ R32 = Claim(
       printed='20%',
       measured=lambda v: f'{v["wall"] - 1:.0%}' if 'wall' in v else '',
       judge=lambda v: (
-        NOT_HERE if 'wall' not in v
-        else HOLDS if abs(v['wall'] - 1.2) < 0.06 else FAILS
+        NOT_HERE
+        if 'wall' not in v
+        else HOLDS
+        if abs(v['wall'] - 1.2) < 0.06
+        else FAILS
       ),
       rule='14 to 26 percent on an accelerator, 24 layers',
     ),
@@ -276,21 +294,33 @@ R32 = Claim(
       rule='exponents below 0.1, and above 1.8 for what is computed again, '
       '4 to 16 layers',
     ),
-    within('Inputs of reversible layers follow from their outputs', 'FL p. 9',
-           'exact', 'error of 12', 0, 1e-5, unit='in float32, 12 layers'),
+    within(
+      'Inputs of reversible layers follow from their outputs',
+      'FL p. 9',
+      'exact',
+      'error of 12',
+      0,
+      1e-5,
+      unit='in float32, 12 layers',
+    ),
     Statement(
       says='The errors of rounding accumulate',
       source='FL p. 9',
       printed='',
-      measured=lambda v: '; '.join(
-        f'{dtype} ' + ', '.join(f'{x:.1e}' for x in v[f'errors {dtype}'])
-        for dtype in DTYPES
-      ) + f' at {ERRORS} layers',
+      measured=lambda v: (
+        '; '.join(
+          f'{dtype} ' + ', '.join(f'{x:.1e}' for x in v[f'errors {dtype}'])
+          for dtype in DTYPES
+        )
+        + f' at {ERRORS} layers'
+      ),
       judge=lambda v: (
-        HOLDS if all(
+        HOLDS
+        if all(
           v[f'errors {dtype}'][-1] > 3 * v[f'errors {dtype}'][0]
           for dtype in DTYPES
-        ) else FAILS
+        )
+        else FAILS
       ),
       rule='at the most layers three times the error at the fewest, or more',
     ),
@@ -310,12 +340,13 @@ R32 = Claim(
         f'{v["reversible passes"][-1] / v["all passes"][-1]:.2f}x'
       ),
       judge=lambda v: (
-        HOLDS if abs(v['reversible passes'][-1] / v['all passes'][-1] / 2 - 1)
-        < 0.1 else FAILS
+        HOLDS
+        if abs(v['reversible passes'][-1] / v['all passes'][-1] / 2 - 1) < 0.1
+        else FAILS
       ),
       rule='FLOPs of a training pass, within 10 percent',
     ),
   ),
-)  # fmt: skip
+)
 
 MEMORY_TRICKS = {'R32': R32}

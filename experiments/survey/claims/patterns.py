@@ -87,10 +87,12 @@ R24 = Claim(
   ],
   statements=(
     _exponent('window', 'A window has O(n) pairs', 'O(n)', 0.95, 1.08),
-    _exponent('strided', 'Strides have O(n sqrt n) pairs', 'O(n^1.5)', 1.4,
-              1.6),
-    _exponent('log-sparse', 'LogSparse has O(n log n) pairs', 'O(n log n)',
-              1.02, 1.3),
+    _exponent(
+      'strided', 'Strides have O(n sqrt n) pairs', 'O(n^1.5)', 1.4, 1.6
+    ),
+    _exponent(
+      'log-sparse', 'LogSparse has O(n log n) pairs', 'O(n log n)', 1.02, 1.3
+    ),
     Statement(
       says='With a global token any two tokens are two steps apart',
       source='FL p. 17-20',
@@ -119,16 +121,15 @@ R24 = Claim(
       printed='O(n_b^2)',
       measured=lambda v: (
         'share of the sorting matrix: '
-        + ', '.join(f'{x:.3g} at n = {int(n):,}' for n, x in
-                    v['sinkhorn'].items())
+        + ', '.join(
+          f'{x:.3g} at n = {int(n):,}' for n, x in v['sinkhorn'].items()
+        )
       ),
-      judge=lambda v: (
-        RESTATED if v['sinkhorn'][str(2**14)] < 0.1 else HOLDS
-      ),
+      judge=lambda v: RESTATED if v['sinkhorn'][str(2**14)] < 0.1 else HOLDS,
       rule='the n_b^2 entries are below a tenth of those in blocks of 64 at '
       'n = 16,384: then the cost is linear in practice',
     ),
   ),
-)  # fmt: skip
+)
 
 PATTERNS = {'R24': R24}

@@ -67,8 +67,9 @@ def equations() -> dict:
     found[f'cut error {i}'] = float(np.abs(cut - weights).max() / step)
     ours = fake_quant(jnp.asarray(weights), 'uint8', (None,))
     found[f'error {i}'] = float(jnp.abs(ours - weights).max() / step)
-  found['printed error'] = max(found['printed error 0'],
-                               found['printed error 1'])  # fmt: skip
+  found['printed error'] = max(
+    found['printed error 0'], found['printed error 1']
+  )
   return found
 
 
@@ -178,9 +179,15 @@ def _table(v) -> list:
     ]
     for name, (_, group, _) in STORED.items()
   ]
-  head = ['format', 'bits of a code', 'weights in a group', 'GB',
-          'times less than FP32', 'with embeddings in 16 bits',
-          '% more bits per byte']  # fmt: skip
+  head = [
+    'format',
+    'bits of a code',
+    'weights in a group',
+    'GB',
+    'times less than FP32',
+    'with embeddings in 16 bits',
+    '% more bits per byte',
+  ]
   return [
     page.Table(head, rows),
     page.Text(
@@ -213,10 +220,12 @@ R33 = Claim(
       printed='0 to 2^N - 1',
       measured=lambda v: f'{_ranges(v, "printed codes")} at 8 bits',
       judge=lambda v: (
-        HOLDS if all(
+        HOLDS
+        if all(
           0 <= v[f'printed codes {i}'][0] <= v[f'printed codes {i}'][1] < 256
           for i in (0, 1)
-        ) else FAILS
+        )
+        else FAILS
       ),
       rule='all codes in 0 to 255',
     ),
@@ -230,22 +239,35 @@ R33 = Claim(
         f'{v["cut error 0"]:.0f} and {v["cut error 1"]:.0f}'
       ),
       judge=lambda v: (
-        HOLDS if all(
+        HOLDS
+        if all(
           v[f'codes {i}'] == [0, 255] and v[f'error {i}'] < 0.501
           for i in (0, 1)
-        ) else FAILS
+        )
+        else FAILS
       ),
       rule='codes in 0 to 255 and errors of half a step',
     ),
-    within('Weights come back to half a step, whatever the codes',
-           'FL p. 11, eq. 10', '0.5', 'printed error', 0.49, 0.501,
-           unit='steps'),
+    within(
+      'Weights come back to half a step, whatever the codes',
+      'FL p. 11, eq. 10',
+      '0.5',
+      'printed error',
+      0.49,
+      0.501,
+      unit='steps',
+    ),
     *(
       equals(says, source, printed, key, value, tolerance=0.05, unit='x')
       for says, source, printed, key, value in (
         ('FP16 halves the size', 'FLR', '2x', 'FP16 ratio', 2),
-        ('INT8 takes a quarter of FP32', 'FL p. 11, FLR', '4x', 'INT8 ratio',
-         4),
+        (
+          'INT8 takes a quarter of FP32',
+          'FL p. 11, FLR',
+          '4x',
+          'INT8 ratio',
+          4,
+        ),
         ('INT4 takes an eighth of FP32', 'FLR', '8x', 'INT4 ratio', 8),
         ('INT4 takes a quarter of FP16', 'S003', '4x', 'FP16 to INT4', 4),
       )
@@ -262,11 +284,19 @@ R33 = Claim(
       rule='no metric, model or data is stated; measured on a small language '
       f'model and {TEXTS} texts, its weights rounded to the nearest',
     ),
-    elsewhere('INT8 is 2 to 4 times as fast, INT4 4 to 8 times', 'FLR',
-              '2-4x, 4-8x', 'kernels for products of 8 and 4 bits'),
-    elsewhere('Product quantisation makes a model 25 times smaller, of 14 MB',
-              'FL p. 11', '25x', 'the original model'),
+    elsewhere(
+      'INT8 is 2 to 4 times as fast, INT4 4 to 8 times',
+      'FLR',
+      '2-4x, 4-8x',
+      'kernels for products of 8 and 4 bits',
+    ),
+    elsewhere(
+      'Product quantisation makes a model 25 times smaller, of 14 MB',
+      'FL p. 11',
+      '25x',
+      'the original model',
+    ),
   ),
-)  # fmt: skip
+)
 
 QUANTIZATION = {'R33': R33}

@@ -219,10 +219,16 @@ R19 = Claim(
       judge=lambda v: FAILS if v['0.9 first'] else HOLDS,
       rule='finite in float32 up to 4096 tokens at a decay of 0.9',
     ),
-    within('Chunks with sums of logarithms are right at 4096 tokens',
-           'AS appendix A, corrected', 'exact', '0.9 ours', 0, 1e-4),
+    within(
+      'Chunks with sums of logarithms are right at 4096 tokens',
+      'AS appendix A, corrected',
+      'exact',
+      '0.9 ours',
+      0,
+      1e-4,
+    ),
   ),
-)  # fmt: skip
+)
 
 
 def overwriting() -> dict:

@@ -145,12 +145,32 @@ R31 = Claim(
   tier='b',
   measure=scaled_logits,
   statements=(
-    within('Products of queries and keys grow like the root of the width',
-           'S002', 'd^0.5', 'slope', 0.49, 0.51),
-    within('Of raw scores of 512 channels most lie in [-45, 45]', 'S002',
-           '[-45, 45]', 'inside 45', 0.9, 1, unit='of 4 million'),
-    within('Of scaled scores most lie in [-3, 3]', 'S002', '[-3, 3]',
-           'inside 3', 0.9, 1, unit='of 4 million'),
+    within(
+      'Products of queries and keys grow like the root of the width',
+      'S002',
+      'd^0.5',
+      'slope',
+      0.49,
+      0.51,
+    ),
+    within(
+      'Of raw scores of 512 channels most lie in [-45, 45]',
+      'S002',
+      '[-45, 45]',
+      'inside 45',
+      0.9,
+      1,
+      unit='of 4 million',
+    ),
+    within(
+      'Of scaled scores most lie in [-3, 3]',
+      'S002',
+      '[-3, 3]',
+      'inside 3',
+      0.9,
+      1,
+      unit='of 4 million',
+    ),
     Statement(
       says='Scaling takes [-45, 45] to [-3, 3]',
       source='S002',
@@ -158,9 +178,7 @@ R31 = Claim(
       measured=lambda v: (
         f'45 -> {v["45 scaled"]:.2f}: two deviations, and 3 are three'
       ),
-      judge=lambda v: (
-        HOLDS if abs(v['45 scaled'] / 3 - 1) < 0.1 else FAILS
-      ),
+      judge=lambda v: HOLDS if abs(v['45 scaled'] / 3 - 1) < 0.1 else FAILS,
       rule='45 over the measured deviation is 3 to 10 percent',
     ),
     Statement(
@@ -187,8 +205,10 @@ R31 = Claim(
         f'{v["scaled queries mean"]:.2f}'
       ),
       judge=lambda v: (
-        FAILS if v['raw logits'] > 0.2 * v['scaled logits']
-        else HOLDS if v['raw queries'] < 0.2 * v['scaled queries']
+        FAILS
+        if v['raw logits'] > 0.2 * v['scaled logits']
+        else HOLDS
+        if v['raw queries'] < 0.2 * v['scaled queries']
         else RESTATED
       ),
       rule='at the median query a fifth or less, at the logits and at the '
@@ -198,18 +218,21 @@ R31 = Claim(
       says='Without the scale training fails',
       source='S002',
       printed='fails',
-      measured=lambda v: 'loss after 200 steps: raw {}, scaled {}, {:.2f} by '
-      'guessing'.format(
-        *('-'.join(f'{f(v[k]):.2f}' for f in (min, max))
-          for k in ('raw loss', 'scaled loss')),
-        v['chance'],
+      measured=lambda v: (
+        'loss after 200 steps: raw {}, scaled {}, {:.2f} by guessing'.format(
+          *(
+            '-'.join(f'{f(v[k]):.2f}' for f in (min, max))
+            for k in ('raw loss', 'scaled loss')
+          ),
+          v['chance'],
+        )
       ),
       judge=_training,
       rule='no better than a guess by 2 percent; restated if every seed is '
       'worse than every scaled one (recall, 2 layers, H = 64, 3 seeds)',
     ),
   ),
-)  # fmt: skip
+)
 
 SHAPES = ((4096, 1024), (4096, 4096), (1024, 8192))
 # By name, recurrent gain and deviation of the inputs.
@@ -335,14 +358,22 @@ R36 = Claim(
         for shape, gains in zip(SHAPES, _gains(v), strict=True)
       ),
       judge=lambda v: (
-        HOLDS if all(0.05 < gain < 0.2 for gain in sum(_gains(v), []))
+        HOLDS
+        if all(0.05 < gain < 0.2 for gain in sum(_gains(v), []))
         else UNDEFINED
       ),
       rule='5 to 20 percent at all three shapes in each of three turns; else '
       'it depends on shape and machine, which the source does not name',
     ),
-    within('Attention without positions does not see the order of tokens',
-           'S003', 'equal', 'permuted', 0, 1e-5, unit='largest difference'),
+    within(
+      'Attention without positions does not see the order of tokens',
+      'S003',
+      'equal',
+      'permuted',
+      0,
+      1e-5,
+      unit='largest difference',
+    ),
     Statement(
       says='SwiGLU takes the place of an MLP with GELU at the same size',
       source='S003',
@@ -352,11 +383,11 @@ R36 = Claim(
         f'{v["glu_flops"]:.3f} of the FLOPs'
       ),
       judge=lambda v: (
-        HOLDS if all(
-          abs(v[k] - 1) < 0.03 for k in ('glu_parameters', 'glu_flops')
-        ) else FAILS
+        HOLDS
+        if all(abs(v[k] - 1) < 0.03 for k in ('glu_parameters', 'glu_flops'))
+        else FAILS
       ),
-      rule='within 3 percent, at the framework\'s width of 8/3 D',
+      rule="within 3 percent, at the framework's width of 8/3 D",
     ),
     Statement(
       says='After 50 steps an RNN keeps 1e-5 of the gradient',
@@ -366,14 +397,18 @@ R36 = Claim(
         f'{x:.1e} at {name}' for name, x in v['rnn'].items()
       ),
       judge=lambda v: (
-        HOLDS if all(1e-6 < x < 1e-4 for x in v['rnn'].values())
-        else FAILS if max(v['rnn'].values()) > 0.5
-        else RESTATED if max(v['rnn'].values()) < 1e-2 else UNDEFINED
+        HOLDS
+        if all(1e-6 < x < 1e-4 for x in v['rnn'].values())
+        else FAILS
+        if max(v['rnn'].values()) > 0.5
+        else RESTATED
+        if max(v['rnn'].values()) < 1e-2
+        else UNDEFINED
       ),
       rule='between 1e-6 and 1e-4 in all four cases; restated if below 1e-2 in '
       'all; not well defined if it shrinks, but by any factor',
     ),
   ),
-)  # fmt: skip
+)
 
 SCALING = {'R31': R31, 'R36': R36}

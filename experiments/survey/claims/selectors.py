@@ -163,7 +163,8 @@ R39 = Claim(
       ),
       judge=lambda v: (
         HOLDS
-        if v['entmax']['softmax'] < 1e-12 and v['entmax']['zeros'][0] == 0
+        if v['entmax']['softmax'] < 1e-12
+        and v['entmax']['zeros'][0] == 0
         and v['entmax']['zeros'][3] > 5
         else FAILS
       ),
@@ -185,7 +186,9 @@ R39 = Claim(
       judge=lambda v: (
         NOT_HERE
         if v['backend'] == 'cpu'
-        else HOLDS if v['slower'] < 1.35 else FAILS
+        else HOLDS
+        if v['slower'] < 1.35
+        else FAILS
       ),
       rule='less than 1.35 of the time, dense attention with gradients, on an '
       'accelerator',
@@ -217,9 +220,7 @@ R39 = Claim(
         'standard errors from it: '
         + ', '.join(f'{gap:.1f}' for gap in v['dam']['gaps'])
       ),
-      judge=lambda v: (
-        HOLDS if max(map(abs, v['dam']['gaps'])) < 4 else FAILS
-      ),
+      judge=lambda v: HOLDS if max(map(abs, v['dam']['gaps'])) < 4 else FAILS,
       rule='within 4 standard errors at -2, 0 and 1',
     ),
     Statement(
@@ -298,6 +299,6 @@ R39 = Claim(
       'restated if learned bits hold a fifth more than random ones',
     ),
   ),
-)  # fmt: skip
+)
 
 SELECTORS = {'R39': R39}

@@ -149,8 +149,9 @@ def nsa_reads() -> dict[str, float]:
 
   for length in (8192, 16_384, 32_768, 65_536):
     q = shaped(1, 1, 4, H)
-    pairs = [(shaped(1, n, 1, H),) * 2
-             for n in (length // 16, length, sizes.window)]  # fmt: skip
+    pairs = [
+      (shaped(1, n, 1, H),) * 2 for n in (length // 16, length, sizes.window)
+    ]
     sparse = functools.partial(
       nsa.nsa_attention, sizes=sizes, offset=length - 1, behind=511
     )

@@ -142,8 +142,9 @@ def at(values, name: str, share: float, what: int) -> list[float]:
 
 def beyond(values, name: str) -> float:
   """Mass at a budget of 0.25 less that of StreamingLLM with as many keys."""
-  fixed = [[fmean(at(values, 'streaming_llm', s, i)) for s in SHARES]
-           for i in (0, 1)]  # fmt: skip
+  fixed = [
+    [fmean(at(values, 'streaming_llm', s, i)) for s in SHARES] for i in (0, 1)
+  ]
   keys, mass = (fmean(at(values, name, 0.25, i)) for i in (0, 1))
   return mass - float(np.interp(keys, [0, *fixed[0]], [0, *fixed[1]]))
 
@@ -166,8 +167,9 @@ def parts(values) -> list:
     (made, axes), entries = page.figure(), {}
     names = [n for n, row in ROWS.items() if row.sees in sees]
     for i, name in enumerate([*names, CHANCE]):
-      keys, mass = ([fmean(at(values, name, s, j)) for s in SHARES]
-                    for j in (0, 1))  # fmt: skip
+      keys, mass = (
+        [fmean(at(values, name, s, j)) for s in SHARES] for j in (0, 1)
+      )
       chance = name == CHANCE
       style = page.style(i) | (
         dict(color=page.INK, linestyle=':') if chance else {}
@@ -193,8 +195,14 @@ def parts(values) -> list:
     ]
     for name in values['curves']
   ]
-  head = ['selector', *(f'{what} at {share}' for share in (0.25, 0.5)
-                        for what in ('keys', 'mass', 'error'))]  # fmt: skip
+  head = [
+    'selector',
+    *(
+      f'{what} at {share}'
+      for share in (0.25, 0.5)
+      for what in ('keys', 'mass', 'error')
+    ),
+  ]
   note = (
     'Budgets are a share of the keys or of the mass, whichever the method '
     'counts. Errors are of the outputs for independent normal values, relative '

@@ -144,17 +144,37 @@ R10 = Claim(
   measure=measure,
   parts=_tables,
   statements=(
-    _faster('FlashAttention is 2 to 4 times as fast as dense attention',
-            'BLOG, S003', '2-4x', 'forward', 2, 4),
-    _faster('FlashAttention trains about 3 times as fast', 'AS p. 14', '3x',
-            'training', 2.4, 3.6),
-    _faster('FlashAttention-2 trains about 10 times as fast', 'AS p. 14',
-            '10x', 'training', 8, 12),
+    _faster(
+      'FlashAttention is 2 to 4 times as fast as dense attention',
+      'BLOG, S003',
+      '2-4x',
+      'forward',
+      2,
+      4,
+    ),
+    _faster(
+      'FlashAttention trains about 3 times as fast',
+      'AS p. 14',
+      '3x',
+      'training',
+      2.4,
+      3.6,
+    ),
+    _faster(
+      'FlashAttention-2 trains about 10 times as fast',
+      'AS p. 14',
+      '10x',
+      'training',
+      8,
+      12,
+    ),
     elsewhere(
-      'FlashAttention-2 is twice as fast as FlashAttention', 'BLOG, AS p. 14',
-      '2x', 'needs both kernels; the table has both orders of the loops in XLA',
+      'FlashAttention-2 is twice as fast as FlashAttention',
+      'BLOG, AS p. 14',
+      '2x',
+      'needs both kernels; the table has both orders of the loops in XLA',
     ),
   ),
-)  # fmt: skip
+)
 
 SPEED = {'R10': R10}

@@ -72,16 +72,35 @@ R02 = Claim(
   tier='a',
   measure=roofline,
   statements=(
-    equals('The scores take 19 GB', 'AS p. 8', '19 GB', 'scores_gib', 18.63,
-           unit='GiB'),
-    equals('Computing takes 8.2 ms on an A100', 'AS p. 8', '8.2 ms',
-           'a100_compute_ms', 8.2, unit='ms'),
-    equals('Moving data takes 40 ms', 'AS p. 9', '40 ms', 'a100_io_ms', 40,
-           unit='ms'),
-    within('Moving data takes nearly five times as long', 'AS p. 9', '5x',
-           'a100_ratio', 4.5, 5.5),
+    equals(
+      'The scores take 19 GB',
+      'AS p. 8',
+      '19 GB',
+      'scores_gib',
+      18.63,
+      unit='GiB',
+    ),
+    equals(
+      'Computing takes 8.2 ms on an A100',
+      'AS p. 8',
+      '8.2 ms',
+      'a100_compute_ms',
+      8.2,
+      unit='ms',
+    ),
+    equals(
+      'Moving data takes 40 ms', 'AS p. 9', '40 ms', 'a100_io_ms', 40, unit='ms'
+    ),
+    within(
+      'Moving data takes nearly five times as long',
+      'AS p. 9',
+      '5x',
+      'a100_ratio',
+      4.5,
+      5.5,
+    ),
   ),
-)  # fmt: skip
+)
 
 
 def tile_traffic(length: int, order: str, block=(128, 128), width=64) -> dict:
@@ -156,10 +175,22 @@ R09 = Claim(
   measure=flash_traffic,
   parts=_flash_plot,
   statements=(
-    within('FlashAttention moves O(N^2 d / b_kv) elements', 'AS p. 14',
-           'O(N^2)', 'key_slope', 1.9, 2.05),
-    within('FlashAttention moves half as much with keys in blocks twice as '
-           'large', 'AS p. 14', '2x', 'key_wider', 1.9, 2.05),
+    within(
+      'FlashAttention moves O(N^2 d / b_kv) elements',
+      'AS p. 14',
+      'O(N^2)',
+      'key_slope',
+      1.9,
+      2.05,
+    ),
+    within(
+      'FlashAttention moves half as much with keys in blocks twice as large',
+      'AS p. 14',
+      '2x',
+      'key_wider',
+      1.9,
+      2.05,
+    ),
     Statement(
       says='FlashAttention-2 moves O(N d) elements in total',
       source='AS p. 7 and 14',
@@ -172,6 +203,6 @@ R09 = Claim(
       rule='exponent below 1.1',
     ),
   ),
-)  # fmt: skip
+)
 
 TRAFFIC = {'R02': R02, 'R09': R09}
