@@ -3,7 +3,8 @@
   python launch/survey.py --tier=a --out=runs/survey
 
 Tier a counts (under a minute), b computes on a CPU for minutes, c needs an
-accelerator. Run it again to continue; --only=R07,R13 measures those.
+accelerator. Run it again to continue; what other code measured stays, marked as
+outdated. --only=R07,R13 measures those, again if the code has changed.
 """
 
 import argparse
@@ -53,7 +54,7 @@ def run(args, command: str) -> None:
       raise ConfigError(f'--tier={tier}: pass some of a,b,c')
   claims = chosen(CLAIMS, tiers, only)
   with only_writer(args.out):
-    record = measure(claims, args.out)
+    record = measure(claims, args.out, again=bool(only))
     # Everything measured so far, not only what this call asked for.
     known = {n: c for n, c in CLAIMS.items() if n in record['claims']}
     report.write(known, record, command, args.out)

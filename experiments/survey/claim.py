@@ -6,27 +6,27 @@ verdict of a statement is computed from the figures, never written down.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from experiments.survey.sources import OURS
 
 HOLDS = 'HOLDS'
 RESTATED = 'HOLDS (restated)'
 FAILS = 'DOES NOT HOLD'
+OPEN = 'NOT CONTRADICTED'  # a bound that the printed figure does not exceed
 UNDEFINED = 'NOT WELL DEFINED'
 NOT_HERE = 'NOT MEASURED ON THIS DEVICE'
-VERDICTS = (HOLDS, RESTATED, FAILS, UNDEFINED, NOT_HERE)
+VERDICTS = (HOLDS, RESTATED, FAILS, OPEN, UNDEFINED, NOT_HERE)
 
-# Documents by the names used below.
-SOURCES = {
-  'AS': 'survey of efficient attention methods: hardware-efficient, sparse, '
-  'compact and linear attention (2025)',
-  'FL': 'Fournier et al., a practical survey on faster and lighter '
-  'transformers (2103.14636)',
-  'S001': 'seed guide 1: efficient attention',
-  'S002': 'seed guide 2: attention mechanisms',
-  'S003': 'seed guide 3: transformers and attention, with the master table',
-  'FLR': 'read-me of the guide to faster and lighter transformers',
-  'BLOG': 'page of the guide to efficient attention, with its drawings',
+# Where the figures come from that a verdict is computed from.
+MEASURED = 'measured'
+DERIVED = 'derived'
+UNTESTED = 'not tested'
+PROVENANCES = {
+  MEASURED: 'run or counted on the ops, layers and models of this framework',
+  DERIVED: 'computed without them, from printed numbers and printed formulas',
+  UNTESTED: 'no run of this framework on this device decides it',
 }
 
 Values = Mapping[str, Any]
@@ -38,11 +38,12 @@ class Statement:
 
   Attributes:
     says: the claim in our words.
-    source: document and page or table.
+    source: citation, see `sources`.
     printed: the value in the source, as printed; '' if there is none.
     measured: values -> what we found, shown beside it.
     judge: values -> one of VERDICTS.
     rule: what `judge` asks, in words, with the tolerance.
+    provenance: of the figures that `judge` reads, one of PROVENANCES.
   """
 
   says: str
@@ -51,6 +52,12 @@ class Statement:
   measured: Callable[[Values], str]
   judge: Callable[[Values], str]
   rule: str
+  provenance: str = MEASURED
+
+  @property
+  def ours(self) -> bool:
+    """Whether no source says it: a correction, or a check of this framework."""
+    return self.source.startswith(OURS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +69,7 @@ class Claim:
     tier: a (counting), b (minutes on a CPU) or c (an accelerator).
     measure: () -> values of plain numbers, strings and lists, stored as JSON.
     statements: judged by those values.
+    seeds: of what `measure` draws.
     parts: values -> further parts of the report: plots and tables.
   """
 
@@ -69,6 +77,7 @@ class Claim:
   tier: str
   measure: Callable[[], Values]
   statements: tuple[Statement, ...]
+  seeds: Sequence[int] = ()
   parts: Callable[[Values], list] = lambda values: []
 
 
@@ -87,6 +96,7 @@ def equals(
   tolerance: float = 0.03,
   unit: str = '',
   otherwise: str = FAILS,
+  provenance: str = MEASURED,
 ) -> Statement:
   """A statement that holds if values[key] is `value`, to a relative part."""
 
@@ -101,6 +111,7 @@ def equals(
     measured=lambda values: f'{shown(values[key])} {unit}'.strip(),
     judge=judge,
     rule=f'within {tolerance:.1%} of {shown(value)}',
+    provenance=provenance,
   )
 
 
@@ -115,8 +126,13 @@ def within(
   unit: str = '',
   verdict: str = HOLDS,
   otherwise: str = FAILS,
+  reason: str = '',
+  provenance: str = MEASURED,
 ) -> Statement:
-  """A statement that gets `verdict` if low <= values[key] <= high."""
+  """A statement that gets `verdict` if low <= values[key] <= high.
+
+  `reason` says why these limits.
+  """
 
   def judge(values):
     return verdict if low <= values[key] <= high else otherwise
@@ -127,7 +143,8 @@ def within(
     printed=printed,
     measured=lambda values: f'{shown(values[key])} {unit}'.strip(),
     judge=judge,
-    rule=f'between {shown(low)} and {shown(high)}',
+    rule=f'between {shown(low)} and {shown(high)}' + (reason and f': {reason}'),
+    provenance=provenance,
   )
 
 
@@ -140,4 +157,5 @@ def elsewhere(says: str, source: str, printed: str, needs: str) -> Statement:
     measured=lambda values: '',
     judge=lambda values: NOT_HERE,
     rule=needs,
+    provenance=UNTESTED,
   )

@@ -132,18 +132,18 @@ FL4 = {
   'Funnel-Transformer': ('funnel', 'O(N^2)'),
 }
 
-# S003, master comparison, its times of dense, sparse and linear attention as
-# in S002: our row, time, memory, quality in percent of softmax attention.
+# S003, master comparison: our row, time, memory, quality.
 S003 = {
-  'Softmax attention': ('attention', 'O(N^2)', '', ''),
-  'Sliding window': ('window', 'O(N w)', '', '~98'),
-  'Linear attention': ('linear', 'O(N)', 'O(N d)', '~95'),
-  'Linformer': ('linformer', '', '', '~96'),
-  'LSH attention': ('reformer', '', '', '~97'),
-  'GLA': ('gla', '', '', '~98'),
-  'DeltaNet': ('deltanet', '', '', '~99'),
-  'Mamba': ('mamba', 'O(N d)', 'O(d)', '~97'),
-  'KDA and attention, 3 : 1': ('kda', '', '', '101+'),
+  'Standard': ('attention', 'O(N^2 d)', 'O(N^2)', '100%'),
+  'Flash Attention': ('attention', 'O(N^2 d)', 'O(N)', '100%'),
+  'Sliding Window': ('window', 'O(N w d)', 'O(N w)', '~98%'),
+  'Linear/Kernel': ('linear', 'O(N d^2)', 'O(N d)', '~95%'),
+  'Linformer': ('linformer', 'O(N k d)', 'O(N k)', '~96%'),
+  'LSH (Reformer)': ('reformer', 'O(N log N)', 'O(N log N)', '~97%'),
+  'GLA': ('gla', 'O(N d^2)', 'O(N d)', '~98%'),
+  'DeltaNet': ('deltanet', 'O(N d^2)', 'O(N d)', '~99%'),
+  'Mamba': ('mamba', 'O(N d)', 'O(d)', '~97%'),
+  'KDA (Kimi)': ('kda', 'O(N d^2)', 'O(N d)', '101%+'),
 }
 
 # Exponents of N of what is printed; all else is held.
@@ -156,6 +156,9 @@ EXPONENTS = {
   'O(N log N)': slope(LENGTHS, [n * math.log(n) for n in LENGTHS]),
   'O(N)': 1,
   'O(N w)': 1,
+  'O(N w d)': 1,
+  'O(N k)': 1,
+  'O(N k d)': 1,
   'O(N d)': 1,
   'O(N d^2)': 1,
   'O(N b m^l)': 1,
@@ -223,13 +226,14 @@ PAIRS = {
 }
 # Rows of the master comparison: in R29, in R30 and in R21.
 TRAINED = {
-  'Softmax attention': ('attention', 'Transformer', 'attention'),
-  'Sliding window': ('', 'Longformer', ''),
-  'Linear attention': ('linear', 'Linear Transformer', 'linear'),
+  'Standard': ('attention', 'Transformer', 'attention'),
+  'Flash Attention': ('attention', 'Transformer', 'attention'),
+  'Sliding Window': ('window', 'Longformer', ''),
+  'Linear/Kernel': ('linear', 'Linear Transformer', 'linear'),
   'Linformer': ('', 'Linformer', ''),
-  'LSH attention': ('', 'Reformer', ''),
-  'GLA': ('', '', 'gla'),
-  'DeltaNet': ('gated_deltanet', '', 'deltanet'),
-  'Mamba': ('', '', 'mamba'),
-  'KDA and attention, 3 : 1': ('3 gated_deltanet : 1 attention', '', ''),
+  'LSH (Reformer)': ('', 'Reformer', ''),
+  'GLA': ('gla', '', 'gla'),
+  'DeltaNet': ('deltanet', '', 'deltanet'),
+  'Mamba': ('mamba', '', 'mamba'),
+  'KDA (Kimi)': ('kda', '', ''),
 }

@@ -9,13 +9,17 @@ from experiments.survey.claim import (
   FAILS,
   HOLDS,
   NOT_HERE,
+  OPEN,
+  PROVENANCES,
   RESTATED,
-  SOURCES,
   UNDEFINED,
+  UNTESTED,
   VERDICTS,
   Claim,
+  Statement,
 )
-from experiments.survey.run import verdicts
+from experiments.survey.run import outdated, verdicts
+from experiments.survey.sources import SOURCES
 from experiments.survey.tables import tables
 
 TITLE = 'What the surveys of efficient attention say, measured again'
@@ -23,6 +27,7 @@ KINDS = {
   HOLDS: 'good',
   RESTATED: 'other',
   FAILS: 'bad',
+  OPEN: 'open',
   UNDEFINED: 'open',
   NOT_HERE: 'open',
   'ERROR': 'bad',
@@ -34,31 +39,83 @@ def kind(cell: str) -> str:
   return KINDS.get(cell, '')
 
 
+def judged(claim: Claim, found: Mapping) -> list[tuple[Statement, str, str]]:
+  """Returns the statements of a claim, their verdicts and provenances."""
+  return [
+    (s, verdict, UNTESTED if verdict in (NOT_HERE, 'ERROR') else s.provenance)
+    for s, verdict in zip(claim.statements, verdicts(claim, found), strict=True)
+  ]
+
+
 def summary(claims: Mapping[str, Claim], record: Mapping) -> page.Table:
-  """Returns the statements of each claim by verdict."""
+  """Counts the statements of sources by claim, by provenance, and our own."""
   columns = [*VERDICTS, 'ERROR']
-  rows, total = [], collections.Counter()
+  rows = []
+  groups = {'all that sources say': collections.Counter()}
+  groups |= {name: collections.Counter() for name in PROVENANCES}
+  groups["this framework's own statements"] = collections.Counter()
+  everything, *_, own = groups.values()
   for name, claim in claims.items():
-    counts = collections.Counter(verdicts(claim, record['claims'][name]))
-    total += counts
+    counts = collections.Counter()
+    for statement, verdict, provenance in judged(claim, record['claims'][name]):
+      if statement.ours:
+        own[verdict] += 1
+      else:
+        for group in (counts, everything, groups[provenance]):
+          group[verdict] += 1
     to = page.link(name, f'{name} {claim.title}')
     rows.append([to, claim.title, claim.tier, *(counts[c] for c in columns)])
-  rows.append(['', 'all', '', *(total[c] for c in columns)])
+  for name, counts in groups.items():
+    rows.append(['', name, '', *(counts[c] for c in columns)])
   rows = [[cell or '' for cell in row] for row in rows]
   return page.Table(['', 'claim', 'tier', *columns], rows)
 
 
+def _when(claims: Mapping[str, Claim], record: Mapping) -> str:
+  """Says from when to when it was measured, where, and what is outdated."""
+  found = [record['claims'][name] for name in claims]
+  dates = sorted({row['date'] for row in found})
+  devices = sorted(
+    {f'{row["cores"]} cores of {row["device"]}' for row in found}
+  )
+  old = [n for n, c in claims.items() if outdated(c, record['claims'][n])]
+  text = (
+    f'Measured from {dates[0]} to {dates[-1]} on {" and ".join(devices)}; '
+    'below every claim stand its date, commit, versions and seeds. '
+    f'`pip install -c {record["constraints"]}` reproduces the versions.'
+  )
+  if old:
+    text += f' By code that has changed since: {", ".join(old)}.'
+  return text
+
+
+def _made(claim: Claim, found: Mapping) -> str:
+  """Says what a claim was measured with."""
+  versions = ', '.join(f'{k} {v}' for k, v in found['versions'].items())
+  seeds = ', '.join(map(str, found['seeds']))
+  text = (
+    f'{found["seconds"]} s on {found["date"]}, {found["cores"]} cores of '
+    f'{found["device"]}, commit {found["commit"] or "unknown"}, code '
+    f'{found["code"] or "unknown"}, python {found["python"]}, {versions}'
+    + (seeds and f', seeds {seeds}')
+  )
+  return text + '. OUTDATED: the code has changed.' * outdated(claim, found)
+
+
 def parts(claims: Mapping[str, Claim], record: Mapping, command: str) -> list:
   """Returns the report's parts."""
-  versions = ', '.join(f'{k} {v}' for k, v in record['versions'].items())
   found = [
-    page.Text(
-      f'Measured on {record["date"]} on {record["cores"]} cores of '
-      f'{record["device"]}, python {record["python"]}, {versions}.'
-    ),
+    page.Text(_when(claims, record)),
     page.Code(command),
     page.Heading('Summary'),
-    page.Text('Statements of each claim, by verdict.'),
+    page.Text(
+      'What the sources say, by claim and verdict; then all of it by where the '
+      'figures come from: '
+      + '; '.join(f'{name}: {what}' for name, what in PROVENANCES.items())
+      + ". This framework's own statements, corrections among them, are "
+      'counted apart. A rule and its limits are ours unless the printed value '
+      'gives them.'
+    ),
     summary(claims, record),
   ]
   for name, claim in claims.items():
@@ -71,25 +128,33 @@ def parts(claims: Mapping[str, Claim], record: Mapping, command: str) -> list:
       [
         statement.says,
         verdict,
+        provenance,
         statement.printed,
         '' if verdict == NOT_HERE else statement.measured(measured['values']),
         statement.rule,
         statement.source,
       ]
-      for statement, verdict in zip(
-        claim.statements, verdicts(claim, measured), strict=True
-      )
+      for statement, verdict, provenance in judged(claim, measured)
     ]
-    head = ['statement', 'verdict', 'printed', 'measured', 'rule', 'source']
+    head = [
+      'statement',
+      'verdict',
+      'provenance',
+      'printed',
+      'found',
+      'rule',
+      'source',
+    ]
     found.append(page.Table(head, rows, kind=kind))
     if measured['values'] is not None:
       found += claim.parts(measured['values'])
-    found.append(page.Text(f'{measured["seconds"]} s', note=True))
+    found.append(page.Text(_made(claim, measured), note=True))
   found.append(page.Heading('The tables of the surveys'))
   every = record['claims'].items()
   found += tables({n: m['values'] for n, m in every if m.get('values')})
   found.append(page.Heading('Sources'))
-  found.append(page.Table(['name', 'document'], list(SOURCES.items())))
+  rows = [[n, s.authors, s.title, s.link] for n, s in SOURCES.items()]
+  found.append(page.Table(['name', 'authors', 'document', 'link'], rows))
   return found
 
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from efficient_attn.config import ConfigError
 from experiments.machine import machine
+from experiments.provenance import commit, constraints, fingerprint
 from experiments.survey.claim import NOT_HERE, Claim
 
 
@@ -23,29 +24,54 @@ def chosen(
   return {name: c for name, c in claims.items() if c.tier in tiers}
 
 
-def measure(claims: Mapping[str, Claim], out: pathlib.Path) -> dict:
+def origin(claim: Claim) -> dict:
+  """Returns what a measurement made now was made with."""
+  return machine() | dict(
+    commit=commit(), seeds=list(claim.seeds), code=fingerprint(claim.measure)
+  )
+
+
+def outdated(claim: Claim, found: Mapping) -> bool:
+  """Whether the code has changed that measured what was found."""
+  return found['code'] != fingerprint(claim.measure)
+
+
+def measure(
+  claims: Mapping[str, Claim], out: pathlib.Path, again: bool = False
+) -> dict:
   """Measures what `out/results.json` does not hold yet, with a progress bar.
 
-  A claim whose measurement raises is stored as an error, and measured again
-  by the next call.
+  A claim whose measurement raised, or was made on another device or by other
+  versions, is measured again.
+
+  Args:
+    claims: by name.
+    out: the folder, which gets the constraints that reproduce the versions too.
+    again: whether to measure again also what other code measured.
 
   Returns:
-    The record: the machine, and values or an error by claim.
+    The record: by claim its values or an error, and what it was made with.
   """
   out.mkdir(parents=True, exist_ok=True)
   file = out / 'results.json'
-  record = machine() | dict(claims={})
+  record = dict(constraints='constraints.txt', claims={})
   if file.exists():
     try:
-      before = json.loads(file.read_bytes())
+      record['claims'] = json.loads(file.read_bytes())['claims']
     except ValueError as e:
       raise ConfigError(
         f'{file} is damaged: {e}; delete it to measure anew'
       ) from None
-    same = all(before.get(key) == record[key] for key in ('device', 'versions'))
-    record['claims'] = before['claims'] if same else {}
-  done = {n for n, found in record['claims'].items() if 'values' in found}
-  bar = tqdm([name for name in claims if name not in done], unit='claim')
+  here = machine()
+
+  def known(name: str) -> bool:
+    found = record['claims'].get(name, {})
+    same = all(found.get(key) == here[key] for key in ('device', 'versions'))
+    if 'values' not in found or not same:
+      return False
+    return not (again and outdated(claims[name], found))
+
+  bar = tqdm([name for name in claims if not known(name)], unit='claim')
   for name in bar:
     bar.set_description(f'{name} {claims[name].title[:50]}')
     start = time.perf_counter()
@@ -57,10 +83,11 @@ def measure(claims: Mapping[str, Claim], out: pathlib.Path) -> dict:
     except Exception:  # one failing claim must not stop the others
       found = dict(error=traceback.format_exc(limit=-3))
     found['seconds'] = round(time.perf_counter() - start, 2)
-    record['claims'][name] = found
+    record['claims'][name] = found | origin(claims[name])
     new = file.with_suffix('.new')
     new.write_text(json.dumps(record, indent=1) + '\n')
     new.replace(file)
+    (out / record['constraints']).write_text(constraints())
   return record
 
 

@@ -7,6 +7,7 @@ from efficient_attn.decode.eviction import evict
 from efficient_attn.ops.softmax.fake_quant import fake_quant
 from experiments import page
 from experiments.survey.claim import (
+  DERIVED,
   FAILS,
   HOLDS,
   RESTATED,
@@ -76,6 +77,7 @@ R12 = Claim(
   title='Two-bit caches: keys by channel, values by token',
   tier='b',
   measure=cache_bits,
+  seeds=(0, 2),
   statements=(
     _by(
       'keys with outlier channels',
@@ -123,7 +125,8 @@ R12 = Claim(
       '2 bits',
       'bits',
       2,
-      unit='bits with scales and zero points',
+      unit='bits with scales and zero points of 16 bits a group of 32',
+      provenance=DERIVED,
     ),
   ),
 )
@@ -176,6 +179,7 @@ R28 = Claim(
   title='Caches that keep the first tokens and the last',
   tier='b',
   measure=forgetting,
+  seeds=(0,),
   parts=_forgetting_plot,
   statements=(
     Statement(

@@ -196,6 +196,7 @@ R23 = Claim(
   title='Feature maps that stand for the softmax',
   tier='b',
   measure=features,
+  seeds=SEEDS,
   parts=_plot,
   statements=(
     within(

@@ -13,6 +13,7 @@ from efficient_attn.ops.softmax.sage_attention import Recipe, sage_attention
 from experiments.errors import largest
 from experiments.exponent import slope
 from experiments.survey.claim import (
+  DERIVED,
   FAILS,
   HOLDS,
   RESTATED,
@@ -20,6 +21,7 @@ from experiments.survey.claim import (
   Statement,
   within,
 )
+from experiments.survey.sources import OURS
 
 # Longer than what a tile holds, which does not grow.
 LENGTHS = (8192, 16_384, 32_768, 65_536)
@@ -63,6 +65,7 @@ R07 = Claim(
   title='Attention in tiles is exact and needs memory O(N)',
   tier='b',
   measure=flash,
+  seeds=(0,),
   statements=(
     within(
       'Tiles give what dense attention gives',
@@ -74,8 +77,8 @@ R07 = Claim(
     ),
     within(
       'The forward pass needs memory O(N)',
-      'BLOG, S003',
-      'O(N)',
+      'S001 Complexity Comparison; S003 Flash Attention',
+      'O(n)',
       'blockwise slope',
       0.9,
       1.1,
@@ -136,6 +139,7 @@ R08 = Claim(
   title='The backward pass in tiles computes again instead of storing',
   tier='b',
   measure=flash_backward,
+  seeds=(0,),
   statements=(
     within(
       'With recomputation the gradient needs memory O(N)',
@@ -148,8 +152,8 @@ R08 = Claim(
     ),
     within(
       'Differentiating the tiled loop as it is needs memory O(N)',
-      'BLOG, S003',
-      'O(N)',
+      f'{OURS}, on S003 Flash Attention',
+      '',
       'autodiff slope',
       0.9,
       1.1,
@@ -200,6 +204,7 @@ R11 = Claim(
   title='Attention in 8 and 4 bits: smoothing and two-level scales',
   tier='b',
   measure=few_bits,
+  seeds=(0, 1),
   statements=(
     within(
       'A constant added to all keys does not change attention',
@@ -250,6 +255,7 @@ R13 = Claim(
   title='Decoding in pieces merges exactly',
   tier='b',
   measure=pieces,
+  seeds=(0,),
   statements=(
     within(
       'Pieces of the keys attended apart merge exactly',
@@ -296,6 +302,7 @@ R14 = Claim(
   title='Pages waste almost no memory',
   tier='b',
   measure=pages,
+  seeds=(0, 3),
   statements=(
     within(
       'Paged attention gives what contiguous attention gives',
@@ -313,16 +320,18 @@ R14 = Claim(
       0,
       0.05,
       unit='of the slots',
+      provenance=DERIVED,
       otherwise=RESTATED,
     ),
     within(
       'Less than half a page of each sequence is wasted on average',
-      'AS p. 15',
-      'half a page',
+      f'{OURS}, on AS p. 15',
+      '',
       'waste_per_request',
       0,
       PAGE / 2 + 0.5,
       unit='slots',
+      provenance=DERIVED,
     ),
   ),
 )

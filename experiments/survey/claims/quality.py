@@ -90,12 +90,13 @@ R21 = Claim(
   title='Associative recall of trained models',
   tier='b',
   measure=lambda: run_study('mqar.py:tiny', learning_rates=(1e-2,)),
+  seeds=(0, 1, 2),
   parts=_table('accuracy'),
   statements=(
     Statement(
       says='Softmax attention recalls at least what the delta rule does, the '
       'delta rule more than gates, gates more than neither',
-      source='S003, AS p. 41',
+      source='S003 Master Comparison Table; AS p. 41',
       printed='softmax >= delta > gated > naive',
       measured=_ordering,
       judge=lambda v: (
@@ -112,7 +113,7 @@ R21 = Claim(
     ),
     Statement(
       says='Mamba struggles with exact recall',
-      source='S003',
+      source='S003 State Space Models (Mamba)',
       measured=lambda v: _shown(v['mamba']),
       judge=lambda v: HOLDS if _above(v['deltanet'], v['mamba']) else FAILS,
       rule='its interval is below that of the delta rule, whose state is about '
@@ -134,7 +135,7 @@ def _quality(name) -> Statement:
   return Statement(
     says=f'{name} has {PRINTED[name]} percent of the quality of softmax '
     'attention',
-    source='S003, master table',
+    source='S003 Master Comparison Table',
     printed=f'{PRINTED[name]} %',
     measured=lambda v: (
       f'bits per byte {_shown(v[name])}, {_percent(v, name):.1f} % of '
@@ -150,13 +151,14 @@ R29 = Claim(
   title='Language modelling by mixer, at equal parameters',
   tier='b',
   measure=lambda: run_study('lm_quality.py:tiny'),
+  seeds=(0, 1, 2),
   parts=_table('bits per byte'),
   statements=(
     *map(_quality, PRINTED),
     Statement(
       says='Three recurrent layers and one of attention are better than '
       'attention alone',
-      source='S003',
+      source='S003 Hybrid Architectures (Kimi Linear)',
       printed='101 %',
       measured=lambda v: (
         f'{_shown(v["3 gated_deltanet : 1 attention"])} against '

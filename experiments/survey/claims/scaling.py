@@ -19,6 +19,7 @@ from experiments import page
 from experiments.benchmarks.timing import interleaved
 from experiments.exponent import slope
 from experiments.survey.claim import (
+  DERIVED,
   FAILS,
   HOLDS,
   RESTATED,
@@ -28,6 +29,7 @@ from experiments.survey.claim import (
   within,
 )
 from experiments.survey.models import forward_flops, parameters
+from experiments.survey.sources import OURS
 
 WIDTHS = (64, 128, 256, 512, 1024, 2048)
 SCALES = {'raw': 1.0, 'scaled': None}  # None is the default, 1 / sqrt(H)
@@ -144,46 +146,51 @@ R31 = Claim(
   title='Logits are divided by the root of the width',
   tier='b',
   measure=scaled_logits,
+  seeds=(0, 1),
   statements=(
     within(
       'Products of queries and keys grow like the root of the width',
-      'S002',
-      'd^0.5',
+      'S002 Why √d_k?',
+      'variance grows with d_k',
       'slope',
       0.49,
       0.51,
+      provenance=DERIVED,
     ),
     within(
       'Of raw scores of 512 channels most lie in [-45, 45]',
-      'S002',
-      '[-45, 45]',
+      'S002 Why √d_k?',
+      '[-45, +45]',
       'inside 45',
       0.9,
       1,
       unit='of 4 million',
+      provenance=DERIVED,
     ),
     within(
       'Of scaled scores most lie in [-3, 3]',
-      'S002',
-      '[-3, 3]',
+      'S002 Why √d_k?',
+      '[-3, +3]',
       'inside 3',
       0.9,
       1,
       unit='of 4 million',
+      provenance=DERIVED,
     ),
     Statement(
       says='Scaling takes [-45, 45] to [-3, 3]',
-      source='S002',
-      printed='45 -> 3',
+      source='S002 Why √d_k?',
+      printed='[-45, +45], [-3, +3]',
       measured=lambda v: (
         f'45 -> {v["45 scaled"]:.2f}: two deviations, and 3 are three'
       ),
       judge=lambda v: HOLDS if abs(v['45 scaled'] / 3 - 1) < 0.1 else FAILS,
       rule='45 over the measured deviation is 3 to 10 percent',
+      provenance=DERIVED,
     ),
     Statement(
       says='Without the scale the softmax is nearly one-hot',
-      source='S002',
+      source='S002 Why √d_k?',
       printed='one-hot',
       measured=lambda v: (
         f'largest of 512 weights {v["raw top"]:.3f}, scaled '
@@ -194,7 +201,7 @@ R31 = Claim(
     ),
     Statement(
       says='Without the scale gradients vanish',
-      source='S002',
+      source='S002 Why √d_k?',
       printed='vanish',
       measured=lambda v: (
         f'sum p (1 - p) {v["raw jacobian"]:.3f} raw, '
@@ -216,7 +223,7 @@ R31 = Claim(
     ),
     Statement(
       says='Without the scale training fails',
-      source='S002',
+      source='S002 Why √d_k?',
       printed='fails',
       measured=lambda v: (
         'loss after 200 steps: raw {}, scaled {}, {:.2f} by guessing'.format(
@@ -340,6 +347,7 @@ R36 = Claim(
   title='Norms, gated units, order of tokens and vanishing gradients',
   tier='b',
   measure=blocks,
+  seeds=(0,),
   parts=lambda v: [
     page.Text(
       f'LayerNorm needs {v["norms"]["operations"]:.2f} times the elementwise '
@@ -351,7 +359,7 @@ R36 = Claim(
   statements=(
     Statement(
       says='RMSNorm is 10 to 15 percent faster than LayerNorm',
-      source='S003',
+      source='S003 Normalization Evolution',
       printed='10-15%',
       measured=lambda v: ', '.join(
         f'{min(gains):+.0%} to {max(gains):+.0%} at {shape[0]} x {shape[1]}'
@@ -367,8 +375,8 @@ R36 = Claim(
     ),
     within(
       'Attention without positions does not see the order of tokens',
-      'S003',
-      'equal',
+      'S003 Positional Encoding',
+      'permutation-invariant',
       'permuted',
       0,
       1e-5,
@@ -376,8 +384,7 @@ R36 = Claim(
     ),
     Statement(
       says='SwiGLU takes the place of an MLP with GELU at the same size',
-      source='S003',
-      printed='1x',
+      source=f'{OURS}, on S003 Activation Functions',
       measured=lambda v: (
         f'{v["glu_parameters"]:.3f} of the parameters and '
         f'{v["glu_flops"]:.3f} of the FLOPs'
@@ -391,8 +398,8 @@ R36 = Claim(
     ),
     Statement(
       says='After 50 steps an RNN keeps 1e-5 of the gradient',
-      source='S003',
-      printed='1e-5',
+      source='S003 Why RNNs Failed for Long Sequences',
+      printed='0.00001',
       measured=lambda v: ', '.join(
         f'{x:.1e} at {name}' for name, x in v['rnn'].items()
       ),
@@ -407,6 +414,7 @@ R36 = Claim(
       ),
       rule='between 1e-6 and 1e-4 in all four cases; restated if below 1e-2 in '
       'all; not well defined if it shrinks, but by any factor',
+      provenance=DERIVED,
     ),
   ),
 )

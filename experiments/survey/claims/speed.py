@@ -146,7 +146,7 @@ R10 = Claim(
   statements=(
     _faster(
       'FlashAttention is 2 to 4 times as fast as dense attention',
-      'BLOG, S003',
+      'BLOG Class 1, Methods Comparison; S003 Flash Attention',
       '2-4x',
       'forward',
       2,
@@ -170,7 +170,7 @@ R10 = Claim(
     ),
     elsewhere(
       'FlashAttention-2 is twice as fast as FlashAttention',
-      'BLOG, AS p. 14',
+      'BLOG Class 1, Methods Comparison',
       '2x',
       'needs both kernels; the table has both orders of the loops in XLA',
     ),

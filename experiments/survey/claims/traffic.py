@@ -1,9 +1,12 @@
 """What attention moves: bytes by kernel and by tile, and what that takes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from efficient_attn import ops
 from efficient_attn.models import cost
 from efficient_attn.ops.softmax.attention_tiles import by_keys, tile_schedule
 from experiments import page
@@ -22,45 +25,20 @@ A100 = dict(flops=312e12, bandwidth=2e12)
 H200 = dict(flops=989e12, bandwidth=4.8e12)
 
 
-@jax.jit
-def _scores(q, k):
-  return q @ k.T
-
-
-@jax.jit
-def _weights(s):
-  return jax.nn.softmax(s, axis=-1)
-
-
-@jax.jit
-def _output(p, v):
-  return p @ v
-
-
-def dense_attention(q, k, v):
-  """Attention as three kernels, each of which reads and writes memory."""
-  return _output(_weights(_scores(q, k)), v)
-
-
-def traffic(function, *args) -> int:
-  """Bytes that the kernels of a function read and write."""
-  jaxpr = jax.make_jaxpr(function)(*args).jaxpr
-  return sum(
-    v.aval.size * v.aval.dtype.itemsize
-    for eqn in jaxpr.eqns
-    for v in (*eqn.invars, *eqn.outvars)
-  )
-
-
 def roofline() -> dict:
-  """R02: the example of 100K tokens of one head, on data sheets."""
-  x = jax.ShapeDtypeStruct((100_000, 64), jnp.float16)
-  flops = cost.flops(dense_attention, x, x, x)
-  moved = traffic(dense_attention, x, x, x)
-  found = dict(scores_gib=2 * x.shape[0] ** 2 / 2**30)
+  """R02: the example of 100K tokens of one head, on data sheets.
+
+  Of what dense attention moves, only the matrices count that three kernels
+  write and read again: scores and weights, twice each.
+  """
+  x = jax.ShapeDtypeStruct((1, 100_000, 1, 64), jnp.float16)
+  dense = functools.partial(ops.attention, implementation='reference')
+  flops = cost.flops(dense, x, x, x)
+  scores = 2 * cost.largest_array(dense, x, x, x)  # bytes in 16 bits
+  found = dict(scores_gib=scores / 2**30)
   for name, chip in (('a100', A100), ('h200', H200)):
     found[f'{name}_compute_ms'] = 1e3 * flops / chip['flops']
-    found[f'{name}_io_ms'] = 1e3 * moved / chip['bandwidth']
+    found[f'{name}_io_ms'] = 1e3 * 4 * scores / chip['bandwidth']
     found[f'{name}_ratio'] = (
       found[f'{name}_io_ms'] / found[f'{name}_compute_ms']
     )
@@ -77,7 +55,7 @@ R02 = Claim(
       'AS p. 8',
       '19 GB',
       'scores_gib',
-      18.63,
+      19,
       unit='GiB',
     ),
     equals(
@@ -86,10 +64,15 @@ R02 = Claim(
       '8.2 ms',
       'a100_compute_ms',
       8.2,
-      unit='ms',
+      unit='ms at the peak of the data sheet',
     ),
     equals(
-      'Moving data takes 40 ms', 'AS p. 9', '40 ms', 'a100_io_ms', 40, unit='ms'
+      'Moving data takes 40 ms',
+      'AS p. 9',
+      '40 ms',
+      'a100_io_ms',
+      40,
+      unit='ms at the bandwidth of the data sheet',
     ),
     within(
       'Moving data takes nearly five times as long',
@@ -97,7 +80,7 @@ R02 = Claim(
       '5x',
       'a100_ratio',
       4.5,
-      5.5,
+      5,
     ),
   ),
 )
