@@ -38,7 +38,7 @@ def run(args, command: str) -> None:
   from experiments.folder import only_writer
   from experiments.survey import report
   from experiments.survey.claims import CLAIMS
-  from experiments.survey.run import chosen, measure, verdicts
+  from experiments.survey.run import chosen, fits, measure, verdicts
 
   tiers, only = (
     [part for part in text.split(',') if part]
@@ -56,7 +56,11 @@ def run(args, command: str) -> None:
   with only_writer(args.out):
     record = measure(claims, args.out, again=bool(only))
     # Everything measured so far, not only what this call asked for.
-    known = {n: c for n, c in CLAIMS.items() if n in record['claims']}
+    known = {
+      name: claim
+      for name, claim in CLAIMS.items()
+      if name in record['claims'] and fits(claim, record['claims'][name])
+    }
     report.write(known, record, command, args.out)
   for name, claim in claims.items():
     found = record['claims'][name]

@@ -36,13 +36,24 @@ def outdated(claim: Claim, found: Mapping) -> bool:
   return found['code'] != fingerprint(claim.measure)
 
 
+def fits(claim: Claim, found: Mapping) -> bool:
+  """Whether the rules can read what was found, which other code may have."""
+  try:
+    verdicts(claim, found)
+    return True
+  except (KeyError, IndexError, TypeError, AttributeError):
+    if outdated(claim, found):
+      return False
+    raise
+
+
 def measure(
   claims: Mapping[str, Claim], out: pathlib.Path, again: bool = False
 ) -> dict:
   """Measures what `out/results.json` does not hold yet, with a progress bar.
 
-  A claim whose measurement raised, or was made on another device or by other
-  versions, is measured again.
+  A claim is measured again if that raised, was made on another device or by
+  other versions, or if other code found values that the rules cannot read.
 
   Args:
     claims: by name.
@@ -67,11 +78,13 @@ def measure(
   def known(name: str) -> bool:
     found = record['claims'].get(name, {})
     same = all(found.get(key) == here[key] for key in ('device', 'versions'))
-    if 'values' not in found or not same:
+    if 'values' not in found or not same or not fits(claims[name], found):
       return False
     return not (again and outdated(claims[name], found))
 
-  bar = tqdm([name for name in claims if not known(name)], unit='claim')
+  todo = [name for name in claims if not known(name)]
+  made = {name: origin(claims[name]) for name in todo}  # by the code of now
+  bar = tqdm(todo, unit='claim')
   for name in bar:
     bar.set_description(f'{name} {claims[name].title[:50]}')
     start = time.perf_counter()
@@ -83,7 +96,7 @@ def measure(
     except Exception:  # one failing claim must not stop the others
       found = dict(error=traceback.format_exc(limit=-3))
     found['seconds'] = round(time.perf_counter() - start, 2)
-    record['claims'][name] = found | origin(claims[name])
+    record['claims'][name] = found | made[name]
     new = file.with_suffix('.new')
     new.write_text(json.dumps(record, indent=1) + '\n')
     new.replace(file)

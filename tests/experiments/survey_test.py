@@ -138,6 +138,7 @@ ONE = dataclasses.replace(
     within('x is large', 'here', '', 'x', 10, 20, otherwise=RESTATED),
   ),
 )
+within_y = within('y is small', 'AS p. 1', '', 'y', 0, 2)
 FAKE = {
   'R97': ONE,
   'R98': dataclasses.replace(ONE, title='Two', measure=failing),
@@ -173,7 +174,8 @@ def test_a_value_keeps_what_it_was_made_with(tmp_path, monkeypatch):
   pins = (tmp_path / 'constraints.txt').read_text()
   for name, version in first['versions'].items():
     assert f'{name}=={version}\n' in pins
-  monkeypatch.setattr(run, 'machine', lambda: first | dict(date='2999-12-31'))
+  here = run.machine() | dict(date='2999-12-31')
+  monkeypatch.setattr(run, 'machine', lambda: here)
   again = run.measure({'R97': ONE}, tmp_path)
   assert again['claims']['R97'] == first  # of the day when it was measured
   report.write(FAKE, again, 'the command', tmp_path)
@@ -190,7 +192,15 @@ def test_a_value_keeps_what_it_was_made_with(tmp_path, monkeypatch):
   again = run.measure({'R97': ONE}, tmp_path, again=True)['claims']['R97']
   assert again['code'] == 'other code' and again['date'] == '2999-12-31'
 
-  monkeypatch.setattr(run, 'machine', lambda: first | dict(device='tpu'))
+  # Values of other code that the rules cannot read are measured again.
+  monkeypatch.setattr(run, 'fingerprint', lambda function: 'third code')
+  changed = dataclasses.replace(ONE, statements=(within_y,))
+  assert not run.fits(changed, first)
+  mended = dataclasses.replace(changed, measure=lambda: dict(y=1.0))
+  found = run.measure({'R97': mended}, tmp_path)['claims']['R97']
+  assert found['values'] == dict(y=1.0)
+
+  monkeypatch.setattr(run, 'machine', lambda: here | dict(device='tpu'))
   found = run.measure({'R97': ONE}, tmp_path)['claims']['R97']
   assert found['device'] == 'tpu'  # another device measures anew
 

@@ -1,6 +1,7 @@
 """Every claim, by its number."""
 
 from experiments.survey.claims.arithmetic import ARITHMETIC
+from experiments.survey.claims.blocks import BLOCKS
 from experiments.survey.claims.budgets import BUDGETS
 from experiments.survey.claims.caches import CACHES
 from experiments.survey.claims.complexity import COMPLEXITY
@@ -11,6 +12,7 @@ from experiments.survey.claims.fast_weights import FAST_WEIGHTS
 from experiments.survey.claims.feature_maps import FEATURE_MAPS
 from experiments.survey.claims.hardware import HARDWARE
 from experiments.survey.claims.hashing import HASHING
+from experiments.survey.claims.layouts import LAYOUTS
 from experiments.survey.claims.low_rank import LOW_RANK
 from experiments.survey.claims.lra import LRA
 from experiments.survey.claims.memory import MEMORY
@@ -18,6 +20,7 @@ from experiments.survey.claims.memory_tricks import MEMORY_TRICKS
 from experiments.survey.claims.patterns import PATTERNS
 from experiments.survey.claims.quality import QUALITY
 from experiments.survey.claims.quantization import QUANTIZATION
+from experiments.survey.claims.random_features import RANDOM_FEATURES
 from experiments.survey.claims.recurrences import RECURRENCES
 from experiments.survey.claims.scaling import SCALING
 from experiments.survey.claims.selectors import SELECTORS
@@ -28,7 +31,9 @@ GROUPS = (
   MEMORY,
   TRAFFIC,
   HARDWARE,
+  LAYOUTS,
   CACHES,
+  RANDOM_FEATURES,
   RECURRENCES,
   ERRATA,
   COMPLEXITY,
@@ -41,6 +46,7 @@ GROUPS = (
   SELECTORS,
   LRA,
   SCALING,
+  BLOCKS,
   MEMORY_TRICKS,
   QUANTIZATION,
   COMPRESSION,

@@ -1,5 +1,7 @@
 """Sums of the surveys done again, on counts of modules where there are any."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,6 +11,7 @@ from efficient_attn.config import LMConfig
 from efficient_attn.layers.stack import Stack
 from efficient_attn.models import cost
 from efficient_attn.ops import masks
+from efficient_attn.ops.selection import scoring
 from experiments import page
 from experiments.exponent import slope
 from experiments.survey.claim import (
@@ -135,16 +138,18 @@ def strict() -> dict:
 
 
 def orders() -> dict:
-  """FLOPs of scores and of Q (K^T V), by length."""
+  """FLOPs of scores, of attention and of Q (K^T V), by length."""
   lengths, found = (1024, 4096), {}
   for name, function in {
-    'scores': lambda q, k, v: q @ k.T,
-    'reordered': lambda q, k, v: q @ (k.T @ v),
-    'standard': lambda q, k, v: (q @ k.T) @ v,
+    'scores': lambda q, k, v: scoring.logits(q, k),
+    'reordered': functools.partial(
+      ops.linear_attention, bidirectional=True, normalize=True
+    ),
+    'standard': functools.partial(ops.attention, implementation='reference'),
   }.items():
     counts = []
     for n in lengths:
-      x = jax.ShapeDtypeStruct((n, 64), jnp.float32)
+      x = jax.ShapeDtypeStruct((1, n, 1, 64), jnp.float32)
       counts.append(cost.flops(function, x, x, x))
     found[f'{name} slope'] = slope(lengths, counts)
     found[name] = counts[-1] / 2 / lengths[-1] ** 2
@@ -387,19 +392,17 @@ R37 = Claim(
         else RESTATED
       ),
       rule='exponent of 2; restated if each score needs more than one',
-      provenance=DERIVED,
     ),
     Statement(
       says='Standard attention is Q (K^T V)',
       source='FLR Kernel-based Linear Attention',
       printed='O(n²)',
       measured=lambda v: (
-        f'FLOPs n^{v["reordered slope"]:.2f} in that order, '
-        f'n^{v["standard slope"]:.2f} as (Q K^T) V'
+        f'FLOPs n^{v["reordered slope"]:.2f} in that order, of linear '
+        f'attention, n^{v["standard slope"]:.2f} as (Q K^T) V, of attention'
       ),
       judge=lambda v: HOLDS if v['reordered slope'] > 1.5 else FAILS,
       rule='exponent above 1.5 as written',
-      provenance=DERIVED,
     ),
   ),
 )

@@ -55,8 +55,11 @@ def kv_heads() -> tuple:
   return tuple(error(x, wanted) for x in (*results, found))
 
 
-def random_features() -> tuple:
-  """E10: the expectation over w in two dimensions, by quadrature."""
+def random_features(hyperbolic=False) -> tuple:
+  """E10: the expectation over w in two dimensions, by quadrature.
+
+  Of our op with w and -w (FL eq. 35) if `hyperbolic`.
+  """
   x, y = np.array([[0.7, -0.5], [0.2, -0.9]])
   nodes, weights = np.polynomial.hermite_e.hermegauss(40)
   w = np.stack(np.meshgrid(nodes, nodes), -1).reshape(-1, 2)
@@ -73,11 +76,16 @@ def random_features() -> tuple:
 
   def ours(x):
     with jax.enable_x64(True):
-      found = positive_random(jnp.asarray(x), jnp.asarray(w))
-      return np.asarray(found) * len(w) ** 0.5
+      found = positive_random(
+        jnp.asarray(x), jnp.asarray(w), hyperbolic=hyperbolic
+      )
+      return np.asarray(found).reshape(-1, len(w)) * len(w) ** 0.5
+
+  def expected_of_ours():
+    return np.array([np.sum(ours(x) * ours(y) @ weights)])
 
   wanted = np.array([np.exp(x @ y)])
-  results = (expected(f) for f in (as_printed, corrected, ours))
+  results = expected(as_printed), expected(corrected), expected_of_ours()
   return tuple(error(x, wanted) for x in results)
 
 

@@ -15,6 +15,7 @@ from experiments.survey.claim import (
   Claim,
   Statement,
 )
+from experiments.survey.sources import OURS
 
 STUDIES = pathlib.Path(__file__).resolve().parents[3] / 'configs' / 'ablations'
 
@@ -61,115 +62,156 @@ def _above(a, b) -> bool:
 
 def _table(what: str):
   def parts(values):
-    return [
-      page.Table(
-        ['mixer', what, '±', 'seeds', 'parameters', 'state bytes', 'FLOPs'],
-        [
-          [
-            name,
-            f'{row["mean"]:.3f}',
-            f'{row["half"]:.3f}',
-            row['seeds'],
-            f'{row["params"]:,}',
-            f'{row["state"]:,}',
-            f'{row["flops"]:.3g}',
-          ]
-          for name, row in values.items()
-        ],
-      )
+    head = ['mixer', what, '±', 'seeds', 'parameters', 'state bytes', 'FLOPs']
+    rows = [
+      [
+        name,
+        f'{row["mean"]:.3f}',
+        f'{row["half"]:.3f}',
+        row['seeds'],
+        f'{row["params"]:,}',
+        f'{row["state"]:,}',
+        f'{row["flops"]:.3g}',
+      ]
+      for name, row in values.items()
     ]
+    return [page.Table(head, rows)]
 
   return parts
 
 
-def _ordering(values) -> str:
-  return ', '.join(f'{name} {_shown(row)}' for name, row in values.items())
+def recall() -> dict:
+  """R21: accuracy of associative recall by mixer."""
+  return run_study('mqar.py:tiny', learning_rates=(1e-2,))
+
+
+def in_order(v) -> str:
+  """Softmax not below the delta rule, that above gates, gates above neither."""
+  if (
+    not _above(v['deltanet'], v['attention'])
+    and _above(v['deltanet'], v['gla'])
+    and _above(v['gla'], v['linear'])
+  ):
+    return HOLDS
+  return RESTATED if _above(v['deltanet'], v['linear']) else FAILS
+
+
+def mamba_below(v) -> str:
+  """Mamba below the delta rule, whose state is about as large."""
+  return HOLDS if _above(v['deltanet'], v['mamba']) else FAILS
 
 
 R21 = Claim(
   title='Associative recall of trained models',
   tier='b',
-  measure=lambda: run_study('mqar.py:tiny', learning_rates=(1e-2,)),
+  measure=recall,
   seeds=(0, 1, 2),
   parts=_table('accuracy'),
   statements=(
     Statement(
-      says='Softmax attention recalls at least what the delta rule does, the '
-      'delta rule more than gates, gates more than neither',
-      source='S003 Master Comparison Table; AS p. 41',
-      printed='softmax >= delta > gated > naive',
-      measured=_ordering,
-      judge=lambda v: (
-        HOLDS
-        if not _above(v['deltanet'], v['attention'])
-        and _above(v['deltanet'], v['gla'])
-        and _above(v['gla'], v['linear'])
-        else RESTATED
-        if _above(v['deltanet'], v['linear'])
-        else FAILS
+      says='The order of quality in the master table is that of recall: '
+      'softmax, DeltaNet, GLA, linear attention',
+      source=f'{OURS}, on S003 Master Comparison Table',
+      measured=lambda v: ', '.join(
+        f'{n} {_shown(row)}' for n, row in v.items()
       ),
-      rule='by intervals; restated if attention and the delta rule are above '
-      'the ungated recurrence, wherever the gated one is',
+      judge=in_order,
+      rule='by intervals; restated if the delta rule is above the ungated '
+      'recurrence, wherever the gated one is',
     ),
     Statement(
       says='Mamba struggles with exact recall',
       source='S003 State Space Models (Mamba)',
+      printed='struggles with exact recall tasks',
       measured=lambda v: _shown(v['mamba']),
-      judge=lambda v: HOLDS if _above(v['deltanet'], v['mamba']) else FAILS,
+      judge=mamba_below,
       rule='its interval is below that of the delta rule, whose state is about '
       'as large',
     ),
   ),
 )
 
-# Quality beside softmax attention as the guide prints it, in percent.
-PRINTED = {'linear': 95, 'gated_deltanet': 99}
+HYBRID = '3 kda : 1 attention'
+# The column "Quality" of the master table by our row: percent, as printed. The
+# default window is as long as the sequences here, and Mamba the slowest.
+PRINTED = {
+  'linear': (95, '~95%'),
+  'gla': (98, '~98%'),
+  'deltanet': (99, '~99%'),
+  'kda': (101, '101%+'),
+}
 
 
-def _percent(values, name) -> float:
-  """The loss of attention over that of another, in percent."""
-  return 100 * values['attention']['mean'] / values[name]['mean']
+def language_modelling() -> dict:
+  """R29: bits per byte of recurrent rows of the master table."""
+  patterns = {name: (name,) for name in ('attention', *PRINTED)}
+  patterns[HYBRID] = ('kda',) * 3 + ('attention',)
+  return run_study(
+    'lm_quality.py:tiny',
+    architectures={n: {'model.pattern': p} for n, p in patterns.items()},
+  )
+
+
+def percent(values, name) -> tuple[float, float]:
+  """Least and most of attention's bits per byte over a row's, in percent."""
+  (least, most), own = (
+    [values[n]['mean'] + sign * values[n]['half'] for sign in (-1, 1)]
+    for n in ('attention', name)
+  )
+  return 100 * least / own[1], 100 * most / own[0]
 
 
 def _quality(name) -> Statement:
-  return Statement(
-    says=f'{name} has {PRINTED[name]} percent of the quality of softmax '
-    'attention',
-    source='S003 Master Comparison Table',
-    printed=f'{PRINTED[name]} %',
-    measured=lambda v: (
-      f'bits per byte {_shown(v[name])}, {_percent(v, name):.1f} % of '
+  value, printed = PRINTED[name]
+
+  def measured(v):
+    least, most = percent(v, name)
+    return (
+      f'bits per byte {_shown(v[name])}, {least:.0f} to {most:.0f} % of '
       f'{_shown(v["attention"])}'
-    ),
-    judge=lambda v: UNDEFINED,
-    rule='no metric, size or data is stated; measured as the bits per byte of '
-    'attention over its own, at equal parameters',
+    )
+
+  def judge(v):
+    least, most = percent(v, name)
+    above = printed.endswith('+') and least > value
+    return RESTATED if above or least <= value <= most else UNDEFINED
+
+  return Statement(
+    says=f'{name} has {value} percent of the quality of softmax attention',
+    source='S003 Master Comparison Table',
+    printed=printed,
+    measured=measured,
+    judge=judge,
+    rule='no metric, size or data is stated; restated if it lies in the '
+    'interval of the bits per byte of attention over its own, at parameters '
+    'matched to 10 percent and equal steps, 3 seeds',
   )
+
+
+def hybrid_better(v) -> str:
+  """The hybrid's bits per byte below those of attention."""
+  return HOLDS if _above(v['attention'], v[HYBRID]) else FAILS
 
 
 R29 = Claim(
   title='Language modelling by mixer, at equal parameters',
   tier='b',
-  measure=lambda: run_study('lm_quality.py:tiny'),
+  measure=language_modelling,
   seeds=(0, 1, 2),
   parts=_table('bits per byte'),
   statements=(
     *map(_quality, PRINTED),
     Statement(
-      says='Three recurrent layers and one of attention are better than '
+      says='Three layers of KDA and one of attention are better than '
       'attention alone',
       source='S003 Hybrid Architectures (Kimi Linear)',
-      printed='101 %',
+      printed='outperforms full attention under fair comparisons',
       measured=lambda v: (
-        f'{_shown(v["3 gated_deltanet : 1 attention"])} against '
-        f'{_shown(v["attention"])} bits per byte'
+        f'{_shown(v[HYBRID])} against {_shown(v["attention"])} bits per byte'
       ),
-      judge=lambda v: (
-        HOLDS
-        if _above(v['attention'], v['3 gated_deltanet : 1 attention'])
-        else FAILS
-      ),
-      rule='by intervals over seeds, at equal parameters and steps',
+      judge=hybrid_better,
+      rule='by intervals over seeds, at parameters matched to 10 percent and '
+      'equal steps',
     ),
   ),
 )

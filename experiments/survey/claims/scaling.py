@@ -1,6 +1,4 @@
-"""Scaled logits, norms, feed-forward layers, order and vanishing gradients."""
-
-import functools
+"""Scores that are divided by the root of the width, and scores that are not."""
 
 import jax
 import jax.numpy as jnp
@@ -11,43 +9,40 @@ from flax import nnx
 from efficient_attn import models, ops
 from efficient_attn.config import LMConfig
 from efficient_attn.data.tasks import TASKS
-from efficient_attn.layers.ffn import GLU, MLP
-from efficient_attn.layers.norm import LayerNorm, RMSNorm
-from efficient_attn.models import cost
+from efficient_attn.ops.softmax import score_functions
 from efficient_attn.train.loss import cross_entropy
-from experiments import page
-from experiments.benchmarks.timing import interleaved
 from experiments.exponent import slope
 from experiments.survey.claim import (
-  DERIVED,
   FAILS,
   HOLDS,
   RESTATED,
-  UNDEFINED,
   Claim,
   Statement,
   within,
 )
-from experiments.survey.models import forward_flops, parameters
-from experiments.survey.sources import OURS
 
 WIDTHS = (64, 128, 256, 512, 1024, 2048)
 SCALES = {'raw': 1.0, 'scaled': None}  # None is the default, 1 / sqrt(H)
 
 
-def dots() -> dict:
-  """Four million products of normal vectors of each width."""
-  found = dict(widths=list(WIDTHS), deviations=[])
+def dots(count=2000) -> dict:
+  """Products of normal queries and keys of each width, by our scores."""
+  found = dict(widths=list(WIDTHS), deviations=[], scaled=[])
   for width in WIDTHS:
     rng = np.random.default_rng(0)
-    q, k = rng.standard_normal((2, 2000, width), np.float32)
-    scores = q @ k.T
-    found['deviations'].append(float(scores.std()))
+    pair = rng.standard_normal((2, 1, count, 1, width), np.float32)
+    raw, scaled = (
+      np.asarray(score(*map(jnp.asarray, pair)), np.float64)
+      for score in (score_functions.dot, score_functions.scaled_dot)
+    )
+    found['deviations'].append(float(raw.std()))
+    found['scaled'].append(float(scaled.std()))
     if width == 512:
-      found['inside 45'] = float((np.abs(scores) < 45).mean())
-      found['inside 3'] = float((np.abs(scores) < 3 * width**0.5).mean())
-      found['45 scaled'] = 45 / float(scores.std())
+      found['inside 45'] = float((np.abs(raw) < 45).mean())
+      found['inside 3'] = float((np.abs(scaled) < 3).mean())
+      found['45 scaled'] = 45 * float(scaled.std() / raw.std())
   found['slope'] = slope(WIDTHS, found['deviations'])
+  found['scaled slope'] = slope(WIDTHS, found['scaled'])
   return found
 
 
@@ -155,7 +150,6 @@ R31 = Claim(
       'slope',
       0.49,
       0.51,
-      provenance=DERIVED,
     ),
     within(
       'Of raw scores of 512 channels most lie in [-45, 45]',
@@ -165,7 +159,6 @@ R31 = Claim(
       0.9,
       1,
       unit='of 4 million',
-      provenance=DERIVED,
     ),
     within(
       'Of scaled scores most lie in [-3, 3]',
@@ -175,7 +168,15 @@ R31 = Claim(
       0.9,
       1,
       unit='of 4 million',
-      provenance=DERIVED,
+    ),
+    within(
+      'Scaled, their variance does not depend on the width',
+      'S002 Why √d_k?',
+      'variance = 1 (constant)',
+      'scaled slope',
+      -0.01,
+      0.01,
+      unit='as exponent of the deviation',
     ),
     Statement(
       says='Scaling takes [-45, 45] to [-3, 3]',
@@ -186,7 +187,6 @@ R31 = Claim(
       ),
       judge=lambda v: HOLDS if abs(v['45 scaled'] / 3 - 1) < 0.1 else FAILS,
       rule='45 over the measured deviation is 3 to 10 percent',
-      provenance=DERIVED,
     ),
     Statement(
       says='Without the scale the softmax is nearly one-hot',
@@ -241,182 +241,4 @@ R31 = Claim(
   ),
 )
 
-SHAPES = ((4096, 1024), (4096, 4096), (1024, 8192))
-# By name, recurrent gain and deviation of the inputs.
-RNNS = {
-  'gain 0.8': (0.8, 1),
-  'gain 1': (1, 1),
-  'gain 1.2': (1.2, 1),
-  'gain 1, inputs of 0.1': (1, 0.1),
-}
-
-
-def norms() -> dict:
-  """LayerNorm over RMSNorm: medians of time, three of each, and operations."""
-  found = {}
-  for shape in SHAPES:
-    x = jax.random.normal(jax.random.key(0), shape)
-    layers = {'rms': RMSNorm(shape[1]), 'layer': LayerNorm(shape[1])}
-    calls = {
-      name: functools.partial(jax.jit(lambda x, norm=norm: norm(x)), x)
-      for name, norm in layers.items()
-    }
-    turns = [interleaved(calls, 7) for _ in range(3)]
-    ratios = [seconds['layer'] / seconds['rms'] for seconds in turns]
-    found['x'.join(map(str, shape))] = ratios
-    counted = [cost.count(norm, x).operations for norm in layers.values()]
-    found['operations'] = counted[1] / counted[0]
-  return found
-
-
-def rnn_gradient(gain: float, inputs: float, steps=50, width=64) -> float:
-  """|dL/dh_1| / |dL/dh_50| of a tanh RNN, geometric mean of 10 seeds."""
-
-  def one(key):
-    a, b, c = jax.random.split(key, 3)
-    w = gain * width**-0.5 * jax.random.normal(a, (width, width))
-    x = inputs * jax.random.normal(b, (steps, width))
-
-    def last(h):
-      return jax.lax.scan(lambda h, x: (jnp.tanh(h @ w + x), None), h, x[1:])[0]
-
-    out = jax.random.normal(c, (width,))
-    _, pull = jax.vjp(last, jnp.tanh(x[0]))
-    return jnp.log(jnp.linalg.norm(pull(out)[0]) / jnp.linalg.norm(out))
-
-  logs = jax.vmap(one)(jax.random.split(jax.random.key(0), 10))
-  return float(jnp.exp(logs.mean()))
-
-
-def attention_gradient(steps=50, width=64) -> float:
-  """The same of attention, over 64 sequences, from the last to the first."""
-  q, k, v = jax.random.normal(jax.random.key(0), (3, 64, steps, 1, width))
-
-  def last(v):
-    return ops.attention(q, k, v, mask=ops.masks.Causal())[:, -1].sum()
-
-  sizes = jnp.linalg.norm(jax.grad(last)(v)[:, :, 0], axis=-1).mean(0)
-  return float(sizes[0] / sizes[-1])
-
-
-def permuted() -> float:
-  """The largest change when tokens are put in another order, and back."""
-  x = jax.random.normal(jax.random.key(0), (3, 1, 64, 4, 16))
-  order = jax.random.permutation(jax.random.key(1), 64)
-  out = ops.attention(*x)
-  moved = ops.attention(*x[:, :, order])
-  return float(jnp.abs(moved - out[:, order]).max())
-
-
-def feed_forward(width=768) -> dict:
-  """Parameters and FLOPs of SwiGLU over those of an MLP of GELU."""
-  layers = {
-    'glu': nnx.eval_shape(lambda: GLU(width, 0, jax.nn.silu, rngs=nnx.Rngs(0))),
-    'mlp': nnx.eval_shape(lambda: MLP(width, 0, jax.nn.gelu, rngs=nnx.Rngs(0))),
-  }
-  x = jax.ShapeDtypeStruct((1, 8, width), jnp.float32)
-  sizes = {name: parameters(layer) for name, layer in layers.items()}
-  flops = {name: forward_flops(layer, x) for name, layer in layers.items()}
-  return dict(
-    glu_parameters=sizes['glu'] / sizes['mlp'],
-    glu_flops=flops['glu'] / flops['mlp'],
-  )
-
-
-def blocks() -> dict:
-  """R36: the parts of a block beside attention."""
-  return (
-    dict(norms=norms(), permuted=permuted())
-    | feed_forward()
-    | dict(
-      rnn={name: rnn_gradient(*case) for name, case in RNNS.items()},
-      attention=attention_gradient(),
-    )
-  )
-
-
-def _gains(v) -> list[list[float]]:
-  """By shape, of each turn."""
-  return [
-    [ratio - 1 for ratio in v['norms']['x'.join(map(str, shape))]]
-    for shape in SHAPES
-  ]
-
-
-R36 = Claim(
-  title='Norms, gated units, order of tokens and vanishing gradients',
-  tier='b',
-  measure=blocks,
-  seeds=(0,),
-  parts=lambda v: [
-    page.Text(
-      f'LayerNorm needs {v["norms"]["operations"]:.2f} times the elementwise '
-      'operations of RMSNorm. In attention the first of 50 tokens gets '
-      f'{v["attention"]:.2f} times the gradient of the last.',
-      note=True,
-    )
-  ],
-  statements=(
-    Statement(
-      says='RMSNorm is 10 to 15 percent faster than LayerNorm',
-      source='S003 Normalization Evolution',
-      printed='10-15%',
-      measured=lambda v: ', '.join(
-        f'{min(gains):+.0%} to {max(gains):+.0%} at {shape[0]} x {shape[1]}'
-        for shape, gains in zip(SHAPES, _gains(v), strict=True)
-      ),
-      judge=lambda v: (
-        HOLDS
-        if all(0.05 < gain < 0.2 for gain in sum(_gains(v), []))
-        else UNDEFINED
-      ),
-      rule='5 to 20 percent at all three shapes in each of three turns; else '
-      'it depends on shape and machine, which the source does not name',
-    ),
-    within(
-      'Attention without positions does not see the order of tokens',
-      'S003 Positional Encoding',
-      'permutation-invariant',
-      'permuted',
-      0,
-      1e-5,
-      unit='largest difference',
-    ),
-    Statement(
-      says='SwiGLU takes the place of an MLP with GELU at the same size',
-      source=f'{OURS}, on S003 Activation Functions',
-      measured=lambda v: (
-        f'{v["glu_parameters"]:.3f} of the parameters and '
-        f'{v["glu_flops"]:.3f} of the FLOPs'
-      ),
-      judge=lambda v: (
-        HOLDS
-        if all(abs(v[k] - 1) < 0.03 for k in ('glu_parameters', 'glu_flops'))
-        else FAILS
-      ),
-      rule="within 3 percent, at the framework's width of 8/3 D",
-    ),
-    Statement(
-      says='After 50 steps an RNN keeps 1e-5 of the gradient',
-      source='S003 Why RNNs Failed for Long Sequences',
-      printed='0.00001',
-      measured=lambda v: ', '.join(
-        f'{x:.1e} at {name}' for name, x in v['rnn'].items()
-      ),
-      judge=lambda v: (
-        HOLDS
-        if all(1e-6 < x < 1e-4 for x in v['rnn'].values())
-        else FAILS
-        if max(v['rnn'].values()) > 0.5
-        else RESTATED
-        if max(v['rnn'].values()) < 1e-2
-        else UNDEFINED
-      ),
-      rule='between 1e-6 and 1e-4 in all four cases; restated if below 1e-2 in '
-      'all; not well defined if it shrinks, but by any factor',
-      provenance=DERIVED,
-    ),
-  ),
-)
-
-SCALING = {'R31': R31, 'R36': R36}
+SCALING = {'R31': R31}
