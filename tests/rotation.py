@@ -60,7 +60,7 @@ def always(items):
   seen = collections.Counter()
   kept = []
   for item in items:
-    if any(map(item.get_closest_marker, ('exhaustive', 'in_turn'))):
+    if any(map(item.get_closest_marker, ('exhaustive', 'in_turn', 'study'))):
       continue
     function, _, case = item.nodeid.partition('[')
     seen[function] += 1
@@ -85,7 +85,9 @@ def choose(items, *, everything, part, share, turns):
   first = set(map(id, always(items)))
   turn = None if part is None else f'{int(part.split("/")[0]) % TURNS}/{TURNS}'
   for item in items:
-    if item.get_closest_marker('exhaustive'):
+    if item.get_closest_marker('study'):
+      runs = everything
+    elif item.get_closest_marker('exhaustive'):
       runs = everything or (part is not None and belongs(item, part))
     elif id(item) not in first and turns:
       runs = everything or (turn is not None and belongs(item, turn))

@@ -86,3 +86,10 @@ def test_cases_of_a_property_take_turns():
   assert found == {test.nodeid for test in tests}
   assert all({*map(id, kept)} <= {*map(id, part)} for part in runs)
   assert choose(tests, part=None, **options | dict(turns=False))[0] == tests
+
+
+def test_whole_studies_run_with_all_alone():
+  tests = [item('test_study', study=None)]
+  options = dict(part='0/16', share=None, turns=True)
+  assert choose(tests, everything=False, **options) == ([], tests)
+  assert choose(tests, everything=True, **options) == (tests, [])

@@ -131,7 +131,7 @@ def test_the_published_cell_is_of_its_config_and_not_judged():
   assert '| 1.000 |' in text and 'within band' not in text
 
 
-@pytest.mark.exhaustive
+@pytest.mark.study
 @pytest.mark.parametrize('name', CHECKS)
 def test_a_new_run_shows_it(name, tmp_path):
   args = argparse.Namespace(
