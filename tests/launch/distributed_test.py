@@ -5,6 +5,7 @@ import signal
 import socket
 
 import numpy as np
+import pytest
 
 from tests.launch.scripts import finish, losses, signal_after, train
 
