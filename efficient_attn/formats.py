@@ -77,7 +77,7 @@ def _note(text: str) -> None:
 
 
 def changed(key: str) -> bool:
-  """Whether the value of a key such as 'model.activation' was another once."""
+  """Tells if a key such as 'model.activation' has had another meaning."""
   _, *parts = key.split('.')
   if len(parts) == 3 and parts[0] == 'mixers':
     row, option = parts[1].partition(':')[0], parts[2]

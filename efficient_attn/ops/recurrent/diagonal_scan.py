@@ -104,7 +104,7 @@ def associative(decay: Array, x: Array, state: Array) -> Array:
 
 
 def kept(decay: Array, state: Array) -> Array:
-  """What a decay keeps of a state; one of 0 forgets NaN and infinities too.
+  """Decays a state; a decay of 0 forgets NaN and infinities too.
 
   The decay's own gradient is 0 there: it is the exponential of something.
   """

@@ -165,7 +165,7 @@ def _folded(x, shape):
 
 
 def _admitted(mask, tile, shape):
-  """Which logits of a tile count; None: all of them."""
+  """Returns the mask of a tile's logits, or None if all of them count."""
   found = tile.own
   if mask is not None:
     admitted = mask.tile(tile.rows, tile.cols)

@@ -12,7 +12,7 @@ from efficient_attn.ops import masks
 
 
 def may_hide(mask: masks.Mask | None, T: int, S: int) -> bool:
-  """Whether some query may see no key, or some key be seen by no query."""
+  """Tells if a query may see no key, or a key be seen by no query."""
   return mask is not None and not (T == S and mask.sees_itself())
 
 
