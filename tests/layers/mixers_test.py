@@ -404,8 +404,8 @@ def test_sharded_equals_unsharded(name, options):
     placed = nnx.merge(graphdef, placed)
     (value, _), grads = gradients(placed, x, weight)
   np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-4)
-  # Each is off by up to 1.3e-5 of float64 (rebased), on its own side.
-  close(grads, expected_grads, 4e-5)
+  # Both gradients of rebased are off by up to 1.3e-5 of float64 on jax 0.12.
+  close(grads, expected_grads, 4e-5 if name == 'rebased' else 2e-5)
 
 
 def test_unknown_names_and_options():
