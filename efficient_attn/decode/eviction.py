@@ -27,6 +27,7 @@ from flax import nnx
 from jax import lax
 
 from efficient_attn.config import ConfigError, choose
+from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.mixers.softmax.attention import Attention
 from efficient_attn.layers.param import use
 from efficient_attn.ops import masks, scores
@@ -105,7 +106,7 @@ class Held(masks.Mask):
     return (key >= 0) & (key <= query[:, None])
 
 
-class Evicting(nnx.Module):
+class Evicting(Mixer):
   """The mixer `attention` with a cache of at most `budget` tokens."""
 
   def __init__(self, mixer: Attention, policy: str, budget: int):
@@ -113,12 +114,12 @@ class Evicting(nnx.Module):
     self.policy = policy
     self.budget = budget
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
     if cache is None:
-      return self.mixer(x, positions=positions, segment_ids=segment_ids)
-    self.mixer.check_cacheable(segment_ids)
-    query, key, value = self.mixer.project(x, positions, cache)
+      return self.mixer.mix_tokens(x, context, cache)
+    self.mixer.check_cacheable(context.segment_ids)
+    query, key, value = self.mixer.project(x, context.positions, cache)
     B, T, N, _ = query.shape
     rows = cache['length'] + jnp.arange(T)
     at = jnp.broadcast_to(rows[:, None], key.shape[:3])
@@ -222,20 +223,15 @@ def evict(model: nnx.Module, policy: str, budget: int) -> nnx.Module:
   if budget < 1:
     raise ConfigError(f'kv_budget={budget} must be at least 1')
   model = nnx.merge(*nnx.split(model))  # the caller's stays as it is
-  periods = model.stack.periods
-  periods = [periods] if model.stack.scan else list(periods)
-  if model.stack.rest is not None:
-    periods.append(model.stack.rest)
-  for period in periods:
-    for block in period.blocks:
-      _check(block.mixer)
-      block.mixer = Evicting(block.mixer, policy, budget)
+  for block in model.stack.blocks():
+    _check(block.mixer)
+    block.mixer = Evicting(block.mixer, policy, budget)
   return model
 
 
 def _check(mixer):
   """Refuses what stores, masks or scores its keys in a way of its own."""
-  own = ('__call__', 'pattern', 'attend', 'read', 'init_cache')
+  own = ('mix_tokens', 'pattern', 'attend', 'read', 'init_cache')
   plain = all(
     getattr(type(mixer), name, None) is getattr(Attention, name) for name in own
   )

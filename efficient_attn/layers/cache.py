@@ -12,24 +12,6 @@ def next_positions(cache, length: int) -> jax.Array:
   return (0 if cache is None else cache['length']) + jnp.arange(length)
 
 
-def refuse_cache(name: str, cache) -> None:
-  """Raises where a mixer of encoders is asked to continue."""
-  if cache is not None:
-    raise NotImplementedError(
-      f'{name} has no cache: every token sees every other, so there is no next'
-      ' one'
-    )
-
-
-def refuse_segments(name: str, segment_ids) -> None:
-  """Raises where a mixer would mix packed sequences."""
-  if segment_ids is not None:
-    raise NotImplementedError(
-      f'{name} cannot keep packed sequences apart; use one sequence a row'
-      " (data.packing='concat'), or a mixer whose row says packing"
-    )
-
-
 def check_cacheable(causal: bool, segment_ids) -> None:
   """Raises where past keys and values cannot be continued."""
   if not causal or segment_ids is not None:

@@ -2,21 +2,22 @@
 
   y_t = W_o sum_s softmax_s(q_t . k_s / sqrt(H)) v_s,  q = W_q x,  k, v = W c
 
-The keys and values of the context c are computed once for any number of
-calls: they are the whole cache of a decoder's cross-attention.
+The keys and values of the memory c are computed once for any number of calls:
+they are the whole cache of a decoder's cross-attention.
 """
 
 import jax
 from flax import nnx
 
 from efficient_attn import sharding
+from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.param import Projection
 from efficient_attn.ops import masks
 from efficient_attn.ops.softmax.attention import attention
 
 
-class CrossAttention(nnx.Module):
-  """Maps x [B, T, D] and the keys and values of a context to [B, T, D]."""
+class CrossAttention(Mixer):
+  """Maps x [B, T, D] to the same shape by what it reads in a memory."""
 
   def __init__(
     self,
@@ -34,12 +35,16 @@ class CrossAttention(nnx.Module):
     self.out = Projection(heads, embed, rngs=rngs)
     self.implementation = implementation
 
-  def context(self, context: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns keys and values [B, S, N, H] of a context [B, S, D]."""
-    return self.key(context), self.value(context)
+  def keys_values(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns keys and values [B, S, N, H] of a memory [B, S, D]: a cache."""
+    return self.key(memory), self.value(memory)
 
-  def __call__(self, x, context, *, mask: masks.Mask | None = None):
-    """Attends from x [B, T, D] to what `context` returned."""
+  def mix_tokens(self, x, context, cache):
+    """Reads the memory of the context, or what `keys_values` made of it."""
+    heads = self.keys_values(context.memory) if cache is None else cache
+    mask = None
+    if context.memory_mask is not None:
+      mask = masks.Dense(context.memory_mask[:, None, None])
 
     def op(query, key, value, mask):
       return attention(
@@ -48,4 +53,4 @@ class CrossAttention(nnx.Module):
 
     layouts = ('BTNH', 'BSNH', 'BSNV', masks.letters(mask))
     op = sharding.local_op(op, layouts, 'BTNV')
-    return self.out(op(self.query(x), *context, mask))
+    return self.out(op(self.query(x), *heads, mask)), cache

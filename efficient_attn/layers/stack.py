@@ -9,17 +9,17 @@ Layers of one repetition may share keys and values: see `share`.
 """
 
 import functools
-import inspect
 
 import jax
 from flax import nnx
 
 from efficient_attn.config import ConfigError, ModelConfig, choose
+from efficient_attn.layers.context import Context
 from efficient_attn.layers.dropout import dropout
 from efficient_attn.layers.ffn import ACTIVATIONS, FFNS
+from efficient_attn.layers.mixer import Penalized, SharesKeys
 from efficient_attn.layers.mixers import MIXERS, build_mixer, read_options
 from efficient_attn.layers.norm import NORMS
-from efficient_attn.layers.padding import without_padding
 
 _policies = jax.checkpoint_policies
 
@@ -71,21 +71,19 @@ class Block(nnx.Module):
     self.norm_first = config.norm_position == 'pre'
     self.dropout = config.dropout
     self.shares = False  # whether it takes part in `share`
+    self.penalized = isinstance(self.mixer, Penalized)
 
-  def __call__(self, x, *, positions, segment_ids, cache, key, shared):
+  def __call__(self, x, context, cache, key, shared):
     """Returns x [B, T, D], the cache and `shared`, all for what comes next."""
     keys = (None, None) if key is None else jax.random.split(key)
 
     def mix(x):
       nonlocal cache, shared
-      run = functools.partial(
-        self.mixer, positions=positions, segment_ids=segment_ids, cache=cache
-      )
       try:
         if self.shares:
-          y, cache, shared = run(x, shared=shared)
+          y, cache, shared = self.mixer.mix_sharing(x, context, cache, shared)
         else:
-          y, cache = run(x)
+          y, cache = self.mixer(x, context, cache)
       except ConfigError as error:  # the mixer does not know its key
         raise ConfigError(f'model.mixers.{self.name}: {error}') from error
       return y
@@ -119,7 +117,7 @@ class Period(nnx.Module):
     if config.remat != 'none':
       self.policy = choose('model.remat', config.remat, REMAT_POLICIES)
 
-  def __call__(self, x, cache, key, *, positions, segment_ids):
+  def __call__(self, x, cache, key, *, context):
     """Runs the blocks; `cache` and `key` hold one entry each, or None."""
     cache = [None] * len(self.blocks) if cache is None else list(cache)
     shared = {}
@@ -127,14 +125,7 @@ class Period(nnx.Module):
       block_key = None if key is None else jax.random.fold_in(key, i)
 
       def run(block, x, cache, key, shared):
-        return block(
-          x,
-          positions=positions,
-          segment_ids=segment_ids,
-          cache=cache,
-          key=key,
-          shared=shared,
-        )
+        return block(x, context, cache, key, shared)
 
       if self.policy is not None:
         run = jax.checkpoint(run, policy=self.policy)
@@ -150,16 +141,14 @@ def share(pattern, blocks) -> None:
   """Lets the attention layers of a period hand their keys and values on.
 
   Only where a mixer has none (its option `shared_kv`) and reads those of the
-  nearest attention layer before it. A mixer takes part if its call has an
-  argument `shared`.
+  nearest attention layer before it, if that `SharesKeys`.
   """
   mixers = [block.mixer for block in blocks]
   if not any(getattr(mixer, 'shared_kv', False) for mixer in mixers):
     return
   widths = None
   for name, block in zip(pattern, blocks, strict=True):
-    parameters = inspect.signature(type(block.mixer).__call__).parameters
-    block.shares = 'shared' in parameters
+    block.shares = isinstance(block.mixer, SharesKeys)
     if not getattr(block.mixer, 'shared_kv', False):
       widths = block.mixer.kv_heads if block.shares else widths
     elif not block.shares:
@@ -200,14 +189,11 @@ class Stack(nnx.Module):
       )
     self.rest = make(pattern[:rest], rngs=rngs) if rest else None
 
-  def __call__(
-    self, x, *, positions=None, segment_ids=None, cache=None, key=None
-  ):
+  def __call__(self, x, context: Context | None = None, cache=None, key=None):
     """Maps x [B, T, D] to the same shape, and the cache to the next one."""
-    x = without_padding(x, segment_ids)
-    run = functools.partial(
-      Period.__call__, positions=positions, segment_ids=segment_ids
-    )
+    context = Context() if context is None else context
+    x = context.without_padding(x)
+    run = functools.partial(Period.__call__, context=context)
     keys = None if key is None else jax.random.split(key, self.repeats + 1)
     periods, rest = (None, None) if cache is None else cache
     if self.scan:
@@ -225,6 +211,16 @@ class Stack(nnx.Module):
     if self.rest is not None:
       x, rest = run(self.rest, x, rest, None if keys is None else keys[-1])
     return x, None if cache is None else (periods, rest)
+
+  def blocks(self):
+    """Iterates over the blocks; those of a scan are one, of stacked arrays."""
+    periods = [self.periods] if self.scan else list(self.periods)
+    for period in periods + [self.rest] * (self.rest is not None):
+      yield from period.blocks
+
+  def penalty(self):
+    """What the mixers add to the mean objective of a step, a scalar."""
+    return sum(b.mixer.penalty() for b in self.blocks() if b.penalized)
 
   def init_cache(self, batch: int, max_len: int, dtype):
     """Returns the caches of all blocks, stacked where the blocks are."""

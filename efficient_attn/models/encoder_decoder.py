@@ -16,12 +16,12 @@ from flax import nnx
 
 from efficient_attn.config import ConfigError, LMConfig
 from efficient_attn.layers.cache import next_positions
+from efficient_attn.layers.context import Context
 from efficient_attn.layers.cross_attention import CrossAttention
 from efficient_attn.layers.dropout import dropout
 from efficient_attn.layers.embed import POSITIONS, Embed
 from efficient_attn.layers.norm import NORMS
 from efficient_attn.layers.stack import Block, Stack
-from efficient_attn.ops import masks
 
 
 class EncoderDecoder(nnx.Module):
@@ -82,7 +82,7 @@ class EncoderDecoder(nnx.Module):
     keys = (None, None) if key is None else jax.random.split(key)
     ids = None if source_mask is None else source_mask.astype(jnp.int32)
     x = dropout(x, self.dropout, keys[0])
-    x, _ = self.encoder(x, segment_ids=ids, key=keys[1])
+    x, _ = self.encoder(x, Context(segment_ids=ids), key=keys[1])
     for norm in self.encoder_norm:
       x = norm(x)
     return x
@@ -102,15 +102,10 @@ class EncoderDecoder(nnx.Module):
     Returns:
       float32 logits [B, T, vocab] and the next cache (None without one).
     """
-    if cache is None:
-      contexts = [block.cross.context(memory) for block in self.blocks]
-      layers = [None] * len(self.blocks)
-    else:
-      contexts, layers = cache['contexts'], list(cache['layers'])
-      source_mask = cache['source_mask']
-    mask = None
-    if source_mask is not None:
-      mask = masks.Dense(source_mask[:, None, None])
+    layers = [None] * len(self.blocks)
+    if cache is not None:
+      layers, source_mask = list(cache['layers']), cache['source_mask']
+    context = Context(memory=memory, memory_mask=source_mask)
     x = self.embed(tokens, self.dtype)
     for position in self.positions:
       x = position(x, next_positions(cache, tokens.shape[1]))
@@ -119,9 +114,7 @@ class EncoderDecoder(nnx.Module):
       keys = jax.random.split(key, len(keys))
     x = dropout(x, self.dropout, keys[0])
     for i, block in enumerate(self.blocks):
-      x, layers[i] = block(
-        x, contexts[i], mask=mask, cache=layers[i], key=keys[i + 1]
-      )
+      x, layers[i] = block(x, context, layers[i], keys[i + 1])
     if cache is not None:
       length = cache['length'] + tokens.shape[1]
       cache = cache | dict(layers=layers, length=length)
@@ -132,12 +125,13 @@ class EncoderDecoder(nnx.Module):
   def init_cache(self, memory, max_len: int, *, source_mask=None):
     """Returns the cache of no targets yet and the sources of `memory`."""
     layers = [
-      block.mixer.init_cache(memory.shape[0], max_len, self.dtype)
+      (
+        block.mixer.init_cache(memory.shape[0], max_len, self.dtype),
+        block.cross.keys_values(memory),
+      )
       for block in self.blocks
     ]
-    contexts = [block.cross.context(memory) for block in self.blocks]
     return dict(
-      contexts=contexts,
       layers=layers,
       length=jnp.zeros((), jnp.int32),
       source_mask=source_mask,
@@ -152,18 +146,20 @@ class DecoderBlock(Block):
     self.cross = CrossAttention(config.d_model, config.num_heads, rngs=rngs)
     self.cross_norm = NORMS[config.norm](config.d_model)
 
-  def __call__(self, x, context, *, mask=None, cache=None, key=None):
+  def __call__(self, x, context, cache=None, key=None):
     """Maps x [B, T, D] to the same shape, and the cache to the next one."""
     keys = [None] * 3 if key is None else jax.random.split(key, 3)
+    cache, heads = (None, None) if cache is None else cache
 
     def mix(x):
       nonlocal cache
-      y, cache = self.mixer(x, cache=cache)
+      y, cache = self.mixer(x, context, cache)
       return y
 
     def read(x):
-      return self.cross(x, context, mask=mask)
+      return self.cross(x, context, heads)[0]
 
     x = self.residual(x, self.mixer_norm, mix, keys[0])
     x = self.residual(x, self.cross_norm, read, keys[1])
+    cache = None if heads is None else (cache, heads)
     return self.feed_forward(x, keys[2]), cache

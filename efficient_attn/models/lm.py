@@ -6,6 +6,7 @@ from flax import nnx
 
 from efficient_attn.config import LMConfig
 from efficient_attn.layers.cache import next_positions
+from efficient_attn.layers.context import Context
 from efficient_attn.layers.dropout import dropout
 from efficient_attn.layers.embed import POSITIONS, Embed
 from efficient_attn.layers.norm import NORMS
@@ -73,8 +74,7 @@ class LM(nnx.Module):
     x = dropout(x, self.dropout, keys[0])
     x, layers = self.stack(
       x,
-      positions=positions,
-      segment_ids=segment_ids,
+      Context(positions=positions, segment_ids=segment_ids),
       cache=cache and cache['layers'],
       key=keys[1],
     )

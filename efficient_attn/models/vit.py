@@ -8,6 +8,7 @@ from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError, ViTConfig, choose
+from efficient_attn.layers.context import Context
 from efficient_attn.layers.dropout import dropout
 from efficient_attn.layers.mixers import MIXERS, mixer_options
 from efficient_attn.layers.norm import NORMS
@@ -78,7 +79,7 @@ class ViT(nnx.Module):
       x = jnp.concatenate([cls, x], axis=1)
     keys = (None, None) if key is None else jax.random.split(key)
     x = dropout(x, self.dropout, keys[0])
-    x, _ = self.stack(x, key=keys[1])
+    x, _ = self.stack(x, Context(), key=keys[1])
     x = self.norm(x)
     x = x[:, 0] if self.cls is not None else jnp.mean(x, axis=1)
     return self.head(x).astype(jnp.float32)

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.config import Config
@@ -30,7 +29,7 @@ def make_train_step(
   def summed(params, batch, key):
     model = architecture.merge(params)
     sums = loss(model, batch, key)
-    return sums['objective'] + sums['weight'] * penalty(model), sums
+    return sums['objective'] + sums['weight'] * model.stack.penalty(), sums
 
   def gradients(params, batch, key):
     grad = jax.grad(summed, has_aux=True)
@@ -99,12 +98,6 @@ def make_eval_step(architecture: Architecture, loss: Callable) -> Callable:
 def evaluated_params(state: TrainState):
   """Returns the parameters to evaluate and to sample from."""
   return state.ema or eval_params(state.opt_state, state.params)
-
-
-def penalty(model: nnx.Module):
-  """What the mixers of a model add to the mean objective of a step."""
-  modules = (module for _, module in nnx.iter_modules(model))
-  return sum(m.penalty() for m in modules if hasattr(m, 'penalty'))
 
 
 def split(x: jax.Array, parts: int) -> jax.Array:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.config import LMConfig
+from efficient_attn.layers.context import Context
 from efficient_attn.layers.stack import Period, Stack
 
 
@@ -24,7 +25,7 @@ def stack(layers: int, **options) -> Stack:
   )
 
 
-run = functools.partial(Period.__call__, positions=None, segment_ids=None)
+run = functools.partial(Period.__call__, context=Context())
 
 
 def layer(x, period):

@@ -9,6 +9,7 @@ from flax import nnx
 
 from efficient_attn import config as configs
 from efficient_attn import data
+from efficient_attn.layers.context import Context
 from efficient_attn.train.grid import Grid, Run
 from efficient_attn.train.loss import cross_entropy
 from efficient_attn.train.state import Architecture
@@ -92,7 +93,5 @@ def activations(model: nnx.Module, tokens: np.ndarray) -> list[dict]:
     (_, raw, _), _ = block.mixer.qkv(y)
     query, key, value = block.mixer.project(y, None, None)
     found.append(dict(query=query, key=key, value=value, raw_key=raw))
-    x, _, _ = block(
-      x, positions=None, segment_ids=None, cache=None, key=None, shared={}
-    )
+    x, _, _ = block(x, Context(), None, None, {})
   return found

@@ -12,6 +12,7 @@ from efficient_attn import models
 from efficient_attn.config import ConfigError, LMConfig
 from efficient_attn.decode.eviction import POLICIES, Evicting, evict
 from efficient_attn.decode.generate import generate
+from efficient_attn.layers.context import Context
 from efficient_attn.layers.mixers.softmax.attention import Attention
 from efficient_attn.ops import masks
 from tests.launch.scripts import sample
@@ -266,7 +267,7 @@ def test_prompts_shorter_than_the_budget_fill_up():
   run = jax.jit(lambda mixer, x: mixer(x)[0])
   np.testing.assert_array_equal(run(small, x), run(mixer, x))
   with pytest.raises(NotImplementedError, match='unpacked'):
-    small(x, cache=cache, segment_ids=jnp.zeros((1, 8), int))
+    small(x, Context(segment_ids=jnp.zeros((1, 8), int)), cache)
 
 
 @pytest.mark.parametrize(

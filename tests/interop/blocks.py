@@ -291,7 +291,7 @@ def mlstm_layer() -> Pair:
     y = x @ w[f'{name}.weight'].T + w.get(f'{name}.bias', 0)
     return y.reshape(*x.shape[:2], *shape)
 
-  def ours(x, *, segment_ids=None, cache=None):
+  def ours(x, context=None, cache=None):
     cap = config.gate_soft_cap
     input_gate, forget = (
       cap * jnp.tanh(project(f'{name}gate_preact', x, N) / cap)
@@ -301,7 +301,7 @@ def mlstm_layer() -> Pair:
       *(project(name, x, N, -1) for name in 'qkv'),
       input_gate,
       jax.nn.log_sigmoid(forget),
-      segment_ids=segment_ids,
+      segment_ids=context and context.segment_ids,
       initial_state=cache,
       chunk_size=8,
     )

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from efficient_attn.layers.context import Context
 from tests.interop import oracles
 
 torch = pytest.importorskip('torch')
@@ -51,7 +52,7 @@ def test_packed_segments(name):
 
   p, x = pair(name), compare.inputs(T)
   ids = np.repeat(np.arange(len(LENGTHS)), LENGTHS)[None].repeat(B, 0)
-  y, _ = jax.jit(p.ours)(x, segment_ids=ids)
+  y, _ = jax.jit(p.ours)(x, Context(segment_ids=ids))
   cuts = itertools.pairwise(np.cumsum((0, *LENGTHS)))
   with torch.no_grad():
     expected = [p.theirs(torch.from_numpy(x[:, a:b])) for a, b in cuts]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from flax import nnx
 
+from efficient_attn.layers.context import Context
 from efficient_attn.layers.cross_attention import CrossAttention
 from tests.interop.pairs import D, N, Pair, build, into, put, randomize
 
@@ -241,8 +242,8 @@ def cross_attention(ours_query_scale, theirs, w, names):
   context = torch.randn(2, 11, D, generator=generator)
 
   def run(x, **kwargs):
-    keys_values = ours.context(jnp.asarray(context.numpy()[: x.shape[0]]))
-    return ours(x, keys_values), None
+    memory = jnp.asarray(context.numpy()[: x.shape[0]])
+    return ours(x, Context(memory=memory))
 
   return pair(run, lambda x: theirs(x, context[: x.shape[0]]))
 

@@ -11,6 +11,7 @@ import torch
 from flax import nnx
 
 from efficient_attn.config import ViTConfig
+from efficient_attn.layers.context import Context
 from efficient_attn.layers.stack import Block
 from tests.interop.pairs import D, N, Pair, put, randomize
 
@@ -44,9 +45,7 @@ def pair(ours: Block, theirs, parts: dict[str, str], w) -> Pair:
     put(module.bias, bias)
 
   def run(x):
-    y, cache, _ = ours(
-      x, positions=None, segment_ids=None, cache=None, key=None, shared=None
-    )
+    y, cache, _ = ours(x, Context(), None, None, None)
     return y, cache
 
   return Pair(run, theirs, lambda: None)

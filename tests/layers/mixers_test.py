@@ -13,6 +13,7 @@ from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError
+from efficient_attn.layers.context import Context
 from efficient_attn.layers.mixers import MIXERS, build_mixer, mixer_options
 
 B, T, D, N = 4, 24, 32, 4
@@ -162,7 +163,8 @@ def run(mixer, x, segment_ids=None):
     index = jnp.arange(x.shape[1])
     first = jax.lax.cummax(jnp.where(start != 0, index, 0), axis=1)
     positions = index - first
-  return mixer(x, positions=positions, segment_ids=segment_ids)[0]
+  context = Context(positions=positions, segment_ids=segment_ids)
+  return mixer(x, context)[0]
 
 
 # On a CPU a call without gradients takes the recurrent form of an op, one with

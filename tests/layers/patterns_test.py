@@ -10,6 +10,7 @@ from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError
+from efficient_attn.layers.context import Context
 from efficient_attn.ops import masks
 from tests.layers.built import built
 from tests.oracles import attention as oracle
@@ -26,8 +27,8 @@ def inputs(length=T, seed=7):
   return jax.random.normal(jax.random.key(seed), (B, length, D))
 
 
-def run(mixer, x, **options):
-  return jax.jit(lambda x: mixer(x, **options)[0])(x)
+def run(mixer, x, context=None):
+  return jax.jit(lambda x: mixer(x, context)[0])(x)
 
 
 def tile_order(height, width, tile):
@@ -196,7 +197,7 @@ def test_longformer_with_global_projections():
   np.testing.assert_allclose(run(mixer, x), expected, atol=2e-5)
   # Each segment has global tokens of its own.
   ids = jnp.asarray(np.repeat([1, 2, 3], [9, 1, 14]))[None].repeat(B, 0)
-  found = run(mixer, x, segment_ids=ids)
+  found = run(mixer, x, Context(segment_ids=ids))
   for start, stop in ((0, 9), (9, 10), (10, T)):
     alone = run(mixer, x[:, start:stop])
     np.testing.assert_allclose(found[:, start:stop], alone, atol=2e-6)
@@ -312,7 +313,7 @@ def test_dam():
   graphdef, params = nnx.split(mixer)
 
   def loss(params, key=None):
-    y, _ = nnx.merge(graphdef, params)(x, key=key)
+    y, _ = nnx.merge(graphdef, params).mix_tokens(x, Context(), None, key)
     return jnp.sum(jnp.sin(y))
 
   # With noise every diagonal has a gradient, without it those that are left.
@@ -400,4 +401,4 @@ def test_options_that_make_no_sense(name, options, message):
 def test_bigbird_of_an_encoder_refuses_packed_rows():
   ids = jnp.zeros((B, T), jnp.int32)
   with pytest.raises(NotImplementedError, match='bidirectional bigbird'):
-    make('bigbird', causal=False)(inputs(), segment_ids=ids)
+    make('bigbird', causal=False)(inputs(), Context(segment_ids=ids))

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from efficient_attn.config import ConfigError
+from efficient_attn.layers.context import Context
 from efficient_attn.layers.mixers import build_mixer
 from efficient_attn.layers.mixers.ungated.lightning import log_decays
 from tests.layers.built import built
@@ -39,7 +40,7 @@ def make(name, *, causal=True, noise=0.1, **options):
 
 
 def run(mixer, x, ids=None):
-  call = jax.jit(lambda mixer, x, ids: mixer(x, segment_ids=ids)[0])
+  call = jax.jit(lambda mixer, x, ids: mixer(x, Context(segment_ids=ids))[0])
   with jax.enable_x64(True):
     return np.asarray(call(*jax.tree.map(jnp.asarray, (mixer, x, ids))))
 
@@ -294,7 +295,7 @@ def test_cosformer_refuses_what_is_too_long():
     mixer(x)
   with pytest.raises(ConfigError, match='raise max_length'):
     mixer.init_cache(B, T, x.dtype)
-  call = lambda x, ids: mixer(x, segment_ids=ids)[0]  # noqa: E731
+  call = lambda x, ids: mixer(x, Context(segment_ids=ids))[0]  # noqa: E731
   assert jax.eval_shape(call, x[:, 1:], None).shape == (B, T - 1, D)
   assert jax.eval_shape(call, x, jnp.asarray(IDS)).shape == x.shape
 

@@ -12,6 +12,7 @@ from flax import nnx
 
 from efficient_attn import models, sharding
 from efficient_attn.config import ConfigError, LMConfig, ViTConfig
+from efficient_attn.layers.context import Context
 from tests.layers.built import filled
 from tests.layers.compact_cases import (
   B,
@@ -35,8 +36,8 @@ def test_a_shared_layer_reads_the_keys_of_another():
     def run(x, below):
       def read(below, x, **caches):
         cache, empty = caches.get('cache'), caches.get('empty')
-        y, cache, shared = source(below, cache=cache, shared={})
-        z, empty, passed = reader(x, cache=empty, shared=shared)
+        y, cache, shared = source.mix_sharing(below, Context(), cache, {})
+        z, empty, passed = reader.mix_sharing(x, Context(), empty, shared)
         assert passed is shared and not empty
         return (y, z), cache
 

@@ -9,18 +9,17 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from efficient_attn.layers.cache import (
   append,
   check_cacheable,
   next_positions,
 )
-from efficient_attn.layers.padding import without_padding
+from efficient_attn.layers.mixer import Mixer
 from efficient_attn.ops import masks
 
 
-class Compact(nnx.Module):
+class Compact(Mixer):
   """Token mixer [B, T, D] -> [B, T, D] that remembers `widths` of a token.
 
   A subclass sets both attributes, maps tokens to queries and what is remembered
@@ -30,21 +29,21 @@ class Compact(nnx.Module):
   causal: bool
   widths: Mapping[str, tuple[int, ...]]
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    x = without_padding(x, segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
+    positions = context.positions
     if positions is None:
       positions = next_positions(cache, x.shape[1])
     query, memory = self.project(x, positions)
     offset = 0
     if cache is not None:
-      check_cacheable(self.causal, segment_ids)
+      check_cacheable(self.causal, context.segment_ids)
       offset = cache['length']
       memory = {k: append(cache[k], new, offset) for k, new in memory.items()}
       cache = memory | dict(length=offset + x.shape[1])
     mask = masks.Causal(offset) if self.causal else None
-    if segment_ids is not None:
-      mask = masks.packed(mask, segment_ids)
+    if context.segment_ids is not None:
+      mask = masks.packed(mask, context.segment_ids)
     return self.attend(query, memory, mask), cache
 
   def project(self, x, positions):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.layers.conv import conv_taps
-from efficient_attn.layers.padding import without_padding
+from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.param import LowRank
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import GatedOutput, run_op
@@ -25,7 +25,7 @@ from efficient_attn.values import (
 )
 
 
-class GLA(nnx.Module):
+class GLA(Mixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(
@@ -63,11 +63,10 @@ class GLA(nnx.Module):
     self.state_shape = (num_heads, key_dim, value_dim)
     self.options = dict(bidirectional=not causal, chunk_size=chunk_size)
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    x = without_padding(x, segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
     qkv, tails = self.qkv(
-      x, segment_ids=segment_ids, tails=cache and cache['conv']
+      x, segment_ids=context.segment_ids, tails=cache and cache['conv']
     )
     gate = self.gate(x).astype(jnp.float32)
     q, k, v = qkv
@@ -75,7 +74,7 @@ class GLA(nnx.Module):
     o, state = run_op(
       linear_attention,
       dict(q=q, k=k, v=v, log_decay=log_decay),
-      segment_ids=segment_ids,
+      segment_ids=context.segment_ids,
       state=cache and cache['state'],
       **self.options,
     )

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.layers.head_norm import JointRMSNorm
-from efficient_attn.layers.padding import without_padding
+from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.slots import slot_attention
 from efficient_attn.values import ChunkSize, Positive, PositiveFloat
 
 
-class GSA(nnx.Module):
+class GSA(Mixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(
@@ -48,9 +48,8 @@ class GSA(nnx.Module):
     self.state_shape = (num_heads, num_slots, head_dim)
     self.chunk_size = chunk_size
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    x = without_padding(x, segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
     logits = self.decay(x).astype(jnp.float32)
     o, state = run_op(
       slot_attention,
@@ -60,7 +59,7 @@ class GSA(nnx.Module):
         v=jax.nn.silu(self.value(x)),
         log_decay=jax.nn.log_sigmoid(logits) / self.gate_temperature,
       ),
-      segment_ids=segment_ids,
+      segment_ids=context.segment_ids,
       state=cache,
       scale=1,
       chunk_size=self.chunk_size,

@@ -20,15 +20,15 @@ from flax import nnx
 from efficient_attn import sharding
 from efficient_attn.layers.cache import next_positions
 from efficient_attn.layers.headwise import split_heads
+from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.norm import LayerNorm
-from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.diagonal_scan import diagonal_scan
 from efficient_attn.values import BelowOne, ChunkSize, PositiveFloat
 
 
-class HGRN(nnx.Module):
+class HGRN(Mixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(
@@ -59,9 +59,8 @@ class HGRN(nnx.Module):
     self.shape = shape
     self.chunk_size = chunk_size
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    x = without_padding(x, segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
     length = x.shape[1]
     # Tokens turn one by one, whatever their positions are.
     turns = next_positions(cache, length)[:, None, None]
@@ -82,7 +81,7 @@ class HGRN(nnx.Module):
         x=jnp.concatenate([a * cos + b * sin, b * cos - a * sin], -1),
         log_decay=jnp.concatenate([log_decay, log_decay], -1),
       ),
-      segment_ids=segment_ids,
+      segment_ids=context.segment_ids,
       state=cache and cache['state'],
       chunk_size=self.chunk_size,
     )

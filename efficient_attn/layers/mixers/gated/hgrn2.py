@@ -13,14 +13,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.layers.head_norm import JointRMSNorm
-from efficient_attn.layers.padding import without_padding
+from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
 from efficient_attn.values import BelowOne, ChunkSize, PositiveFloat
 
 
-class HGRN2(nnx.Module):
+class HGRN2(Mixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(
@@ -45,9 +45,8 @@ class HGRN2(nnx.Module):
     self.state_shape = (num_heads, head_dim, head_dim)
     self.options = dict(bidirectional=not causal, chunk_size=chunk_size)
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    x = without_padding(x, segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
     logits = self.forget(x).astype(jnp.float32)
     k = (1 - self.lower_bound) * jax.nn.sigmoid(-logits)
     if self.lower_bound:
@@ -62,7 +61,7 @@ class HGRN2(nnx.Module):
         v=self.value(x),
         log_decay=log_decay,
       ),
-      segment_ids=segment_ids,
+      segment_ids=context.segment_ids,
       state=cache,
       scale=1,
       **self.options,

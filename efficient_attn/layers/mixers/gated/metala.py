@@ -15,14 +15,14 @@ from flax import nnx
 
 from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.head_norm import HeadLayerNorm
-from efficient_attn.layers.padding import without_padding
+from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
 from efficient_attn.values import ChunkSize, Positive, PositiveFloat
 
 
-class MetaLA(nnx.Module):
+class MetaLA(Mixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(
@@ -57,11 +57,10 @@ class MetaLA(nnx.Module):
     self.state_shape = (num_heads, key_dim, value_dim)
     self.chunk_size = chunk_size
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    x = without_padding(x, segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
     x, tail = self.conv(
-      x, segment_ids=segment_ids, state=cache and cache['conv']
+      x, segment_ids=context.segment_ids, state=cache and cache['conv']
     )
     logits = self.decay(x).astype(jnp.float32)
     log_decay = jax.nn.log_sigmoid(logits) / self.gate_temperature
@@ -70,7 +69,7 @@ class MetaLA(nnx.Module):
     o, state = run_op(
       linear_attention,
       dict(q=q, k=k.astype(x.dtype), v=v, log_decay=log_decay),
-      segment_ids=segment_ids,
+      segment_ids=context.segment_ids,
       state=cache and cache['state'],
       chunk_size=self.chunk_size,
     )

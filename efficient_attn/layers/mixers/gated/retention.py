@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.layers.cache import next_positions
-from efficient_attn.layers.padding import without_padding
+from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import GatedOutput, run_op
 from efficient_attn.ops.positions import rotary
@@ -20,7 +20,7 @@ from efficient_attn.ops.recurrent.linear_attention import linear_attention
 from efficient_attn.values import ChunkSize, Positive, PositiveFloat
 
 
-class Retention(nnx.Module):
+class Retention(Mixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(
@@ -50,9 +50,9 @@ class Retention(nnx.Module):
     self.state_shape = (num_heads, head_dim, value_dim)
     self.options = dict(bidirectional=not causal, chunk_size=chunk_size)
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    x = without_padding(x, segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
+    positions = context.positions
     length = x.shape[1]
     if positions is None:
       positions = next_positions(cache, length)
@@ -65,7 +65,7 @@ class Retention(nnx.Module):
         v=v,
         log_decay=log_gammas(self.state_shape[0]),
       ),
-      segment_ids=segment_ids,
+      segment_ids=context.segment_ids,
       state=cache and cache['state'],
       **self.options,
     )

@@ -16,7 +16,7 @@ from flax import nnx
 
 from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.headwise import Headwise
-from efficient_attn.layers.padding import without_padding
+from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.diagonal_scan import diagonal_scan
@@ -26,7 +26,7 @@ from efficient_attn.values import ChunkSize, Positive, PositiveFloat
 C = 8.0
 
 
-class RGLRU(nnx.Module):
+class RGLRU(Mixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(
@@ -58,11 +58,12 @@ class RGLRU(nnx.Module):
     self.shape = shape
     self.chunk_size = chunk_size
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    x = without_padding(x, segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
     value, tail = self.conv(
-      self.value(x), segment_ids=segment_ids, state=cache and cache['conv']
+      self.value(x),
+      segment_ids=context.segment_ids,
+      state=cache and cache['conv'],
     )
     r = self.recurrence_gate(value).astype(jnp.float32)
     i = jax.nn.sigmoid(self.input_gate(value).astype(jnp.float32))
@@ -75,7 +76,7 @@ class RGLRU(nnx.Module):
     h, state = run_op(
       diagonal_scan,
       dict(x=scale * i * value.astype(jnp.float32), log_decay=log_decay),
-      segment_ids=segment_ids,
+      segment_ids=context.segment_ids,
       state=cache and cache['state'],
       chunk_size=self.chunk_size,
     )

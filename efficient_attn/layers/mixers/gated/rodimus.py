@@ -16,14 +16,14 @@ from flax import nnx
 
 from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.head_norm import JointRMSNorm
-from efficient_attn.layers.padding import without_padding
+from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
 from efficient_attn.values import ChunkSize, Positive, PositiveFloat
 
 
-class Rodimus(nnx.Module):
+class Rodimus(Mixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(
@@ -59,12 +59,11 @@ class Rodimus(nnx.Module):
     self.state_shape = (num_heads, state_dim, value_dim)
     self.chunk_size = chunk_size
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    x = without_padding(x, segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
     u = self.up(x)
     c, tail = self.conv(
-      u, segment_ids=segment_ids, state=cache and cache['conv']
+      u, segment_ids=context.segment_ids, state=cache and cache['conv']
     )
     select = self.select(c).astype(jnp.float32)
     temper = jax.nn.sigmoid(self.temper(c).astype(jnp.float32))
@@ -78,7 +77,7 @@ class Rodimus(nnx.Module):
         v=u * jax.nn.sigmoid(self.write_up(self.write_down(u))),
         log_decay=-jax.nn.softplus(select) * temper,
       ),
-      segment_ids=segment_ids,
+      segment_ids=context.segment_ids,
       state=cache and cache['state'],
       layouts=dict.fromkeys(('q', 'k', 'log_decay'), 'BTH'),
       chunk_size=self.chunk_size,

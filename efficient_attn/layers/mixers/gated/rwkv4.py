@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.layers.headwise import split_heads
-from efficient_attn.layers.padding import without_padding
+from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.layers.token_shift import token_shift
@@ -23,7 +23,7 @@ from efficient_attn.ops.recurrent.wkv4 import wkv4
 from efficient_attn.values import ChunkSize, Fraction
 
 
-class RWKV4(nnx.Module):
+class RWKV4(Mixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring.
 
   `depth` is the place of the layer in its model, 0 for the first and 1 for the
@@ -62,11 +62,10 @@ class RWKV4(nnx.Module):
     self.shape, self.d_model = shape, d_model
     self.chunk_size = chunk_size
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    x = without_padding(x, segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
     previous, last = token_shift(
-      x, segment_ids=segment_ids, state=cache and cache['last']
+      x, segment_ids=context.segment_ids, state=cache and cache['last']
     )
 
     def mixed(mu):
@@ -82,7 +81,7 @@ class RWKV4(nnx.Module):
         log_decay=-jnp.exp(use(self.rate, jnp.float32)),
         bonus=use(self.bonus, jnp.float32),
       ),
-      segment_ids=segment_ids,
+      segment_ids=context.segment_ids,
       state=cache and cache['state'],
       chunk_size=self.chunk_size,
     )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.layers.head_norm import HeadLayerNorm
-from efficient_attn.layers.padding import without_padding
+from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.layers.token_shift import token_shift
@@ -24,7 +24,7 @@ from efficient_attn.values import ChunkSize, PositiveFloat
 DEPTH = 0.5
 
 
-class RWKV5(nnx.Module):
+class RWKV5(Mixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(
@@ -63,11 +63,10 @@ class RWKV5(nnx.Module):
     self.chunk_size = chunk_size
     self.d_model = d_model
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    x = without_padding(x, segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
     previous, last = token_shift(
-      x, segment_ids=segment_ids, state=cache and cache['shift']
+      x, segment_ids=context.segment_ids, state=cache and cache['shift']
     )
     r, k, v, g, log_decay = self.inputs(x, previous - x)
     o, state = run_op(
@@ -79,7 +78,7 @@ class RWKV5(nnx.Module):
         log_decay=log_decay,
         bonus=use(self.bonus, jnp.float32),
       ),
-      segment_ids=segment_ids,
+      segment_ids=context.segment_ids,
       state=cache and cache['state'],
       chunk_size=self.chunk_size,
     )

@@ -9,12 +9,12 @@ which is what recall needs beside a memory: pairs (key, value) become one token.
 from flax import nnx
 
 from efficient_attn.layers.conv import ShortConv
-from efficient_attn.layers.padding import without_padding
+from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.param import Projection
 from efficient_attn.values import Positive
 
 
-class BaseConv(nnx.Module):
+class BaseConv(Mixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(
@@ -33,11 +33,10 @@ class BaseConv(nnx.Module):
       {'gate': d_model}, conv_width, bias=True, activation=None, rngs=rngs
     )
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    x = without_padding(x, segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
     mixed, tail = self.conv(
-      x, segment_ids=segment_ids, state=cache and cache['conv']
+      x, segment_ids=context.segment_ids, state=cache and cache['conv']
     )
     cache = None if cache is None else dict(conv=tail)
     return self.project(x) * mixed, cache

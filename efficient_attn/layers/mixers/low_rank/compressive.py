@@ -18,7 +18,7 @@ from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError, choose
-from efficient_attn.layers.cache import refuse_segments
+from efficient_attn.layers.mixer import Mixer, refuse_segments
 from efficient_attn.layers.mixers.low_rank.transformer_xl import (
   RELATIVE,
   Relative,
@@ -38,7 +38,7 @@ COMPRESSIONS = {
 MEMORY = {0: '', 4: 'BSNH'}
 
 
-class Compressive(nnx.Module):
+class Compressive(Mixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(
@@ -78,9 +78,9 @@ class Compressive(nnx.Module):
       memory=mem_len, num_slots=compressed_len, rate=compression_rate
     )
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    refuse_segments('compressive', segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
+    refuse_segments('compressive', context)
     heads, _ = self.qkv(x)
     state, tail = (None, None) if cache is None else cache
 

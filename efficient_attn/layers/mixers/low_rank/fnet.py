@@ -11,10 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn import sharding
-from efficient_attn.layers.cache import refuse_cache, refuse_segments
+from efficient_attn.layers.mixer import (
+  WholeMixer,
+)
 
 
-class FNet(nnx.Module):
+class FNet(WholeMixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(
@@ -22,17 +24,11 @@ class FNet(nnx.Module):
   ):
     pass  # nothing to learn
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    refuse_cache('fnet', cache)
-    refuse_segments('fnet', segment_ids)
+  def mix_whole(self, x, context):
+    """Mixes tokens; see `layers.mixer` for the contract."""
 
     def op(x):
       wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
       return jnp.fft.fft2(wide, axes=(1, 2)).real.astype(x.dtype)
 
-    return sharding.local_op(op, ('BTD',), 'BTD')(x), None
-
-  def init_cache(self, batch: int, max_len: int, dtype):
-    """Refuses: there is no next token."""
-    refuse_cache('fnet', max_len)
+    return sharding.local_op(op, ('BTD',), 'BTD')(x)

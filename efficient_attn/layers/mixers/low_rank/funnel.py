@@ -20,7 +20,9 @@ from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.config import choose
-from efficient_attn.layers.cache import refuse_cache, refuse_segments
+from efficient_attn.layers.mixer import (
+  WholeMixer,
+)
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.ops.pooling import mean_pool, repeat
@@ -29,7 +31,7 @@ from efficient_attn.ops.softmax.attention import attention
 from efficient_attn.values import Positive
 
 
-class Funnel(nnx.Module):
+class Funnel(WholeMixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(
@@ -54,10 +56,9 @@ class Funnel(nnx.Module):
     self.position = position
     self.implementation = implementation
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    refuse_cache('funnel', cache)
-    refuse_segments('funnel', segment_ids)
+  def mix_whole(self, x, context):
+    """Mixes tokens; see `layers.mixer` for the contract."""
+    positions = context.positions
     length = x.shape[1]
     pool = functools.partial(mean_pool, size=self.pool_size)
     pooled = sharding.local_op(pool, ('BTD',), 'BTD')(x)
@@ -77,8 +78,4 @@ class Funnel(nnx.Module):
       query, key, value
     )
     widen = functools.partial(repeat, size=self.pool_size, length=length)
-    return sharding.local_op(widen, ('BTD',), 'BTD')(self.out(o)), None
-
-  def init_cache(self, batch: int, max_len: int, dtype):
-    """Refuses: there is no next token."""
-    refuse_cache('funnel', max_len)
+    return sharding.local_op(widen, ('BTD',), 'BTD')(self.out(o))

@@ -15,14 +15,16 @@ from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError
-from efficient_attn.layers.cache import refuse_cache, refuse_segments
+from efficient_attn.layers.mixer import (
+  WholeMixer,
+)
 from efficient_attn.layers.norm import RMSNorm
 from efficient_attn.layers.param import Projection, fan_in_normal, param, use
 from efficient_attn.ops.low_rank.lambda_layer import lambda_layer
 from efficient_attn.values import Positive
 
 
-class LambdaNetwork(nnx.Module):
+class LambdaNetwork(WholeMixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(
@@ -51,10 +53,8 @@ class LambdaNetwork(nnx.Module):
     embedding = jax.random.normal(rngs.params(), (window, key_dim))
     self.embedding = param(embedding, (None, None), weight_decay=False)
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    refuse_cache('lambda', cache)
-    refuse_segments('lambda', segment_ids)
+  def mix_whole(self, x, context):
+    """Mixes tokens; see `layers.mixer` for the contract."""
     op = sharding.local_op(lambda_layer, ('BTNX', 'BTX', 'BTV', 'WX'), 'BTNV')
     o = op(
       self.query_norm(self.query(x)),
@@ -63,8 +63,4 @@ class LambdaNetwork(nnx.Module):
       use(self.embedding, x.dtype),
     )
     o = sharding.constrain(o, 'batch', None, None, None)
-    return o.reshape(x.shape), None
-
-  def init_cache(self, batch: int, max_len: int, dtype):
-    """Refuses: there is no next token."""
-    refuse_cache('lambda', max_len)
+    return o.reshape(x.shape)

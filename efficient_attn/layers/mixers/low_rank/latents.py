@@ -20,18 +20,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn import sharding
-from efficient_attn.layers.cache import refuse_cache, refuse_segments
+from efficient_attn.layers.context import Context
 from efficient_attn.layers.cross_attention import CrossAttention
 from efficient_attn.layers.ffn import MLP
+from efficient_attn.layers.mixer import (
+  WholeMixer,
+)
 from efficient_attn.layers.norm import LayerNorm
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.values import Positive
 
 
-class Latents(nnx.Module):
+class Latents(WholeMixer):
   """What the two share: the latents, and reading them back."""
-
-  name: str
 
   def __init__(self, *, d_model, num_heads, rngs, num_latents, implementation):
     # As in the Perceiver: a normal cut at 2 of standard deviation 0.02.
@@ -43,24 +44,16 @@ class Latents(nnx.Module):
       d_model, num_heads, rngs=rngs, implementation=implementation
     )
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    refuse_cache(self.name, cache)
-    refuse_segments(self.name, segment_ids)
+  def mix_whole(self, x, context):
+    """Mixes tokens; see `layers.mixer` for the contract."""
     latents = use(self.latents, x.dtype)
     latents = jnp.broadcast_to(latents, (x.shape[0], *latents.shape))
     latents = self.summary(sharding.constrain(latents, 'batch', None, None), x)
-    return self.read(x, self.read.context(latents)), None
-
-  def init_cache(self, batch: int, max_len: int, dtype):
-    """Refuses: there is no next token."""
-    refuse_cache(self.name, max_len)
+    return read(self.read, x, latents)
 
 
 class Perceiver(Latents):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
-
-  name = 'perceiver'
 
   def __init__(
     self,
@@ -106,15 +99,13 @@ class LatentLayer(nnx.Module):
   def __call__(self, latents, tokens=None):
     """Maps latents [B, L, D] to the same shape."""
     query = self.norm(latents)
-    context = self.attention.context(query if tokens is None else tokens)
-    latents = latents + self.attention(query, context)
+    memory = query if tokens is None else tokens
+    latents = latents + read(self.attention, query, memory)
     return latents + self.mlp(self.mlp_norm(latents))
 
 
 class SetTransformer(Latents):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
-
-  name = 'set_transformer'
 
   def __init__(
     self,
@@ -138,6 +129,10 @@ class SetTransformer(Latents):
 
   def summary(self, latents, x):
     """Returns the multihead attention block MAB(latents, x)."""
-    read = self.attention(latents, self.attention.context(x))
-    latents = self.norm(latents + read)
+    latents = self.norm(latents + read(self.attention, latents, x))
     return self.feed_norm(latents + jax.nn.relu(self.feed(latents)))
+
+
+def read(attention: CrossAttention, x, memory) -> jax.Array:
+  """What x [B, T, D] reads in a memory [B, S, D]."""
+  return attention(x, Context(memory=memory))[0]

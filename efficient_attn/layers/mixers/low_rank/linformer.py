@@ -15,14 +15,16 @@ from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError
-from efficient_attn.layers.cache import refuse_cache, refuse_segments
+from efficient_attn.layers.mixer import (
+  WholeMixer,
+)
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.ops.softmax.attention import attention
 from efficient_attn.values import Positive
 
 
-class Linformer(nnx.Module):
+class Linformer(WholeMixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(
@@ -52,10 +54,8 @@ class Linformer(nnx.Module):
     )
     self.implementation = implementation
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    refuse_cache('linformer', cache)
-    refuse_segments('linformer', segment_ids)
+  def mix_whole(self, x, context):
+    """Mixes tokens; see `layers.mixer` for the contract."""
     length, max_len = x.shape[1], self.key_rows.shape[1]
     if length > max_len:
       raise ConfigError(
@@ -71,8 +71,4 @@ class Linformer(nnx.Module):
     rows = [
       use(p, x.dtype)[:, :length] for p in (self.key_rows, self.value_rows)
     ]
-    return self.out(op(*self.qkv(x)[0], *rows)), None
-
-  def init_cache(self, batch: int, max_len: int, dtype):
-    """Refuses: there is no next token."""
-    refuse_cache('linformer', max_len)
+    return self.out(op(*self.qkv(x)[0], *rows))

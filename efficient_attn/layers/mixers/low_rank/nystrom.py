@@ -12,7 +12,9 @@ from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError
-from efficient_attn.layers.cache import refuse_cache, refuse_segments
+from efficient_attn.layers.mixer import (
+  WholeMixer,
+)
 from efficient_attn.layers.param import Projection, fan_in_normal, param, use
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.ops.low_rank.banded_conv import banded_conv
@@ -20,7 +22,7 @@ from efficient_attn.ops.low_rank.nystrom import nystrom_attention
 from efficient_attn.values import NonNegative, Positive
 
 
-class Nystrom(nnx.Module):
+class Nystrom(WholeMixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(
@@ -57,10 +59,8 @@ class Nystrom(nnx.Module):
       implementation=implementation,
     )
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    refuse_cache('nystrom', cache)
-    refuse_segments('nystrom', segment_ids)
+  def mix_whole(self, x, context):
+    """Mixes tokens; see `layers.mixer` for the contract."""
 
     def op(query, key, value, taps):
       out = nystrom_attention(query, key, value, **self.options)
@@ -68,8 +68,4 @@ class Nystrom(nnx.Module):
 
     op = sharding.local_op(op, ('BTNH',) * 3 + ('WN',), 'BTNV')
     taps = None if self.taps is None else use(self.taps, x.dtype)
-    return self.out(op(*self.qkv(x)[0], taps)), None
-
-  def init_cache(self, batch: int, max_len: int, dtype):
-    """Refuses: there is no next token."""
-    refuse_cache('nystrom', max_len)
+    return self.out(op(*self.qkv(x)[0], taps))

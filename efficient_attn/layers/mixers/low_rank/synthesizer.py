@@ -18,7 +18,8 @@ from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError, choose
-from efficient_attn.layers.cache import append, refuse_segments
+from efficient_attn.layers.cache import append
+from efficient_attn.layers.mixer import Mixer, refuse_segments
 from efficient_attn.layers.param import Projection, fan_in_normal, param, use
 from efficient_attn.ops.low_rank import synthesizer as ops
 from efficient_attn.ops.softmax.logits import attend_logits, heads_first
@@ -27,7 +28,7 @@ from efficient_attn.values import Positive
 KINDS = ('dense', 'factorized_dense', 'random', 'factorized_random')
 
 
-class Synthesizer(nnx.Module):
+class Synthesizer(Mixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(
@@ -78,9 +79,9 @@ class Synthesizer(nnx.Module):
     self.kind = kind
     self.max_len = max_len
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    refuse_segments('synthesizer', segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
+    refuse_segments('synthesizer', context)
     value, offset = self.value(x), 0
     if cache is not None:
       if not self.causal:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn import sharding
-from efficient_attn.layers.padding import without_padding
+from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.param import Projection, fan_in_normal, param, use
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.ops.softmax import relative_attention as ops
@@ -25,7 +25,7 @@ from efficient_attn.values import Positive
 MEMORY = {1: 'B', 4: 'BSNH'}
 
 
-class TransformerXL(nnx.Module):
+class TransformerXL(Mixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(
@@ -47,9 +47,9 @@ class TransformerXL(nnx.Module):
     self.heads = heads
     self.mem_len = mem_len
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    x = without_padding(x, segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
+    segment_ids = context.segment_ids
     if cache is not None and not self.causal:
       raise NotImplementedError('an encoder has no cache; use causal=True')
 

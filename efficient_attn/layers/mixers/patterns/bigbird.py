@@ -10,7 +10,7 @@ first `num_global` tokens of the sequence are, which the model puts there. All
 heads share the random blocks, drawn once from `seed`. O(T block_size).
 """
 
-from efficient_attn.layers.cache import refuse_segments
+from efficient_attn.layers.mixer import refuse_segments
 from efficient_attn.layers.mixers.softmax.attention import Attention
 from efficient_attn.ops import masks
 from efficient_attn.values import NonNegative, Positive, Seed
@@ -34,13 +34,13 @@ class BigBird(Attention):
     self.num_global = num_global
     self.seed = seed
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
+  mix_sharing = None  # its keys and values are not those of attention
+
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
     if not self.causal:  # the last block and the draw belong to the whole row
-      refuse_segments('a bidirectional bigbird', segment_ids)
-    return super().__call__(
-      x, positions=positions, segment_ids=segment_ids, cache=cache
-    )
+      refuse_segments('a bidirectional bigbird', context)
+    return Attention.mix_sharing(self, x, context, cache, None)[:2]
 
   def pattern(self, length: int) -> masks.Mask:
     """Window, random and global blocks."""

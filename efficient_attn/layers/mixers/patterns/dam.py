@@ -19,7 +19,6 @@ import jax.numpy as jnp
 
 from efficient_attn.layers.cache import extend
 from efficient_attn.layers.mixers.softmax.attention import Attention
-from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import param, use
 from efficient_attn.ops import masks, scores
 from efficient_attn.values import NonNegativeFloat, Positive, PositiveFloat
@@ -42,11 +41,11 @@ class DAM(Attention):
     self.temperature = temperature
     self.penalty_weight = penalty_weight
 
-  def __call__(
-    self, x, *, positions=None, segment_ids=None, cache=None, key=None
-  ):
-    """Mixes tokens; see `layers.mixers`. `key` draws the noise of the mask."""
-    x = without_padding(x, segment_ids)
+  mix_sharing = None  # its keys and values are not those of attention
+
+  def mix_tokens(self, x, context, cache, key=None):
+    """Mixes tokens; see `layers.mixer`. `key` draws the noise of the mask."""
+    positions, segment_ids = context.positions, context.segment_ids
     query, keys, value = self.project(x, positions, cache)
     if cache is not None:
       self.check_cacheable(segment_ids)

@@ -16,7 +16,6 @@ from efficient_attn import sharding
 from efficient_attn.config import ConfigError, choose
 from efficient_attn.layers.cache import append, extend
 from efficient_attn.layers.mixers.softmax.attention import Attention
-from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import clip_to_unit, param, use
 from efficient_attn.ops import masks
 from efficient_attn.values import NonNegative, NonNegativeFloat, Positive
@@ -56,25 +55,26 @@ class DuoAttention(Attention):
     self.full_heads = full_heads
     self.penalty_weight = penalty_weight
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    x = without_padding(x, segment_ids)
-    heads = self.project(x, positions, cache)
+  mix_sharing = None  # its keys and values are not those of attention
+
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
+    heads = self.project(x, context.positions, cache)
     if cache is not None:
-      self.check_cacheable(segment_ids)
+      self.check_cacheable(context.segment_ids)
     if self.alpha is not None:
-      o, cache = self.mix(*heads, segment_ids, cache)
+      o, cache = self.mix_gated(*heads, context.segment_ids, cache)
       return self.output(o, x), cache
     reads, after = [], {}
     for part, run in (('full', self.read_all), ('streaming', self.stream)):
       past = cache and dict(cache[part], length=cache['length'])
-      o, after[part] = run(*self.part(part, *heads), segment_ids, past)
+      o, after[part] = run(*self.part(part, *heads), context.segment_ids, past)
       reads.append(o)
     if cache is not None:
       cache = dict(after, length=cache['length'] + x.shape[1])
     return self.output(jnp.concatenate(reads, axis=2), x), cache
 
-  def mix(self, query, key, value, segment_ids, cache):
+  def mix_gated(self, query, key, value, segment_ids, cache):
     """Every head both ways, mixed by its gate."""
     near = masks.streaming(self.num_sinks, self.window)
     key, value, cache, offset = extend(cache, key, value)

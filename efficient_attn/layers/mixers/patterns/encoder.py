@@ -1,6 +1,6 @@
 """What attention over a fixed grid of tokens shares: whole sequences only."""
 
-from efficient_attn.layers.cache import refuse_cache, refuse_segments
+from efficient_attn.layers.mixer import refuse_cache, refuse_segments
 from efficient_attn.layers.mixers.softmax.attention import Attention
 
 
@@ -14,17 +14,20 @@ class Encoder(Attention):
   def __init__(self, *, position: str = 'none', **options):
     super().__init__(position=position, **options)
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
+  mix_sharing = None  # its keys and values are not those of attention
+
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
     name = type(self).__name__
-    refuse_cache(name, cache)
-    refuse_segments(name, segment_ids)
-    heads = self.project(x, positions, None)
+    if cache is not None:
+      refuse_cache(name)
+    refuse_segments(name, context)
+    heads = self.project(x, context.positions, None)
     return self.attend(*heads, self.pattern(x.shape[1]), 0, x), None
 
   def init_cache(self, batch: int, max_len: int, dtype):
     """Refuses: there is no next token."""
-    refuse_cache(type(self).__name__, max_len)
+    refuse_cache(type(self).__name__)
 
 
 def per_axis(value: int | tuple[int, ...], axes: int) -> tuple[int, ...]:

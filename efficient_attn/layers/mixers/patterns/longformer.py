@@ -11,7 +11,6 @@ read the global tokens through the usual ones. O(T (window + num_global)).
 
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixers.softmax.attention import Attention
-from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.ops import masks
 from efficient_attn.values import NonNegative, Positive
@@ -51,15 +50,14 @@ class Longformer(Attention):
     self.dilation = dilation
     self.num_global = num_global
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    x = without_padding(x, segment_ids)
+  mix_sharing = None  # its keys and values are not those of attention
+
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
     if self.global_qkv is None:
-      return super().__call__(
-        x, positions=positions, segment_ids=segment_ids, cache=cache
-      )
+      return Attention.mix_sharing(self, x, context, cache, None)[:2]
     if cache is not None:
-      self.check_cacheable(segment_ids)
+      self.check_cacheable(context.segment_ids)
     # Each row is in one of the masks, and zero where it is not.
     first = masks.Leading(self.num_global)
     o = 0
@@ -67,9 +65,9 @@ class Longformer(Attention):
       (self.qkv, self.pattern(x.shape[1]) & ~first),
       (self.global_qkv, first),
     ):
-      if segment_ids is not None:
-        mask = masks.packed(mask, segment_ids)
-      heads = self.project(x, positions, None, qkv)
+      if context.segment_ids is not None:
+        mask = masks.packed(mask, context.segment_ids)
+      heads = self.project(x, context.positions, None, qkv)
       o = o + self.read(*heads, mask, 0)
     return self.output(o, x), None
 

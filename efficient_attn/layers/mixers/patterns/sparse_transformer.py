@@ -47,13 +47,13 @@ class SparseTransformer(Attention):
     if kind == 'fixed':
       self.sizes |= dict(summary=summary)
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    whole = cache is None and segment_ids is None
+  mix_sharing = None  # its keys and values are not those of attention
+
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
+    whole = cache is None and context.segment_ids is None
     if not whole or self.sinks is not None or self.bias(0) is not None:
-      return super().__call__(
-        x, positions=positions, segment_ids=segment_ids, cache=cache
-      )
+      return Attention.mix_sharing(self, x, context, cache, None)[:2]
 
     def op(query, key, value):
       return KINDS[self.kind](
@@ -61,7 +61,7 @@ class SparseTransformer(Attention):
       )
 
     op = sharding.local_op(op, ('BTNH', 'BTKH', 'BTKV'), 'BTNV')
-    return self.output(op(*self.project(x, positions, None)), x), None
+    return self.output(op(*self.project(x, context.positions, None)), x), None
 
   def pattern(self, length: int) -> masks.Mask:
     """Both halves."""

@@ -13,8 +13,9 @@ import functools
 
 import jax
 
-from efficient_attn.layers.cache import refuse_cache, refuse_segments
-from efficient_attn.layers.mixers.routed.heads import GroupedHeads, shard
+from efficient_attn import sharding
+from efficient_attn.layers.mixer import WholeMixer
+from efficient_attn.layers.mixers.routed.heads import GroupedHeads
 from efficient_attn.ops.routed.clustered_attention import (
   clustered_attention,
   hamming_clusters,
@@ -22,7 +23,7 @@ from efficient_attn.ops.routed.clustered_attention import (
 from efficient_attn.values import Positive, Seed
 
 
-class Clustered(GroupedHeads):
+class Clustered(WholeMixer, GroupedHeads):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(
@@ -42,27 +43,21 @@ class Clustered(GroupedHeads):
     self.iterations = iterations
     self.seed = seed
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    refuse_segments('clustered', segment_ids)
-    refuse_cache('clustered', cache)
+  def mix_whole(self, x, context):
+    """Mixes tokens; see `layers.mixer` for the contract."""
     number = min(self.num_clusters, x.shape[1])
     find = functools.partial(
       hamming_clusters, num_clusters=number, iterations=self.iterations
     )
 
-    def op(query, key, value, projections, cache):
+    def op(query, key, value, projections):
       clusters = find(jax.lax.stop_gradient(query), projections)
       return clustered_attention(
         query, key, value, clusters, num_clusters=number, top_k=self.top_k
-      ), cache
+      )
 
     shape = (*self.heads, self.num_bits)
     projections = jax.random.normal(jax.random.key(self.seed), shape)
-    op = shard(op, ('BTNH', 'BTKH', 'BTKV', 'N__'))
-    o, cache = op(*self.project(x, positions, cache), projections, cache)
-    return self.out(o), cache
-
-  def init_cache(self, batch: int, max_len: int, dtype):
-    """Raises: there is none."""
-    refuse_cache('clustered', max_len)
+    op = sharding.local_op(op, ('BTNH', 'BTKH', 'BTKV', 'N__'), 'BTNV')
+    heads = self.project(x, context.positions, None)
+    return self.out(op(*heads, projections))

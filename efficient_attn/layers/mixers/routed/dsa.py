@@ -24,7 +24,6 @@ from efficient_attn.layers.mixers.routed.heads import (
   shard,
 )
 from efficient_attn.layers.norm import LayerNorm
-from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection
 from efficient_attn.ops.positions import rotary
 from efficient_attn.ops.routed.dsa import dsa_attention
@@ -55,10 +54,9 @@ class DSA(GroupedHeads):
     self.scale = (index_heads * index_dim) ** -0.5
     self.top_k = top_k
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    x = without_padding(x, segment_ids)
-    self.check_cacheable(cache, segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
+    self.check_cacheable(cache, context.segment_ids)
     attend = functools.partial(
       dsa_attention, top_k=self.top_k, causal=self.causal
     )
@@ -76,9 +74,9 @@ class DSA(GroupedHeads):
 
     heads = 'BTNH', 'BTKH', 'BTKV', 'BTJI', 'BTI', 'BTJ', 'BT'
     op = shard(op, heads, ('BTNV', 'BTN'))
-    projected = self.project(x, positions, cache)
-    index = self.index(jax.lax.stop_gradient(x), positions, cache)
-    (o, loss), cache = op(*projected, *index, segment_ids, cache)
+    projected = self.project(x, context.positions, cache)
+    index = self.index(jax.lax.stop_gradient(x), context.positions, cache)
+    (o, loss), cache = op(*projected, *index, context.segment_ids, cache)
     # The loss of every shard of heads: only its gradient matters.
     return attach(self.out(o), jnp.mean(loss, -1)), cache
 

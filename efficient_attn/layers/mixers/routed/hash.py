@@ -24,7 +24,6 @@ from efficient_attn.layers.mixers.routed.heads import (
   attach,
   shard,
 )
-from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import fan_in_normal, param, use
 from efficient_attn.ops.routed import hash_attention as ops
 from efficient_attn.values import Positive
@@ -68,9 +67,9 @@ class Hash(GroupedHeads):
     self.top_k = top_k
     self.num_bits = num_bits
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    x = without_padding(x, segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
+    segment_ids = context.segment_ids
     self.check_cacheable(cache, segment_ids)
     attend = functools.partial(
       ops.hash_attention, top_k=self.top_k, causal=self.causal
@@ -89,7 +88,7 @@ class Hash(GroupedHeads):
 
     heads = 'BTNH', 'BTKH', 'BTKV', 'N__', 'N__', 'BT'
     op = shard(op, heads, ('BTNV', 'BTN'))
-    projected = self.project(x, positions, cache)
+    projected = self.project(x, context.positions, cache)
     mlps = (mlp.weights() for mlp in (self.query_bits, self.key_bits))
     (o, loss), cache = op(*projected, *mlps, segment_ids, cache)
     return attach(self.out(o), jnp.sum(loss, -1)), cache

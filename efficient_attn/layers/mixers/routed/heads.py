@@ -14,6 +14,7 @@ from efficient_attn.layers.cache import (
   empty_keys,
   next_positions,
 )
+from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.ops.positions import rotary
@@ -22,7 +23,7 @@ from efficient_attn.values import NonNegative, PositiveFloat
 POSITIONS = {'none': False, 'rotary': True}
 
 
-class Routed(nnx.Module):
+class Routed(Mixer):
   """Rotation of heads, the way back to the model, and a cache of heads."""
 
   def __init__(

@@ -13,7 +13,8 @@ import functools
 
 import jax.numpy as jnp
 
-from efficient_attn.layers.cache import extend, refuse_segments
+from efficient_attn.layers.cache import extend
+from efficient_attn.layers.mixer import refuse_segments
 from efficient_attn.layers.mixers.routed.heads import GroupedHeads, shard
 from efficient_attn.ops.routed.moba import moba_attention
 from efficient_attn.values import Positive
@@ -29,9 +30,9 @@ class MoBA(GroupedHeads):
     self.block_size = block_size
     self.top_k = top_k
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    refuse_segments('moba', segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
+    refuse_segments('moba', context)
     self.check_cacheable(cache)
     attend = functools.partial(
       moba_attention,
@@ -51,7 +52,7 @@ class MoBA(GroupedHeads):
       return attend(query, key, value, offset=offset, sums=sums), cache
 
     op = shard(op, ('BTNH', 'BTKH', 'BTKV'))
-    o, cache = op(*self.project(x, positions, cache), cache)
+    o, cache = op(*self.project(x, context.positions, cache), cache)
     return self.out(o), cache
 
   def init_cache(self, batch: int, max_len: int, dtype):

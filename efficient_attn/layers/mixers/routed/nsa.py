@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_attn.layers.cache import extend, refuse_segments
+from efficient_attn.layers.cache import extend
+from efficient_attn.layers.mixer import refuse_segments
 from efficient_attn.layers.mixers.routed.heads import GroupedHeads, shard
 from efficient_attn.layers.param import Projection, fan_in_normal, param, use
 from efficient_attn.ops.routed import nsa
@@ -74,10 +75,10 @@ class NSA(GroupedHeads):
     )
     nsa.check_sizes(self.sizes)
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    refuse_segments('nsa', segment_ids)
-    rotate = self.rotation(x, positions, cache)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
+    refuse_segments('nsa', context)
+    rotate = self.rotation(x, context.positions, cache)
     (plain_query, key, value), _ = self.qkv(x)
     near = self.window(x)
     near = jnp.stack([rotate(near[..., 0, :]), near[..., 1, :]], -2)

@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from efficient_attn.config import ConfigError
-from efficient_attn.layers.cache import append, extend, refuse_segments
+from efficient_attn.layers.cache import append, extend
+from efficient_attn.layers.mixer import refuse_segments
 from efficient_attn.layers.mixers.routed.heads import Routed, shard
 from efficient_attn.layers.norm import l2_normalize
 from efficient_attn.layers.param import Projection
@@ -55,9 +56,9 @@ class Reformer(Routed):
     self.chunk_size = chunk_size
     self.seed = seed
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    refuse_segments('reformer', segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
+    refuse_segments('reformer', context)
     self.check_cacheable(cache)
     attend = functools.partial(
       lsh_attention,
@@ -76,7 +77,7 @@ class Reformer(Routed):
       return attend(query, key, value, buckets, offset=offset), cache
 
     plain = self.query(x)
-    query = self.rotation(x, positions, cache)(plain)
+    query = self.rotation(x, context.positions, cache)(plain)
     op = shard(op, ('BTNH', 'BTNH', 'BTNV', 'N___'))
     o, cache = op(plain, query, self.value(x), self.rotations(), cache)
     return self.out(o), cache

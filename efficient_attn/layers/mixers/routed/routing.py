@@ -21,7 +21,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from efficient_attn.layers.cache import append, extend, refuse_segments
+from efficient_attn.layers.cache import append, extend
+from efficient_attn.layers.mixer import refuse_segments
 from efficient_attn.layers.mixers.routed.heads import Routed, attach, shard
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.ops.routed import routing_attention as ops
@@ -60,11 +61,11 @@ class Routing(Routed):
     self.num_clusters = num_clusters
     self.cluster_size = cluster_size
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    refuse_segments('routing', segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
+    refuse_segments('routing', context)
     self.check_cacheable(cache)
-    rotate = self.rotation(x, positions, cache)
+    rotate = self.rotation(x, context.positions, cache)
     query = ops.normalize(self.query(x))
     key = query if self.key is None else ops.normalize(self.key(x))
     op = shard(

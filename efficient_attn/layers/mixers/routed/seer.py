@@ -17,7 +17,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from efficient_attn.layers.cache import extend, refuse_segments
+from efficient_attn.layers.cache import extend
+from efficient_attn.layers.mixer import refuse_segments
 from efficient_attn.layers.mixers.routed.heads import (
   GroupedHeads,
   attach,
@@ -49,12 +50,12 @@ class Seer(GroupedHeads):
     self.block_size = block_size
     self.top_k = top_k
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    refuse_segments('seer', segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
+    refuse_segments('seer', context)
     self.check_cacheable(cache)
     (query, key, value), _ = self.qkv(x)
-    rotate = self.rotation(x, positions, cache)
+    rotate = self.rotation(x, context.positions, cache)
     gates = (use(p, x.dtype) for p in (self.gate_query, self.gate_key))
     heads = 'BTNH', 'BTNH', 'BTKH', 'BTKH', 'BTKV', 'N__', 'N__'
     op = shard(self.attend, heads, ('BTNV', 'BTN'))

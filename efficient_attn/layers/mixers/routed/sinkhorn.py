@@ -22,7 +22,8 @@ import jax.numpy as jnp
 
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError
-from efficient_attn.layers.cache import extend, refuse_segments
+from efficient_attn.layers.cache import extend
+from efficient_attn.layers.mixer import refuse_segments
 from efficient_attn.layers.mixers.routed.heads import (
   LEAVES,
   GroupedHeads,
@@ -66,9 +67,9 @@ class Sinkhorn(GroupedHeads):
     self.iterations = iterations
     self.temperature = temperature
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    refuse_segments('sinkhorn', segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
+    refuse_segments('sinkhorn', context)
     self.check_cacheable(cache)
     length = x.shape[1] if cache is None else cache['key'].shape[1]
     number = -(-length // self.block_size)
@@ -106,7 +107,7 @@ class Sinkhorn(GroupedHeads):
       return attend(query, key, value, order, offset=offset), cache
 
     op = shard(op, ('BTNH', 'BTKH', 'BTKV', 'BTK_', 'B_'))
-    projected = self.project(x, positions, cache)
+    projected = self.project(x, context.positions, cache)
     o, cache = op(*projected, logits, total, cache)
     return self.out(o), cache
 

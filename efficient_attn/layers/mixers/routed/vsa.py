@@ -12,14 +12,15 @@ cube)^2).
 import functools
 import math
 
-from efficient_attn.layers.cache import refuse_cache, refuse_segments
-from efficient_attn.layers.mixers.routed.heads import GroupedHeads, shard
+from efficient_attn import sharding
+from efficient_attn.layers.mixer import WholeMixer
+from efficient_attn.layers.mixers.routed.heads import GroupedHeads
 from efficient_attn.layers.param import Projection
 from efficient_attn.ops.routed.vsa import cut, vsa_attention
 from efficient_attn.values import Positive
 
 
-class VSA(GroupedHeads):
+class VSA(WholeMixer, GroupedHeads):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(
@@ -40,24 +41,14 @@ class VSA(GroupedHeads):
     self.cube = tuple(cube) if grid else (math.prod(cube),)
     self.top_k = top_k
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    refuse_segments('vsa', segment_ids)
-    refuse_cache('vsa', cache)
+  def mix_whole(self, x, context):
+    """Mixes tokens; see `layers.mixer` for the contract."""
     attend = functools.partial(
       vsa_attention,
       cubes=cut(self.grid or x.shape[1:2], self.cube),
       top_k=self.top_k,
     )
-
-    def op(query, key, value, coarse, fine, cache):
-      return attend(query, key, value, coarse, fine), cache
-
-    op = shard(op, ('BTNH', 'BTKH', 'BTKV', 'BTNV', 'BTNV'))
-    gates = self.coarse_gate(x), self.fine_gate(x)
-    o, cache = op(*self.project(x, positions, cache), *gates, cache)
-    return self.out(o), cache
-
-  def init_cache(self, batch: int, max_len: int, dtype):
-    """Raises: there is none."""
-    refuse_cache('vsa', max_len)
+    layouts = ('BTNH', 'BTKH', 'BTKV', 'BTNV', 'BTNV')
+    op = sharding.local_op(attend, layouts, 'BTNV')
+    heads = self.project(x, context.positions, None)
+    return self.out(op(*heads, self.coarse_gate(x), self.fine_gate(x)))

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.layers.conv import conv_taps
+from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.norm import l2_normalize
-from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import NormedOutput, run_op
@@ -22,7 +22,7 @@ from efficient_attn.ops.recurrent.delta_rule import delta_rule
 from efficient_attn.values import ChunkSize, NonNegative, PositiveFloat
 
 
-class DeltaNet(nnx.Module):
+class DeltaNet(Mixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring.
 
   The other delta rules override what differs: `output`, `decay` and `scan`.
@@ -79,11 +79,10 @@ class DeltaNet(nnx.Module):
     )
     return run_op(delta_rule, arrays, **inputs, **self.options)
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    x = without_padding(x, segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
     (q, k, v), tails = self.qkv(
-      x, segment_ids=segment_ids, tails=cache and cache['conv']
+      x, segment_ids=context.segment_ids, tails=cache and cache['conv']
     )
     if tails is None:  # the convolution would have done this
       q, k, v = (jax.nn.silu(a) for a in (q, k, v))
@@ -94,7 +93,7 @@ class DeltaNet(nnx.Module):
       v,
       self.largest_beta * beta,
       self.decay(x),
-      segment_ids=segment_ids,
+      segment_ids=context.segment_ids,
       state=cache and cache['state'],
     )
     if cache is not None:

@@ -18,8 +18,8 @@ from flax import nnx
 
 from efficient_attn.layers.conv import conv_taps
 from efficient_attn.layers.decay import DecayGate
+from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.norm import l2_normalize
-from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import GatedOutput, run_op
@@ -32,7 +32,7 @@ from efficient_attn.values import (
 )
 
 
-class DeltaProduct(nnx.Module):
+class DeltaProduct(Mixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(
@@ -71,11 +71,10 @@ class DeltaProduct(nnx.Module):
     self.state_shape = (num_heads, key_dim, value_dim)
     self.options = dict(bidirectional=not causal, chunk_size=chunk_size)
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    x = without_padding(x, segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
     (q, k, v), tails = self.qkv(
-      x, segment_ids=segment_ids, tails=cache and cache['conv']
+      x, segment_ids=context.segment_ids, tails=cache and cache['conv']
     )
     if tails is None:  # the convolution would have done this
       q, k, v = (jax.nn.silu(a) for a in (q, k, v))
@@ -91,7 +90,7 @@ class DeltaProduct(nnx.Module):
         log_decay=self.gate(x),
       ),
       layouts=dict(k='BTNMH', v='BTNMV'),
-      segment_ids=segment_ids,
+      segment_ids=context.segment_ids,
       state=cache and cache['state'],
       **self.options,
     )

@@ -19,14 +19,14 @@ from flax import nnx
 from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.decay import time_step_bias
 from efficient_attn.layers.headwise import split_heads
-from efficient_attn.layers.padding import without_padding
+from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.selective_scan import selective_scan
 from efficient_attn.values import ChunkSize, NonNegative, Positive
 
 
-class Mamba(nnx.Module):
+class Mamba(Mixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring.
 
   `dt_rank` 0 is a 16th of d_model, rounded up.
@@ -66,11 +66,12 @@ class Mamba(nnx.Module):
     self.splits = (rank, rank + d_state)
     self.options = dict(discretization=discretization, chunk_size=chunk_size)
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    x = without_padding(x, segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
     value, tail = self.conv(
-      self.value(x), segment_ids=segment_ids, state=cache and cache['conv']
+      self.value(x),
+      segment_ids=context.segment_ids,
+      state=cache and cache['conv'],
     )
     low, B, C = jnp.split(self.select(value), self.splits, -1)
     dt = self.dt(low).astype(jnp.float32) + use(self.dt_bias, jnp.float32)
@@ -84,7 +85,7 @@ class Mamba(nnx.Module):
         C=C,
         D=use(self.skip, jnp.float32),
       ),
-      segment_ids=segment_ids,
+      segment_ids=context.segment_ids,
       state=cache and cache['state'],
       layouts=dict(A='NHS', B='BTS', C='BTS'),
       **self.options,

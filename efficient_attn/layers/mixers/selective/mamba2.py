@@ -16,14 +16,14 @@ from flax import nnx
 from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.decay import time_step_bias
 from efficient_attn.layers.head_norm import JointRMSNorm
-from efficient_attn.layers.padding import without_padding
+from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
 from efficient_attn.values import ChunkSize, Positive, PositiveFloat
 
 
-class Mamba2(nnx.Module):
+class Mamba2(Mixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(
@@ -59,13 +59,14 @@ class Mamba2(nnx.Module):
     self.state_shape = (num_heads, state_dim, head_dim)
     self.chunk_size = chunk_size
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    x = without_padding(x, segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
     state, x_tail, bc_tail = cache or (None, None, None)
-    v, x_tail = self.x_conv(self.x(x), segment_ids=segment_ids, state=x_tail)
+    v, x_tail = self.x_conv(
+      self.x(x), segment_ids=context.segment_ids, state=x_tail
+    )
     bc, bc_tail = self.bc_conv(
-      self.bc(x), segment_ids=segment_ids, state=bc_tail
+      self.bc(x), segment_ids=context.segment_ids, state=bc_tail
     )
     k, q = jnp.split(bc[:, :, None], 2, axis=-1)
     dt = self.dt(x).astype(jnp.float32) + use(self.dt_bias, jnp.float32)
@@ -76,7 +77,9 @@ class Mamba2(nnx.Module):
       v=(dt[..., None] * v).astype(v.dtype),
       log_decay=-jnp.exp(use(self.a_log, jnp.float32)) * dt,
     )
-    o, state = self.scan(x, arrays, segment_ids=segment_ids, state=state)
+    o, state = self.scan(
+      x, arrays, segment_ids=context.segment_ids, state=state
+    )
     o = o + use(self.skip, o.dtype) * v
     y = self.out(self.norm(o * jax.nn.silu(self.gate(x))))
     return y, None if cache is None else (state, x_tail, bc_tail)

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.layers.decay import time_step_bias
+from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.norm import RMSNorm
-from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.trapezoid import trapezoidal_scan
@@ -25,7 +25,7 @@ from efficient_attn.values import ChunkSize, Positive, Share
 MIN_RATE = 1e-4
 
 
-class Mamba3(nnx.Module):
+class Mamba3(Mixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(
@@ -63,9 +63,8 @@ class Mamba3(nnx.Module):
     self.sizes = (num_heads, state_dim, head_dim, pairs)
     self.chunk_size = chunk_size
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    x = without_padding(x, segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
     k = self.b_norm(self.b(x))[:, :, None] + use(self.b_bias, x.dtype)
     q = self.c_norm(self.c(x))[:, :, None] + use(self.c_bias, x.dtype)
     v = self.x(x)
@@ -86,7 +85,7 @@ class Mamba3(nnx.Module):
         right=jax.nn.sigmoid(right),
         angles=jnp.pi * jnp.tanh(angles)[:, :, None] * dt[..., None],
       ),
-      segment_ids=segment_ids,
+      segment_ids=context.segment_ids,
       state=cache,
       chunk_size=self.chunk_size,
     )

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.layers.conv import ShortConv
+from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.norm import l2_normalize
-from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.recurrence import GatedOutput, NormedOutput, run_op
 from efficient_attn.ops.recurrent.mesa import mesa
@@ -28,7 +28,7 @@ from efficient_attn.values import ChunkSize, Positive, PositiveFloat
 SMALLEST_RIDGE = 0.25
 
 
-class Mesa(nnx.Module):
+class Mesa(Mixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(
@@ -64,15 +64,16 @@ class Mesa(nnx.Module):
     self.heads = heads
     self.options = dict(num_steps=num_steps, chunk_size=chunk_size)
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    x = without_padding(x, segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
     past = cache or {}
     q, query_tail = self.query_conv(
-      self.query(x), segment_ids=segment_ids, state=past.get('query_conv')
+      self.query(x),
+      segment_ids=context.segment_ids,
+      state=past.get('query_conv'),
     )
     k, key_tail = self.key_conv(
-      self.key(x), segment_ids=segment_ids, state=past.get('key_conv')
+      self.key(x), segment_ids=context.segment_ids, state=past.get('key_conv')
     )
     f32 = jnp.float32
     o, state = run_op(
@@ -85,7 +86,7 @@ class Mesa(nnx.Module):
         beta=jax.nn.sigmoid(self.beta(x).astype(f32)),
         ridge=SMALLEST_RIDGE + jax.nn.softplus(use(self.ridge, f32)),
       ),
-      segment_ids=segment_ids,
+      segment_ids=context.segment_ids,
       state=past.get('state'),
       **self.options,
     )

@@ -15,7 +15,7 @@ from flax import nnx
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.head_norm import HeadLayerNorm
-from efficient_attn.layers.padding import without_padding
+from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.param import (
   Projection,
   fan_in_normal,
@@ -27,7 +27,7 @@ from efficient_attn.ops.recurrent.mlstm import mlstm
 from efficient_attn.values import ChunkSize, Positive
 
 
-class MLSTM(nnx.Module):
+class MLSTM(Mixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(
@@ -78,12 +78,11 @@ class MLSTM(nnx.Module):
     self.state_shape = (num_heads, head_dim, head_dim)
     self.chunk_size = chunk_size
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    x = without_padding(x, segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
     u = self.up(x)
     c, tail = self.conv(
-      u, segment_ids=segment_ids, state=cache and cache['conv']
+      u, segment_ids=context.segment_ids, state=cache and cache['conv']
     )
     q, k = _blocks(c, self.query), _blocks(c, self.key)
     v = _blocks(u, self.value)
@@ -104,7 +103,7 @@ class MLSTM(nnx.Module):
         input_gate=input_gate,
         log_forget=jax.nn.log_sigmoid(forget),
       ),
-      segment_ids=segment_ids,
+      segment_ids=context.segment_ids,
       state=cache and cache['state'],
       chunk_size=self.chunk_size,
     )

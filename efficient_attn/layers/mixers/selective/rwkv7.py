@@ -27,8 +27,8 @@ from flax import nnx
 
 from efficient_attn.layers.head_norm import HeadLayerNorm
 from efficient_attn.layers.headwise import split_heads
+from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.norm import l2_normalize
-from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import LowRank, Projection, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.layers.token_shift import token_shift
@@ -39,7 +39,7 @@ from efficient_attn.values import ChunkSize, Fraction, Positive, PositiveFloat
 INPUTS = {'r': 0.2, 'w': 0.9, 'k': 0.7, 'v': 0.7, 'a': 0.9, 'g': 0.2}
 
 
-class RWKV7(nnx.Module):
+class RWKV7(Mixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(
@@ -100,11 +100,10 @@ class RWKV7(nnx.Module):
     self.state_shape = (num_heads, width, width)
     self.options = dict(bidirectional=not causal, chunk_size=chunk_size)
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    x = without_padding(x, segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
     previous, last = token_shift(
-      x, segment_ids=segment_ids, state=cache and cache['token']
+      x, segment_ids=context.segment_ids, state=cache and cache['token']
     )
     mix = use(self.mix, x.dtype)
     inputs = {
@@ -133,7 +132,7 @@ class RWKV7(nnx.Module):
         b=removal * rate,
         log_decay=-math.exp(-0.5) * decay,
       ),
-      segment_ids=segment_ids,
+      segment_ids=context.segment_ids,
       state=cache and cache['state'],
       scale=1.0,
       **self.options,

@@ -17,15 +17,15 @@ from efficient_attn import sharding
 from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.head_norm import HeadLayerNorm
 from efficient_attn.layers.headwise import Headwise, split_heads
+from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.norm import LayerNorm
-from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.slstm import slstm
 from efficient_attn.values import Fraction, Positive
 
 
-class SLSTM(nnx.Module):
+class SLSTM(Mixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring.
 
   `depth` is the place of the layer in its model, 0 for the first and 1 for the
@@ -65,12 +65,11 @@ class SLSTM(nnx.Module):
     )
     self.shape = shape
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    x = without_padding(x, segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
     heads = x.reshape(*x.shape[:2], *self.shape)
     smooth, tail = self.conv(
-      heads, segment_ids=segment_ids, state=cache and cache['conv']
+      heads, segment_ids=context.segment_ids, state=cache and cache['conv']
     )
     h, state = run_op(
       slstm,
@@ -82,7 +81,7 @@ class SLSTM(nnx.Module):
         recurrent=use(self.recurrent, jnp.float32),
         bias=use(self.bias, jnp.float32),
       ),
-      segment_ids=segment_ids,
+      segment_ids=context.segment_ids,
       state=cache and cache['state'],
       layouts=dict(recurrent='GNHV', bias='GNH'),
     )

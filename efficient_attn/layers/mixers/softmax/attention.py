@@ -29,8 +29,8 @@ from efficient_attn.layers.cache import (
   next_positions,
 )
 from efficient_attn.layers.cosine import ScaledUnit
+from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.norm import RMSNorm, l2_normalize
-from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.ops import masks, scores
@@ -44,7 +44,7 @@ POSITIONS = {'none': False, 'rotary': True, 'alibi': False, 't5': False}
 GATES = {'none': (), 'head': ('heads',), 'channel': ('heads', 'head_dim')}
 
 
-class Attention(nnx.Module):
+class Attention(Mixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(
@@ -126,15 +126,18 @@ class Attention(nnx.Module):
       implementation=implementation,
     )
 
-  def __call__(
-    self, x, *, positions=None, segment_ids=None, cache=None, shared=None
-  ):
-    """Mixes tokens; see `layers.mixers` for the contract.
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
+    y, cache, _ = self.mix_sharing(x, context, cache, None)
+    return y, cache
 
-    In a pattern that shares keys and values `shared` is what the attention
-    layer before left, {} for the first, and a third result is for the next.
+  def mix_sharing(self, x, context, cache, shared):
+    """Mixes tokens in a pattern that shares keys and values.
+
+    `shared` is what the attention layer before left, {} for the first, and the
+    third result is for the next.
     """
-    x = without_padding(x, segment_ids)
+    positions, segment_ids = context.positions, context.segment_ids
     if self.shared_kv:
       query, key, value, offset = self.join(x, positions, shared)
     else:
@@ -154,7 +157,7 @@ class Attention(nnx.Module):
       causal = masks.Causal(offset)
       mask = causal if mask is None else causal & mask
     y = self.attend(query, key, value, mask, offset, x)
-    return (y, cache) if shared is None else (y, cache, shared)
+    return y, cache, shared
 
   def pattern(self, length: int) -> masks.Mask | None:
     """Which of `length` keys each query sees, beside causality; None: all."""

@@ -16,8 +16,8 @@ from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.layers.cache import append, empty_keys
+from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.norm import RMSNorm
-from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import GatedOutput
@@ -25,7 +25,7 @@ from efficient_attn.ops import chunks, masks, scores
 from efficient_attn.ops.softmax.attention import attention
 
 
-class FoX(nnx.Module):
+class FoX(Mixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(
@@ -52,22 +52,21 @@ class FoX(nnx.Module):
     self.heads = heads
     self.implementation = implementation
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    x = without_padding(x, segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
     (query, key, value), _ = self.qkv(x)
     past = cache or {}
     key, last_key = shift(
-      key, self.key_shift(x), segment_ids, past.get('last_key')
+      key, self.key_shift(x), context.segment_ids, past.get('last_key')
     )
     value, last_value = shift(
-      value, self.value_shift(x), segment_ids, past.get('last_value')
+      value, self.value_shift(x), context.segment_ids, past.get('last_value')
     )
     query, key = self.query_norm(query), self.key_norm(key)
     log_forget = jax.nn.log_sigmoid(self.forget(x).astype(jnp.float32))
     offset = 0
     if cache is not None:
-      if segment_ids is not None:
+      if context.segment_ids is not None:
         raise NotImplementedError('a cache needs unpacked sequences')
       offset = cache['length']
       key = append(cache['key'], key, offset)
@@ -93,8 +92,8 @@ class FoX(nnx.Module):
       )
 
     mask = masks.Causal(offset)
-    if segment_ids is not None:
-      mask = masks.packed(mask, segment_ids)
+    if context.segment_ids is not None:
+      mask = masks.packed(mask, context.segment_ids)
     layouts = ('BTNH', 'BSNH', 'BSNV', 'BSN', masks.letters(mask))
     op = sharding.local_op(op, (*layouts, ''), 'BTNV')
     o = op(query, key, value, log_forget, mask, jnp.asarray(offset))

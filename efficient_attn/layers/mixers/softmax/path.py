@@ -16,15 +16,15 @@ from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.layers.conv import ShortConv
+from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.norm import l2_normalize
-from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import LowRank, Projection
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.ops.softmax.path_attention import Past, path_attention
 from efficient_attn.values import ChunkSize, Positive
 
 
-class PaTH(nnx.Module):
+class PaTH(Mixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(
@@ -55,9 +55,9 @@ class PaTH(nnx.Module):
     self.heads = heads
     self.chunk_size = chunk_size
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    x = without_padding(x, segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
+    segment_ids = context.segment_ids
     (q, k, v), _ = self.qkv(x)
     w, tail = self.conv(
       self.direction(x),

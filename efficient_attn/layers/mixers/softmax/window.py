@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixers.softmax.attention import Attention
-from efficient_attn.layers.padding import without_padding
 from efficient_attn.ops import masks
 from efficient_attn.values import Positive
 
@@ -26,16 +25,17 @@ class Window(Attention):
       raise ConfigError(f'window={window} must be at least 1')
     self.window = window
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    x = without_padding(x, segment_ids)
-    query, key, value = self.project(x, positions, cache)
+  mix_sharing = None  # its keys and values are not those of attention
+
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
+    query, key, value = self.project(x, context.positions, cache)
     left, right = self.window - 1, 0
     if not self.causal:
       left = right = self.window // 2
     mask, offset = masks.Window(left, right), 0
     if cache is not None:
-      self.check_cacheable(segment_ids)
+      self.check_cacheable(context.segment_ids)
       # Key 0 of the joined keys stands `left` tokens before query 0.
       offset = left
       key = jnp.concatenate([cache['key'], key.astype(cache['key'].dtype)], 1)
@@ -51,8 +51,8 @@ class Window(Attention):
         value=value[:, x.shape[1] :],
         length=cache['length'] + x.shape[1],
       )
-    if segment_ids is not None:
-      mask = masks.packed(mask, segment_ids)
+    if context.segment_ids is not None:
+      mask = masks.packed(mask, context.segment_ids)
     return self.attend(query, key, value, mask, offset, x), cache
 
   def init_cache(self, batch: int, max_len: int, dtype) -> dict[str, jax.Array]:

@@ -34,9 +34,9 @@ from flax import nnx
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.cache import empty_keys, next_positions
+from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.mixers.test_time.fast_mlp import own_state
 from efficient_attn.layers.norm import RMSNorm, l2_normalize
-from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import run_op
@@ -55,7 +55,7 @@ from efficient_attn.values import (
 BASE_RATE = 0.001
 
 
-class LaCT(nnx.Module):
+class LaCT(Mixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring.
 
   `chunk_size` is the paper's chunk, a part of the definition; `window` = 0
@@ -131,17 +131,17 @@ class LaCT(nnx.Module):
       bidirectional=not causal,
     )
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    x = without_padding(x, segment_ids)
-    if cache is not None and segment_ids is not None:
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
+    positions = context.positions
+    if cache is not None and context.segment_ids is not None:
       raise NotImplementedError('lact: a cache needs unpacked sequences')
     length = x.shape[1]
     if positions is None:
       positions = next_positions(cache, length)
     (q, k, v), _ = self.qkv(x)
-    near, past = self._attend(q, k, v, positions, segment_ids, cache)
-    far, state = self._recall(x, q, k, v, positions, segment_ids, cache)
+    near, past = self._attend(q, k, v, positions, context.segment_ids, cache)
+    far, state = self._recall(x, q, k, v, positions, context.segment_ids, cache)
     if cache is not None:
       cache = dict(**past, state=state, length=cache['length'] + length)
     gate = jax.nn.silu(self.gate(x))[..., None]

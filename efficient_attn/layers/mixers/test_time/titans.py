@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.config import ConfigError
+from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.mixers.test_time.fast_mlp import FastMLP
 from efficient_attn.layers.norm import l2_normalize
-from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import GatedOutput
@@ -34,7 +34,7 @@ from efficient_attn.values import (
 )
 
 
-class Titans(nnx.Module):
+class Titans(Mixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(
@@ -73,11 +73,10 @@ class Titans(nnx.Module):
     self.base_rate = base_rate
     self.chunk_size = chunk_size
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    x = without_padding(x, segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
     (q, k, v), tails = self.qkv(
-      x, segment_ids=segment_ids, tails=cache and cache['conv']
+      x, segment_ids=context.segment_ids, tails=cache and cache['conv']
     )
     gates = self.gates(x).astype(jnp.float32)
     gates = gates + use(self.gate_bias, jnp.float32)
@@ -90,7 +89,7 @@ class Titans(nnx.Module):
         log_momentum=jax.nn.log_sigmoid(gates[..., 1]),
         learning_rate=self.base_rate * jax.nn.sigmoid(gates[..., 2]),
       ),
-      segment_ids=segment_ids,
+      segment_ids=context.segment_ids,
       state=cache and cache['state'],
       activation='silu',
       chunk_size=self.chunk_size,

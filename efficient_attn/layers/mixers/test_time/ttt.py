@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.layers.cache import next_positions
+from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.mixers.test_time.fast_mlp import FastMLP
-from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.ops.positions import rotary
@@ -33,7 +33,7 @@ from efficient_attn.values import ChunkSize, PositiveFloat
 INIT_STD = 0.02
 
 
-class TTTLinear(nnx.Module):
+class TTTLinear(Mixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   hidden = ()  # widths between the layers of the model, in head widths
@@ -77,9 +77,9 @@ class TTTLinear(nnx.Module):
     self.chunk_size = chunk_size
     self.causal = causal
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    x = without_padding(x, segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
+    positions = context.positions
     length = x.shape[1]
     if positions is None:
       positions = next_positions(cache, length)
@@ -94,7 +94,7 @@ class TTTLinear(nnx.Module):
         learning_rate=self.base_rate * rate,
         shares=self._shares(),
       ),
-      segment_ids=segment_ids,
+      segment_ids=context.segment_ids,
       state=cache and cache['state'],
       bidirectional=not self.causal,
       chunk_size=self.chunk_size,

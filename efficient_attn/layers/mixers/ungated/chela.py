@@ -22,8 +22,8 @@ from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.layers.conv import ShortConv
+from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.norm import RMSNorm
-from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import Projection, fan_in_normal, param, use
 from efficient_attn.layers.recurrence import run_op
 from efficient_attn.ops.recurrent.diagonal_scan import diagonal_scan
@@ -31,7 +31,7 @@ from efficient_attn.ops.recurrent.linear_attention import linear_attention
 from efficient_attn.values import ChunkSize, Positive
 
 
-class Chela(nnx.Module):
+class Chela(Mixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(
@@ -65,16 +65,15 @@ class Chela(nnx.Module):
     self.out = Projection(inner, d_in, rngs=rngs)
     self.chunk_size = chunk_size
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    x = without_padding(x, segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
     cache_in = cache or dict(conv=None, long=None, state=None)
     z, conv = self.short(
       x.reshape(*x.shape[:2], *self.heads),
-      segment_ids=segment_ids,
+      segment_ids=context.segment_ids,
       state=cache_in['conv'],
     )
-    z, long = self.long_conv(z, segment_ids, cache_in['long'])
+    z, long = self.long_conv(z, context.segment_ids, cache_in['long'])
     scale, shift = use(self.scale, x.dtype), use(self.shift, x.dtype)
     o, state = run_op(
       linear_attention,
@@ -83,7 +82,7 @@ class Chela(nnx.Module):
         k=z * scale[1] + shift[1],
         v=jax.nn.silu(self.value(x)),
       ),
-      segment_ids=segment_ids,
+      segment_ids=context.segment_ids,
       state=cache_in['state'],
       chunk_size=self.chunk_size,
     )

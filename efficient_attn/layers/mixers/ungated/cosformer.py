@@ -40,18 +40,19 @@ class CosFormer(Kernel):
       feature_maps.cosine(x, positions, max_length=1) for x in (q, k)
     )
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
+    positions = context.positions
     length = x.shape[1]
-    if segment_ids is None:
+    if context.segment_ids is None:
       self._check(length)
     if positions is None:
       positions = next_positions(cache, length)
     longest = self.max_length or length
     if cache is not None:
       longest = cache['longest']
-    y, after = super().__call__(
-      x, positions=positions / longest, segment_ids=segment_ids, cache=cache
+    y, after = super().mix_tokens(
+      x, context.replace(positions=positions / longest), cache
     )
     return y, cache and after | dict(longest=longest)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.layers.cache import next_positions
-from efficient_attn.layers.padding import without_padding
+from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import run_op
@@ -20,7 +20,7 @@ from efficient_attn.ops.recurrent.linear_attention import linear_attention
 from efficient_attn.values import ChunkSize
 
 
-class Kernel(nnx.Module):
+class Kernel(Mixer):
   """Token mixer [B, T, D] -> [B, T, D]; a subclass gives the `features`."""
 
   def __init__(
@@ -71,12 +71,14 @@ class Kernel(nnx.Module):
       cache = dict(state=state, length=cache['length'] + o.shape[1])
     return o, cache
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    x = without_padding(x, segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
+    positions = context.positions
     if positions is None:
       positions = next_positions(cache, x.shape[1])
-    o, cache = self.attend(self.arrays(x, positions), segment_ids, cache)
+    o, cache = self.attend(
+      self.arrays(x, positions), context.segment_ids, cache
+    )
     return self.out(o), cache
 
   def init_cache(self, batch: int, max_len: int, dtype):

@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from efficient_attn.layers.head_norm import JointRMSNorm
-from efficient_attn.layers.padding import without_padding
+from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import run_op
@@ -32,7 +32,7 @@ from efficient_attn.ops.scores import alibi_slopes
 from efficient_attn.values import ChunkSize, Fraction, OneOf
 
 
-class Lightning(nnx.Module):
+class Lightning(Mixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring.
 
   `depth` is the place of the layer in its model, 0 for the first and 1 for the
@@ -68,9 +68,8 @@ class Lightning(nnx.Module):
       scale=1, bidirectional=not causal, chunk_size=chunk_size
     )
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    x = without_padding(x, segment_ids)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
     (q, k, v), _ = self.qkv(x)
     decay = self.decay and jnp.asarray(log_decays(self.heads[0], *self.decay))
     o, state = run_op(
@@ -81,7 +80,7 @@ class Lightning(nnx.Module):
         v=jax.nn.silu(v) if self.silu_values else v,
         log_decay=decay,
       ),
-      segment_ids=segment_ids,
+      segment_ids=context.segment_ids,
       state=cache and cache['state'],
       **self.options,
     )

@@ -15,7 +15,6 @@ from flax import nnx
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixers.ungated.kernel import Kernel
-from efficient_attn.layers.padding import without_padding
 from efficient_attn.layers.param import fan_in_normal, param, use
 from efficient_attn.ops.recurrent.short_conv import short_conv
 
@@ -42,15 +41,19 @@ class SLA(Kernel):
     """Returns relu(q), relu(k)."""
     return jax.nn.relu(q), jax.nn.relu(k)
 
-  def __call__(self, x, *, positions=None, segment_ids=None, cache=None):
-    """Mixes tokens; see `layers.mixers` for the contract."""
-    x = without_padding(x, segment_ids)
-    arrays = self.arrays(x, positions)
-    o, after = self.attend(arrays, segment_ids, cache)
+  def mix_tokens(self, x, context, cache):
+    """Mixes tokens; see `layers.mixer` for the contract."""
+    arrays = self.arrays(x, context.positions)
+    o, after = self.attend(arrays, context.segment_ids, cache)
     convolve = _causal if self.causal else _centred
     local, tail = sharding.local_op(
       convolve, ('BTNH', 'WNH', 'BT', 'BTNH'), ('BTNH', 'BTNH')
-    )(arrays['v'], use(self.weight, x.dtype), segment_ids, cache and cache['v'])
+    )(
+      arrays['v'],
+      use(self.weight, x.dtype),
+      context.segment_ids,
+      cache and cache['v'],
+    )
     if after is not None:
       after = after | dict(v=tail)
     return self.out(o + local + use(self.bias, x.dtype)), after
