@@ -1,7 +1,174 @@
-"""What mixers and models do with a cache of what came before."""
+"""Caches: what is kept of the tokens that came before.
 
+A cache is a frozen dataclass, and every call returns the next one. Each array
+has a buffer of its own, so that a step can donate the cache. All arrays but the
+scalars have the rows of the batch as their first axis.
+
+  TokenCache      something of every token: keys and values, latents, bits
+  WindowCache     something of the last tokens
+  RecurrentCache  a state of fixed size
+"""
+
+from typing import Any
+
+import chex
 import jax
 import jax.numpy as jnp
+
+from efficient_attn.layers.context import Context
+from efficient_attn.ops import masks
+
+
+@chex.dataclass(frozen=True)
+class Cursor:
+  """How far a cache has come.
+
+  Attributes:
+    length: [] int32, how many tokens it has seen, with what was padding.
+    start: [B] int32, how many of them were padding in front of each row; None
+      for none. So rows of unequal length end together.
+  """
+
+  length: jax.Array
+  start: jax.Array | None = None
+
+  def positions(self, count: int) -> jax.Array:
+    """Returns those of the next `count` tokens: [T], or [B, T] with padding."""
+    new = self.length + jnp.arange(count)
+    return new if self.start is None else new - self.start[:, None]
+
+  def advance(self, count: int, context: Context) -> 'Cursor':
+    """Moves on by `count` tokens, of which leading ones of id 0 are padding."""
+    start = self.start
+    if context.segment_ids is not None:
+      leading = jnp.cumprod(context.segment_ids == 0, axis=1).sum(1)
+      before = 0 if start is None else start
+      start = before + jnp.where(before == self.length, leading, 0)
+      start = start.astype(jnp.int32)
+    return Cursor(length=self.length + count, start=start)
+
+  def hides_padding(self, count: int) -> masks.Mask | None:
+    """Returns the mask that admits what is no padding among `count` keys."""
+    if self.start is None:
+      return None
+    real = jnp.arange(count) >= self.start[:, None]
+    return masks.Dense(real[:, None, None])
+
+
+def new_cursor() -> Cursor:
+  """Returns the cursor before the first token."""
+  return Cursor(length=jnp.zeros((), jnp.int32))
+
+
+def positions_of(context: Context, cursor: Cursor | None, count: int):
+  """Returns the positions of `count` new tokens, [T] or [B, T].
+
+  The context has them, or they count on from what a cache has seen, else from
+  0.
+  """
+  if context.positions is not None:
+    return context.positions
+  return jnp.arange(count) if cursor is None else cursor.positions(count)
+
+
+@chex.dataclass(frozen=True)
+class TokenCache:
+  """Room for something of every token.
+
+  Attributes:
+    buffers: arrays [B, M, ...] by name.
+    cursor: where the next token goes; writing past M is wrong.
+    state: what else is kept, replaced as a whole.
+  """
+
+  buffers: dict[str, jax.Array]
+  cursor: Cursor
+  state: Any = None
+
+  def append(self, context: Context, **new: jax.Array) -> 'TokenCache':
+    """Writes the new tokens [B, T, ...] behind those before."""
+    at, count = self.cursor.length, next(iter(new.values())).shape[1]
+    buffers = {
+      name: jax.lax.dynamic_update_slice_in_dim(
+        buffer, new[name].astype(buffer.dtype), at, axis=1
+      )
+      for name, buffer in self.buffers.items()
+    }
+    cursor = self.cursor.advance(count, context)
+    return self.replace(buffers=buffers, cursor=cursor)
+
+
+def token_cache(
+  batch: int, max_len: int, dtype, state: Any = None, **widths: tuple[int, ...]
+) -> TokenCache:
+  """Returns room for `max_len` tokens, of `widths` by name."""
+  buffers = {
+    name: jnp.zeros((batch, max_len, *width), dtype)
+    for name, width in widths.items()
+  }
+  return TokenCache(buffers=buffers, cursor=new_cursor(), state=state)
+
+
+@chex.dataclass(frozen=True)
+class WindowCache:
+  """Something of the last M tokens.
+
+  Attributes:
+    buffers: arrays [B, M, ...] by name; the last token is at their end.
+    cursor: how many tokens there were, of which the first may be gone.
+  """
+
+  buffers: dict[str, jax.Array]
+  cursor: Cursor
+
+  def append(self, context: Context, **new: jax.Array):
+    """Returns what was kept with the new tokens behind it, and the next cache.
+
+    Joined arrays are [B, M + T, ...]. `real` tells which of them are tokens.
+    """
+    count = next(iter(new.values())).shape[1]
+    joined = {
+      name: jnp.concatenate([buffer, new[name].astype(buffer.dtype)], axis=1)
+      for name, buffer in self.buffers.items()
+    }
+    buffers = {name: array[:, count:] for name, array in joined.items()}
+    cursor = self.cursor.advance(count, context)
+    return joined, WindowCache(buffers=buffers, cursor=cursor)
+
+  def real(self) -> jax.Array:
+    """Tells which of the kept are tokens of their row, bool [#B, M]."""
+    kept = next(iter(self.buffers.values())).shape[1]
+    at = self.cursor.length - kept + jnp.arange(kept)
+    start = self.cursor.start
+    return at[None] >= (0 if start is None else start[:, None])
+
+
+def window_cache(
+  batch: int, size: int, dtype, **widths: tuple[int, ...]
+) -> WindowCache:
+  """Returns the cache before the first token that keeps `size` tokens."""
+  empty = token_cache(batch, size, dtype, **widths)
+  return WindowCache(buffers=empty.buffers, cursor=empty.cursor)
+
+
+@chex.dataclass(frozen=True)
+class RecurrentCache:
+  """A state of fixed size.
+
+  Attributes:
+    state: of the recurrence, arrays [B, ...].
+    tails: the last inputs of convolutions and shifts, arrays [B, ...].
+    cursor: where the mixer counts tokens, else None.
+  """
+
+  state: Any
+  tails: Any = None
+  cursor: Cursor | None = None
+
+
+def nbytes(cache: Any) -> int:
+  """Returns the bytes of a cache, or of its shapes."""
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
 
 
 def next_positions(cache, length: int) -> jax.Array:
