@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 # Rises when a config saved by the version before would mean something else.
-FORMAT = 2
+FORMAT = 3
 
 # Format -> mixer -> the options that earlier formats imply.
 IMPLIED: dict[int, dict[str, dict[str, Any]]] = {
@@ -33,6 +33,44 @@ IMPLIED: dict[int, dict[str, dict[str, Any]]] = {
     'ttt_linear': dict(mean_gradient=False, gate=True),
     'ttt_mlp': dict(mean_gradient=False, gate=True),
   },
+}
+
+# The rows whose attention is composed of parts.
+ATTENTION = (
+  'attention', 'window', 'differential', 'sparse_transformer', 'logsparse',
+  'star', 'blockbert', 'cascade', 'longformer', 'bigbird', 'neighborhood',
+  'adaptive_span', 'entmax', 'dam', 'duo', 'moa', 'sliding_tile', 'radial',
+  'additive', 'luong',
+)  # fmt: skip
+
+# Format -> mixer -> option that earlier formats had -> what it is now: an
+# option of a part, or '' where the model knows it.
+MOVED: dict[int, dict[str, dict[str, str]]] = {
+  3: {
+    row: {
+      'rotary_base': 'rotary.base',
+      'rotary_fraction': 'rotary.fraction',
+      't5_buckets': 't5.buckets',
+      't5_distance': 't5.distance',
+    }
+    for row in ATTENTION
+  },
+}
+for _row in ('neighborhood', 'sliding_tile', 'vsa'):
+  MOVED[3].setdefault(_row, {})['grid'] = ''
+MOVED[3]['radial']['frame_size'] = ''
+
+# Parameters (part, name) of a mixer that had no part before.
+OF_PARTS = {
+  ('pattern', 'span'),
+  ('weights', 'alpha'),
+  ('weights', 'lambda_k1'),
+  ('weights', 'lambda_k2'),
+  ('weights', 'lambda_q1'),
+  ('weights', 'lambda_q2'),
+  ('weights', 'norm'),
+  ('weights', 'params'),
+  ('weights', 'sinks'),
 }
 
 # Format -> key of the model -> what earlier formats called a value -> its name.
@@ -63,11 +101,49 @@ def upgrade(
       given = mixers.get(name, {})
       if name.partition(':')[0] == row and isinstance(given, dict):
         mixers[name] = implied | given
+  for row, options in _since(MOVED, written):
+    for name, given in mixers.items():
+      if name.partition(':')[0] == row and isinstance(given, dict):
+        mixers[name] = _move(given, options)
   found = {**model, 'mixers': mixers}
   kept = [k for k in model if model[k] != before[k]]
   kept += [k for k in mixers if mixers[k] != before.get('mixers', {}).get(k)]
   if kept:
     _note(f'{source} is of format {written}; as they were: {", ".join(kept)}')
+  return found
+
+
+def _move(given, options):
+  """Returns the options of a mixer under the names of today."""
+  found = dict(given)
+  for old, new in options.items():
+    if old in found:
+      value, (part, _, name) = found.pop(old), new.partition('.')
+      if part:
+        found[part] = {**found.get(part, {}), name: value}
+  return found
+
+
+def moved(row: str, option: str) -> str | None:
+  """Says where an option of a mixer has gone; None if it was never there."""
+  for rows in MOVED.values():
+    new = rows.get(row, {}).get(option)
+    if new is not None:
+      return f'it is {new} now' if new else 'the model hands its grid down'
+  return None
+
+
+def without_parts(params: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns parameters, nested, under the names that they had before parts."""
+  found = {}
+  for key, value in params.items():
+    if isinstance(value, dict):
+      names = [n for n in value if (key, n) in OF_PARTS]
+      found |= {n: value[n] for n in names}
+      value = without_parts({n: v for n, v in value.items() if n not in names})
+      if names and not value:
+        continue
+    found[key] = value
   return found
 
 

@@ -7,6 +7,7 @@ function. A value that does not fit is a `ConfigError` of one line.
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -22,6 +23,15 @@ import numpy as np
 
 class ConfigError(ValueError):
   """The user's configuration is wrong; the message is meant for the user."""
+
+
+@contextlib.contextmanager
+def under(key: str):
+  """Puts a key in front of the errors of what does not know its key."""
+  try:
+    yield
+  except ConfigError as error:
+    raise ConfigError(f'{key}: {error}') from error
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

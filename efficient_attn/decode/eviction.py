@@ -21,17 +21,18 @@ nothing here is sharded.
 import dataclasses
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
 from efficient_attn.config import ConfigError, choose
+from efficient_attn.layers.cache import Cursor
 from efficient_attn.layers.mixer import Mixer
+from efficient_attn.layers.mixers import MIXERS
 from efficient_attn.layers.mixers.softmax.attention import Attention
-from efficient_attn.layers.param import use
 from efficient_attn.ops import masks, scores
-from efficient_attn.ops.softmax.attention import attention
 
 Tokens = dict[str, jax.Array]  # each [B, S, K] or [B, S, K, H]
 
@@ -89,25 +90,49 @@ POLICIES = {
 }
 
 
+# The exponents of caches that stay small, see `MixerSpec.state`.
+KEPT = (0, 'log')
+
+
 @masks.expression
 class Held(masks.Mask):
   """Admits what each head holds (no position is -1) and is not ahead."""
 
-  query_positions: jax.Array  # [T]
+  query_positions: jax.Array  # [#B, T]
   key_positions: jax.Array  # [B, N, S]
-  axes = {'query_positions': 'T', 'key_positions': 'BNS'}
+  rule: masks.Mask | None = None
+  axes = {'query_positions': 'BT', 'key_positions': 'BNS'}
 
   def tile(self, rows, cols):
     """The mask of one tile."""
-    query = lax.dynamic_slice_in_dim(self.query_positions, rows[0], rows.size)
+    query = lax.dynamic_slice_in_dim(
+      self.query_positions, rows[0], rows.size, axis=1
+    )[:, None, :, None]
     key = lax.dynamic_slice_in_dim(
       self.key_positions, cols[0], cols.size, axis=2
     )[:, :, None]
-    return (key >= 0) & (key <= query[:, None])
+    seen = (key >= 0) & (key <= query)
+    return seen if self.rule is None else seen & self.rule.pairs(query, key)
+
+
+@chex.dataclass(frozen=True)
+class EvictingCache:
+  """What is left of the tokens so far.
+
+  Attributes:
+    held: key, value, position and score of what each kv head holds, each
+      [B, M, K, ...]; position -1 is nothing.
+    query: [B, past, N, H], the last queries.
+    cursor: how many tokens there were.
+  """
+
+  held: Tokens
+  query: jax.Array
+  cursor: Cursor
 
 
 class Evicting(Mixer):
-  """The mixer `attention` with a cache of at most `budget` tokens."""
+  """A layer of attention with a cache of at most `budget` tokens."""
 
   def __init__(self, mixer: Attention, policy: str, budget: int):
     self.mixer = mixer
@@ -118,46 +143,51 @@ class Evicting(Mixer):
     """Mixes tokens; see `layers.mixer` for the contract."""
     if cache is None:
       return self.mixer.mix_tokens(x, context, cache)
-    self.mixer.check_cacheable(context.segment_ids)
-    query, key, value = self.mixer.project(x, context.positions, cache)
+    query, key, value = self.mixer.project(x, context, cache.cursor)
     B, T, N, _ = query.shape
-    rows = cache['length'] + jnp.arange(T)
-    at = jnp.broadcast_to(rows[:, None], key.shape[:3])
+    cursor = cache.cursor.advance(T, context)
+    # Padding in front has negative positions.
+    rows = jnp.atleast_2d(cursor.positions(-T, 0))
+    at = jnp.broadcast_to(
+      jnp.maximum(rows, -1)[:, :, None], (B, T, key.shape[2])
+    )
     score = jnp.zeros(at.shape, jnp.float32)
     new = dict(key=key, value=value, position=at, score=score)
     held = {
-      name: jnp.concatenate([cache[name], y.astype(cache[name].dtype)], axis=1)
-      for name, y in new.items()
+      name: jnp.concatenate([y, new[name].astype(y.dtype)], axis=1)
+      for name, y in cache.held.items()
     }
-    mask, bias = self.mask(rows, held, N), self.bias(rows, held, N)
-    out = self.mixer.read(query, held['key'], held['value'], mask, 0, bias)
-    out = self.mixer.output(out, x)
+    seen = self.mask(rows, held, N), self.bias(rows, held, N)
+    mixer = self.mixer
+    o = mixer.weights(query, held['key'], held['value'], *seen, mixer.scale)
+    out = mixer.output(o, x)
 
-    policy, past = POLICIES[self.policy], cache['query'].shape[1]
-    query = query.astype(cache['query'].dtype)
-    query = jnp.concatenate([cache['query'], query], axis=1)
-    rows = cache['length'] - past + jnp.arange(past + T)
+    policy, past = POLICIES[self.policy], cache.query.shape[1]
+    query = query.astype(cache.query.dtype)
+    query = jnp.concatenate([cache.query, query], axis=1)
+    rows = rows[:, :1] + jnp.arange(-past, T)
     asked = past + T if policy.observed is None else policy.observed
     received = 0
     if asked:
-      received = self.received(query[:, -asked:], rows[-asked:], held)
+      received = self.received(query[:, -asked:], rows[:, -asked:], held)
     held['score'] = policy.score(held, received)
-    length = cache['length'] + T
+    length = rows[:, -1:, None] + 1
     always = policy.always(held['position'], length, self.budget)
-    kept = self.keep(held, always, cache['key'].shape[1])
-    return out, dict(kept, query=query[:, T:], length=length)
+    kept = keep(held, always, cache.held['key'].shape[1])
+    return out, EvictingCache(held=kept, query=query[:, T:], cursor=cursor)
 
   def mask(self, rows, held, num_heads):
     """What queries at positions `rows` see."""
     at = held['position'].swapaxes(1, 2)
-    return Held(rows, jnp.repeat(at, num_heads // at.shape[1], axis=1))
+    at = jnp.repeat(at, num_heads // at.shape[1], axis=1)
+    return Held(rows, at, self.mixer.pattern.mask(at.shape[2]))
 
   def bias(self, rows, held, num_heads):
     """The biases of positions, which are not places in the cache, or None."""
     at = held['position'].swapaxes(1, 2)  # [B, K, S]
     distance = jnp.repeat(at, num_heads // at.shape[1], axis=1)[:, :, None]
-    distance = distance - rows[:, None]
-    whole = self.mixer.bias(0)
+    distance = distance - rows[:, None, :, None]
+    whole = self.mixer.bias(0, None, None)
     if isinstance(whole, scores.Alibi):
       found = -jnp.asarray(whole.slopes)[:, None, None] * jnp.abs(distance)
     elif isinstance(whole, scores.T5):  # [B, N, T, heads, S], of which its own
@@ -173,70 +203,77 @@ class Evicting(Mixer):
     need exist.
     """
     query, key = (x.astype(jnp.float32) for x in (query, held['key']))
-    options = dict(
-      mask=self.mask(rows, held, query.shape[2]),
-      bias=self.bias(rows, held, query.shape[2]),
-      scale=self.mixer.options['scale'],
-      logits_soft_cap=self.mixer.options['logits_soft_cap'],
-    )
-    if self.mixer.sinks is not None:
-      options['sinks'] = use(self.mixer.sinks, jnp.float32)
+    heads, mixer = query.shape[2], self.mixer
+    seen = self.mask(rows, held, heads), self.bias(rows, held, heads)
 
-    def read(value):
-      return attention(query, key, value, **options)
+    def average(value):
+      return mixer.weights.average(query, key, value, *seen, mixer.scale)
 
-    out, pull = jax.vjp(read, jnp.zeros((*key.shape[:3], 1), jnp.float32))
+    ones = jnp.zeros((*key.shape[:3], 1), jnp.float32)
+    out, pull = jax.vjp(average, ones)
     return pull(jnp.ones_like(out))[0][..., 0]
 
-  def keep(self, held, always, count):
-    """The best `count` tokens of each kv head, in their order."""
-    score = jnp.where(always, jnp.inf, held['score'])
-    score = jnp.where(held['position'] >= 0, score, -jnp.inf)
-    _, index = lax.top_k(score.swapaxes(1, 2), count)
-    index = jnp.sort(index, axis=-1).swapaxes(1, 2)
-
-    def gather(x):
-      at = index.reshape(index.shape + (1,) * (x.ndim - 3))
-      return jnp.take_along_axis(x, at, axis=1)
-
-    return jax.tree.map(gather, held)
-
-  def init_cache(self, batch: int, max_len: int, dtype) -> dict[str, jax.Array]:
+  def init_cache(self, batch: int, max_len: int, dtype) -> EvictingCache:
     """Returns room for the budget, or for `max_len` if that is less."""
-    cache = self.mixer.init_cache(batch, min(self.budget, max_len), dtype)
-    shape = cache['key'].shape
+    empty = self.mixer.init_cache(batch, min(self.budget, max_len), dtype)
+    heads = empty.buffers['key'].shape[:3]
     past = max((POLICIES[self.policy].observed or 0) - 1, 0)
-    return cache | dict(
-      position=jnp.full(shape[:3], -1, jnp.int32),
-      score=jnp.zeros(shape[:3], jnp.float32),
-      query=jnp.zeros((batch, past, self.mixer.num_heads, shape[3]), dtype),
+    held = empty.buffers | dict(
+      position=jnp.full(heads, -1, jnp.int32),
+      score=jnp.zeros(heads, jnp.float32),
     )
+    shape = batch, past, self.mixer.num_heads, self.mixer.kv_heads[1]
+    return EvictingCache(
+      held=held, query=jnp.zeros(shape, dtype), cursor=empty.cursor
+    )
+
+
+def keep(held: Tokens, always: jax.Array, count: int) -> Tokens:
+  """The best `count` tokens of each kv head, in their order."""
+  score = jnp.where(always, jnp.inf, held['score'])
+  score = jnp.where(held['position'] >= 0, score, -jnp.inf)
+  _, index = lax.top_k(score.swapaxes(1, 2), count)
+  index = jnp.sort(index, axis=-1).swapaxes(1, 2)
+
+  def gather(x):
+    at = index.reshape(index.shape + (1,) * (x.ndim - 3))
+    return jnp.take_along_axis(x, at, axis=1)
+
+  return jax.tree.map(gather, held)
 
 
 def evict(model: nnx.Module, policy: str, budget: int) -> nnx.Module:
   """Returns `model`, a language model, with caches of `budget` tokens.
 
+  Layers whose caches do not grow with the length keep them.
+
   Raises:
-    NotImplementedError: a layer is not plain softmax attention.
+    NotImplementedError: a cache that grows is not of keys and values.
+    ConfigError: no cache grows.
   """
   choose('kv_policy', policy, POLICIES)
   if budget < 1:
     raise ConfigError(f'kv_budget={budget} must be at least 1')
   model = nnx.merge(*nnx.split(model))  # the caller's stays as it is
-  for block in model.stack.blocks():
+  grows = [b for b in model.stack.blocks() if MIXERS[b.row].state not in KEPT]
+  if not grows:
+    raise ConfigError(
+      f'kv_policy={policy!r}: no layer of the model has a cache that grows'
+    )
+  for block in grows:
     _check(block.mixer)
     block.mixer = Evicting(block.mixer, policy, budget)
   return model
 
 
 def _check(mixer):
-  """Refuses what stores, masks or scores its keys in a way of its own."""
-  own = ('mix_tokens', 'pattern', 'attend', 'read', 'init_cache')
+  """Refuses what scores or keeps its keys in a way of its own."""
+  own = ('mix_tokens', 'mix_sharing', 'bias')
   plain = all(
     getattr(type(mixer), name, None) is getattr(Attention, name) for name in own
   )
   if not plain or mixer.shared_kv:
     raise NotImplementedError(
       f'a kv policy cannot evict from {type(mixer).__name__}: every layer must'
-      " be of the row 'attention', with keys of its own"
+      ' be attention with keys of its own'
     )

@@ -32,9 +32,12 @@ class Cursor:
   length: jax.Array
   start: jax.Array | None = None
 
-  def positions(self, count: int) -> jax.Array:
-    """Returns those of the next `count` tokens: [T], or [B, T] with padding."""
-    new = self.length + jnp.arange(count)
+  def positions(self, *span: int) -> jax.Array:
+    """Returns those of the tokens of range(*span) from here on.
+
+    They are [T], or [B, T] with padding, where those are negative.
+    """
+    new = self.length + jnp.arange(*span)
     return new if self.start is None else new - self.start[:, None]
 
   def advance(self, count: int, context: Context) -> 'Cursor':

@@ -93,11 +93,21 @@ class SharesKeys(Protocol):
   Attributes:
     shared_kv: whether it has none of its own and reads those of the nearest
       such layer before it in the pattern.
+    shares_keys: whether its options leave all its keys for another to read.
     kv_heads: their number and width.
   """
 
   shared_kv: bool
+  shares_keys: bool
   kv_heads: tuple[int, int]
 
   def mix_sharing(self, x, context, cache, shared):
     """Returns y, the cache, and what the next layer finds in `shared`."""
+
+
+@runtime_checkable
+class OnGrid(Protocol):
+  """A mixer whose tokens are the places of a grid."""
+
+  def check_grid(self, grid: tuple[int, ...]) -> None:
+    """Raises a ConfigError for () and for a grid that it cannot use."""

@@ -20,6 +20,7 @@ from efficient_attn.layers.ffn import ACTIVATIONS, FFNS
 from efficient_attn.layers.mixer import Penalized, SharesKeys
 from efficient_attn.layers.mixers import MIXERS, build_mixer, read_options
 from efficient_attn.layers.norm import NORMS
+from efficient_attn.values import under
 
 _policies = jax.checkpoint_policies
 
@@ -67,11 +68,12 @@ class Block(nnx.Module):
         rngs=rngs,
       )
       self.ffn_norm = norm(config.d_model)
-    self.name = mixer  # in the pattern
+    self.name, self.row = mixer, row_of(mixer)  # in the pattern, the table
     self.norm_first = config.norm_position == 'pre'
     self.dropout = config.dropout
     self.shares = False  # whether it takes part in `share`
-    self.penalized = isinstance(self.mixer, Penalized)
+    modules = (module for _, module in nnx.iter_modules(self.mixer))
+    self.penalized = any(isinstance(m, Penalized) for m in modules)
 
   def __call__(self, x, context, cache, key, shared):
     """Returns x [B, T, D], the cache and `shared`, all for what comes next."""
@@ -79,13 +81,12 @@ class Block(nnx.Module):
 
     def mix(x):
       nonlocal cache, shared
-      try:
+      with under(f'model.mixers.{self.name}'):
         if self.shares:
+          x = context.without_padding(x)
           y, cache, shared = self.mixer.mix_sharing(x, context, cache, shared)
         else:
           y, cache = self.mixer(x, context, cache)
-      except ConfigError as error:  # the mixer does not know its key
-        raise ConfigError(f'model.mixers.{self.name}: {error}') from error
       return y
 
     with jax.named_scope('mixer'):
@@ -148,8 +149,10 @@ def share(pattern, blocks) -> None:
     return
   widths = None
   for name, block in zip(pattern, blocks, strict=True):
+    reads = getattr(block.mixer, 'shared_kv', False)
     block.shares = isinstance(block.mixer, SharesKeys)
-    if not getattr(block.mixer, 'shared_kv', False):
+    block.shares = block.shares and block.mixer.shares_keys
+    if not reads:
       widths = block.mixer.kv_heads if block.shares else widths
     elif not block.shares:
       raise ConfigError(
@@ -220,7 +223,9 @@ class Stack(nnx.Module):
 
   def penalty(self):
     """What the mixers add to the mean objective of a step, a scalar."""
-    return sum(b.mixer.penalty() for b in self.blocks() if b.penalized)
+    mixers = (b.mixer for b in self.blocks() if b.penalized)
+    modules = (m for mixer in mixers for _, m in nnx.iter_modules(mixer))
+    return sum(m.penalty() for m in modules if isinstance(m, Penalized))
 
   def init_cache(self, batch: int, max_len: int, dtype):
     """Returns the caches of all blocks, stacked where the blocks are."""

@@ -7,14 +7,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn import sharding
-from efficient_attn.config import ConfigError, ViTConfig, choose
+from efficient_attn.config import ViTConfig
 from efficient_attn.layers.context import Context
 from efficient_attn.layers.dropout import dropout
-from efficient_attn.layers.mixers import MIXERS, mixer_options
+from efficient_attn.layers.mixer import OnGrid
 from efficient_attn.layers.norm import NORMS
 from efficient_attn.layers.param import Projection, param
-from efficient_attn.layers.stack import Stack, row_of
+from efficient_attn.layers.stack import Stack
 from efficient_attn.ops.positions import sincos_2d
+from efficient_attn.values import under
 
 
 class ViT(nnx.Module):
@@ -40,8 +41,13 @@ class ViT(nnx.Module):
       self.cls = param(cls, (None,))
     else:
       self.cls = None
-    check_grids(config, side)
     self.stack = Stack(config, causal=False, rngs=rngs)
+    # A class token stands in no place of the grid.
+    self.grid = (side, side) if self.cls is None else ()
+    for block in self.stack.blocks():
+      if isinstance(block.mixer, OnGrid):
+        with under(f'model.mixers.{block.name}'):
+          block.mixer.check_grid(self.grid)
     self.norm = NORMS[config.norm](d_model)
     self.head = Projection(
       {'embed': d_model},
@@ -79,24 +85,10 @@ class ViT(nnx.Module):
       x = jnp.concatenate([cls, x], axis=1)
     keys = (None, None) if key is None else jax.random.split(key)
     x = dropout(x, self.dropout, keys[0])
-    x, _ = self.stack(x, Context(), key=keys[1])
+    x, _ = self.stack(x, Context(grid=self.grid), key=keys[1])
     x = self.norm(x)
     x = x[:, 0] if self.cls is not None else jnp.mean(x, axis=1)
     return self.head(x).astype(jnp.float32)
-
-
-def check_grids(config: ViTConfig, side: int) -> None:
-  """Raises where a mixer of grids would take the patches for one line."""
-  for name in config.pattern:
-    row = row_of(name)
-    choose('model.pattern', row, MIXERS)
-    grid = config.mixers.get(name, {}).get('grid')
-    if 'grid' in mixer_options(row) and not grid:
-      raise ConfigError(
-        f'model.mixers.{name}.grid is not set, and {row} would take the '
-        f'{side} x {side} patches for a line of {side * side}; set it to '
-        f'{(side, side)}, or to {(side * side,)} for that line'
-      )
 
 
 def patches(image: jax.Array, size: int) -> jax.Array:

@@ -5,6 +5,7 @@ never a very negative gate: tokens carry the number of boundaries up to them,
 and two tokens belong together when their counts are equal.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
@@ -49,6 +50,13 @@ def segment_starts(segment_ids: Int[Array, 'B T']) -> Bool[Array, 'B T']:
 def segment_counts(segment_ids: Int[Array, 'B T']) -> Int[Array, 'B T']:
   """The number of segment boundaries up to and including each token."""
   return jnp.cumsum(segment_starts(segment_ids), axis=1, dtype=jnp.int32)
+
+
+def segment_positions(segment_ids: Int[Array, 'B T']) -> Int[Array, 'B T']:
+  """The place of each token in its segment, from 0."""
+  index = jnp.arange(segment_ids.shape[1])
+  starts = jnp.where(segment_starts(segment_ids), index, 0)
+  return index - jax.lax.cummax(starts, axis=1)
 
 
 def counts_before(counts: Int[Array, 'n B C']) -> Int[Array, 'n B']:

@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from efficient_attn.config import Config, ConfigError
+from efficient_attn.formats import without_parts
 from efficient_attn.train import workdir as folder
 
 CHECKSUMS = 'checksums.json'  # of process i > 0: checksums.i.json
@@ -154,13 +155,15 @@ class Checkpoints:
       saved = ocp.checkpointables_metadata(path)
       if saved.metadata['state'] is None:
         raise ValueError('there is no metadata of the state')
-      self._check_same_state(path, saved.metadata['state'], abstract_state)
-      wanted = dict(state=abstract_state)
+      metadata = saved.metadata['state']
+      wanted = dict(state=_named_as(metadata, abstract_state))
+      self._check_same_state(path, metadata, wanted['state'])
       if iterator is not None:
         _check_processes(path)
         self._check_same_data(path, saved.custom_metadata or {})
         wanted['dataset'] = iterator
       state = ocp.load_checkpointables(path, wanted)['state']
+      state = _renamed(state, abstract_state)
       jax.block_until_ready(state)
     except ConfigError:
       raise
@@ -274,6 +277,35 @@ def _check_processes(path: pathlib.Path) -> None:
       f'the checkpoint {path} is of {saved} processes, each with its place in '
       f'the data, and there are {jax.process_count()}; continue with {saved}'
     )
+
+
+def _named_as(saved, state):
+  """Returns a state with the names of a saved one, if it has earlier ones."""
+  earlier = _without_parts(state)
+  before = earlier.params, state.params, saved['params']
+  before, now, there = (_shapes(params).keys() for params in before)
+  return earlier if there == before != now else state
+
+
+def _without_parts(state):
+  return jax.tree.map(
+    lambda node: without_parts(node) if isinstance(node, dict) else node,
+    state,
+    is_leaf=lambda node: isinstance(node, dict),
+  )
+
+
+def _renamed(state, wanted):
+  """Returns a state of earlier names with those of `wanted`."""
+  order = iter(range(len(jax.tree.leaves(wanted))))
+  indices = _without_parts(jax.tree.map(lambda _: next(order), wanted))
+  if jax.tree.structure(indices) != jax.tree.structure(state):
+    return state  # it has today's
+  leaves = dict(
+    zip(jax.tree.leaves(indices), jax.tree.leaves(state), strict=True)
+  )
+  found = [leaves[i] for i in range(len(leaves))]
+  return jax.tree.unflatten(jax.tree.structure(wanted), found)
 
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:

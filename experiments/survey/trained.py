@@ -91,7 +91,7 @@ def activations(model: nnx.Module, tokens: np.ndarray) -> list[dict]:
   for block in model.stack.periods[0].blocks:
     y = block.mixer_norm(x)
     (_, raw, _), _ = block.mixer.qkv(y)
-    query, key, value = block.mixer.project(y, None, None)
+    query, key, value = block.mixer.project(y, Context(), None)
     found.append(dict(query=query, key=key, value=value, raw_key=raw))
     x, _, _ = block(x, Context(), None, None, {})
   return found

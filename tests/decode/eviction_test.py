@@ -14,6 +14,7 @@ from efficient_attn.decode.eviction import POLICIES, Evicting, evict
 from efficient_attn.decode.generate import generate
 from efficient_attn.layers.context import Context
 from efficient_attn.layers.mixers.softmax.attention import Attention
+from efficient_attn.layers.mixers.softmax.weights import Softmax
 from efficient_attn.ops import masks
 from tests.launch.scripts import sample
 
@@ -77,10 +78,10 @@ def test_a_budget_of_everything_is_plain_decoding(name):
 @pytest.mark.parametrize(
   'options',
   [
-    dict(position='t5', t5_buckets=8, t5_distance=16),
+    dict(position='t5', t5=dict(buckets=8, distance=16)),
     dict(position='alibi', num_kv_heads=2),
     dict(cosine=True, logits_soft_cap=2.0),
-    dict(qk_norm=True, rotary_fraction=0.5, gate='channel'),
+    dict(qk_norm=True, rotary=dict(fraction=0.5), gate='channel'),
     dict(position='none', num_kv_heads=1, head_dim=6),
   ],
   ids=str,
@@ -104,7 +105,7 @@ def test_a_budget_of_everything_is_plain_decoding_with_all_options(options):
 @pytest.mark.parametrize(
   'options',
   [
-    dict(position='t5', t5_buckets=8),
+    dict(position='t5', t5=dict(buckets=8)),
     dict(cosine=True),
     dict(position='alibi'),
   ],
@@ -113,14 +114,15 @@ def test_a_budget_of_everything_is_plain_decoding_with_all_options(options):
 def test_what_is_received_is_the_column_sum_of_the_map(options):
   mixer = model_of('attention', **options).stack.periods[0].blocks[0].mixer
   x = jax.random.normal(jax.random.key(1), (2, 7, 16))
-  query, key, value = mixer.project(x, None, None)
+  query, key, value = mixer.project(x, Context(), None)
   ids = jnp.broadcast_to(jnp.arange(7)[:, None], key.shape[:3])
   held = dict(key=key, value=value, position=ids)
   small = Evicting(mixer, 'h2o', 4)
-  found = jax.jit(lambda: small.received(query, jnp.arange(7), held))()
+  found = jax.jit(lambda: small.received(query, jnp.arange(7)[None], held))()
   # One key at a time holds a value: what is read of it is its weight.
   marks = jnp.broadcast_to(jnp.eye(7)[None, :, None], (2, 7, 4, 7))
-  read = mixer.read(query, key, marks, masks.Causal(), 0)
+  bias = mixer.bias(0, None, None)
+  read = mixer.weights(query, key, marks, masks.Causal(), bias, mixer.scale)
   np.testing.assert_allclose(
     found, read.sum(1).swapaxes(1, 2), rtol=1e-5, atol=1e-6
   )
@@ -213,12 +215,12 @@ def test_holds_exactly_what_the_policy_says(name):
       d_model=16,
       num_heads=4,
       num_kv_heads=2,
-      sinks=True,
+      weights=functools.partial(Softmax, sinks=True),
       causal=True,
       rngs=nnx.Rngs(0),
     )
     sinks = np.array([-1.0, 0.0, 1.0, 2.0])
-    mixer.sinks[...] = jnp.asarray(sinks)
+    mixer.weights.sinks[...] = jnp.asarray(sinks)
     x = 3 * jax.random.normal(jax.random.key(1), (2, T, 16), jnp.float64)
 
     def run(mixer, x):
@@ -228,14 +230,14 @@ def test_holds_exactly_what_the_policy_says(name):
 
       def step(cache, x):
         y, cache = small(x[:, None], cache=cache)
-        return cache, (y[:, 0], cache['position'])
+        return cache, (y[:, 0], cache.held['position'])
 
       last, (ys, positions) = jax.lax.scan(
         step, cache, x[:, prompt:].swapaxes(0, 1)
       )
       y = jnp.concatenate([first, ys.swapaxes(0, 1)], axis=1)
-      positions = jnp.concatenate([cache['position'][None], positions])
-      return mixer.project(x, None, None), y, positions, last['length']
+      positions = jnp.concatenate([cache.held['position'][None], positions])
+      return mixer.project(x, Context(), None), y, positions, last.cursor.length
 
     run = jax.jit(run)
     arrays, y, positions, length = run(mixer, x)
@@ -260,21 +262,19 @@ def test_prompts_shorter_than_the_budget_fill_up():
   cache = small.init_cache(1, 99, jnp.float32)
   for t in range(8):
     cache = step(x[:, t : t + 1], cache)
-    held = (cache['position'] >= 0).sum(1)
+    held = (cache.held['position'] >= 0).sum(1)
     assert (held == min(t + 1, 5)).all()
-  assert small.init_cache(1, 3, jnp.float32)['key'].shape == (1, 3, 4, 4)
-  # Without a cache it is the mixer itself, and it keeps its refusals.
+  assert small.init_cache(1, 3, jnp.float32).held['key'].shape == (1, 3, 4, 4)
+  # Without a cache it is the mixer itself.
   run = jax.jit(lambda mixer, x: mixer(x)[0])
   np.testing.assert_array_equal(run(small, x), run(mixer, x))
-  with pytest.raises(NotImplementedError, match='unpacked'):
-    small(x, Context(segment_ids=jnp.zeros((1, 8), int)), cache)
 
 
 @pytest.mark.parametrize(
   'model, policy, budget, error, message',
   [
-    (('gla',), 'h2o', 8, NotImplementedError, "GLA: .* row 'attention'"),
-    (('attention', 'window'), 'tova', 8, NotImplementedError, 'Window'),
+    (('gla', 'window'), 'h2o', 8, ConfigError, 'no layer .* cache that grows'),
+    (('attention', 'mla'), 'tova', 8, NotImplementedError, 'MLA'),
     (('attention',), 'h20', 8, ConfigError, 'h2o'),
     (('attention',), 'h2o', 0, ConfigError, 'kv_budget=0'),
   ],
@@ -302,4 +302,4 @@ def test_sample_script(monkeypatch, capsys):
   large = run('attention', '--kv_policy=h2o', '--kv_budget=64')[0]
   assert full.startswith('ab') and large.rpartition('\n\n')[0] == full
   error = run('gla', '--kv_policy=h2o')[1]
-  assert error.startswith('error: --kv_policy=h2o: ') and 'GLA' in error
+  assert error.startswith('error: --kv_policy=h2o: ') and 'that grows' in error

@@ -140,8 +140,8 @@ def diffllama() -> Pair:
     w[f'{name}_proj.weight'] = pairs(w[f'{name}_proj.weight'])
   put_heads(ours, w)
   for name in ('lambda_q1', 'lambda_k1', 'lambda_q2', 'lambda_k2'):
-    put(getattr(ours, name), w[name])
-  put(ours.norm.scale, np.ones(D // N))  # theirs has none
+    put(getattr(ours.weights, name), w[name])
+  put(ours.weights.norm.scale, np.ones(D // N))  # theirs has none
   rotary = hf.DiffLlamaRotaryEmbedding(config)
   return attention_pair(ours, theirs, config, rotary)
 
@@ -182,7 +182,7 @@ def gpt_oss() -> Pair:
   w = randomize(theirs)
   ours = build('attention', num_kv_heads=2, sinks=True)
   put_heads(ours, w)
-  put(ours.sinks, w['sinks'])
+  put(ours.weights.sinks, w['sinks'])
   rotary = hf.GptOssRotaryEmbedding(config)
   return attention_pair(ours, theirs, config, rotary)
 
@@ -208,7 +208,7 @@ def qwen3_next() -> Pair:
     num_kv_heads=2,
     qk_norm=True,
     gate='channel',
-    rotary_fraction=0.25,
+    rotary=dict(fraction=0.25),
   )
   query = w['q_proj.weight'].reshape(N, 2, D // N, D)
   w['q_proj.weight'] = query[:, 0].reshape(D, D)

@@ -135,7 +135,7 @@ def entmax(length) -> Pair:
   ours = build('entmax', causal=False, position='none')
   project = heads_of(ours, {x: draw(D, D, seed=i) for i, x in enumerate('qkv')})
   alpha = draw(N, scale=1.0, seed=3)
-  put(ours.alpha, alpha)
+  put(ours.weights.alpha, alpha)
   powers = 1 + torch.sigmoid(torch.from_numpy(alpha))[:, None, None]
 
   def run(x):

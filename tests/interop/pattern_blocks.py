@@ -150,7 +150,7 @@ def t5(length, causal=False) -> Pair:
   theirs = hf.T5Attention(config, True, layer_idx=0).eval()
   w = randomize(theirs)
   ours = build(
-    'attention', position='t5', t5_buckets=12, t5_distance=20, causal=causal
+    'attention', position='t5', t5=dict(buckets=12, distance=20), causal=causal
   )
   q, k, v = (w[f'{name}.weight'] for name in 'qkv')
   put_heads(ours.qkv, q, k, v, scale=math.sqrt(H))
@@ -267,7 +267,7 @@ def swin2(length) -> Pair:
   put(ours.query_norm.log_scale, w['logit_scale'])
 
   def run(x, cache=None):
-    heads = ours.project(x, None, None)
+    heads = ours.project(x, Context(), None)
     o = attention(*heads, bias=bias, scale=1.0)
     return ours.output(o, x), None
 

@@ -31,7 +31,10 @@ def flat(mixer):
 
 
 def values(mixer):
-  return {name: np.asarray(p, np.float64) for name, p in flat(mixer).items()}
+  return {
+    name.removeprefix('weights.'): np.asarray(p, np.float64)
+    for name, p in flat(mixer).items()
+  }
 
 
 def inputs(seed=0):

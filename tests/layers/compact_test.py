@@ -29,7 +29,7 @@ from tests.oracles import compact as oracles
 EQUATIONS = {
   'attention-gates': (
     oracles.mha,
-    dict(gate='channel', qk_norm=True, sinks=True, rotary_fraction=0.5),
+    dict(gate='channel', qk_norm=True, sinks=True, rotary=dict(fraction=0.5)),
     dict(gate=True, fraction=0.5),
   ),
   'attention-head_gates': (
@@ -308,13 +308,13 @@ def test_down_projections_have_the_width_of_the_model(path):
 
 def test_lambda_of_differential_attention():
   init = models.jit_init(lambda: build('differential', 1024, 1))
-  mixer = init()
-  for p in (mixer.lambda_q1, mixer.lambda_k1, mixer.lambda_q2, mixer.lambda_k2):
+  w = init().weights
+  for p in (w.lambda_q1, w.lambda_k1, w.lambda_q2, w.lambda_k2):
     assert p.shape == (512,) and not p.weight_decay
     assert abs(np.std(p[...]) - 0.1) < 0.02
-  for p in (mixer.lambda_q1, mixer.lambda_q2):
+  for p in (w.lambda_q1, w.lambda_q2):
     p.set_value(jnp.zeros(512))
-  assert mixer.weight() == pytest.approx(0.8)
+  assert w.factor() == pytest.approx(0.8)
   with pytest.raises(ConfigError, match='head_dim=5 must be even'):
     abstract('differential', head_dim=5)
 

@@ -14,6 +14,7 @@ from flax import nnx
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.context import Context
+from efficient_attn.layers.mixer import OnGrid
 from efficient_attn.layers.mixers import MIXERS, build_mixer, mixer_options
 
 B, T, D, N = 4, 24, 32, 4
@@ -29,7 +30,6 @@ SMALL = {
   'compress_stride': 2,
   'compressed_len': 3,
   'cube': (4,),
-  'frame_size': 4,
   'max_blocks': 6,
   'mem_len': 8,
   'min_width': 1,
@@ -63,13 +63,13 @@ MORE = [
   ('deltanet', dict(chunk_size=8, negative_eigenvalues=True, conv_width=0)),
   ('attention', dict(num_kv_heads=1, gate='channel', sinks=True)),
   ('attention', dict(position='alibi', logits_soft_cap=5.0)),
-  ('attention', dict(gate='head', rotary_fraction=0.5)),
+  ('attention', dict(gate='head', rotary=dict(fraction=0.5))),
   ('attention', dict(position='t5')),
   ('attention', dict(qkv_bias=True, out_bias=True)),
   ('attention', dict(cosine=True, num_kv_heads=2)),
   ('sparse_transformer', dict(kind='strided', stride=4)),
   ('bigbird', dict(block_size=4, num_random=1, num_global=2)),
-  ('neighborhood', dict(grid=(4, 6), window=3)),
+  ('neighborhood', dict(window=3)),
   ('mla', dict(absorbed=True)),
   ('differential', dict(num_kv_heads=2, gate='head', qk_norm=True)),
   ('window', dict(window=1)),
@@ -154,6 +154,14 @@ def inputs(seed=7):
   return jnp.asarray(rng.standard_normal((B, T, D), np.float32))
 
 
+def grid_of(mixer, x):
+  """Rows of four, as far as the tokens make them, where a mixer needs a grid."""
+  if not isinstance(mixer, OnGrid):
+    return ()
+  length = x.shape[1]
+  return (length // 4, 4) if length % 4 == 0 else (length, 1)
+
+
 def run(mixer, x, segment_ids=None):
   positions = None
   if segment_ids is not None:
@@ -163,7 +171,9 @@ def run(mixer, x, segment_ids=None):
     index = jnp.arange(x.shape[1])
     first = jax.lax.cummax(jnp.where(start != 0, index, 0), axis=1)
     positions = index - first
-  context = Context(positions=positions, segment_ids=segment_ids)
+  context = Context(
+    positions=positions, segment_ids=segment_ids, grid=grid_of(mixer, x)
+  )
   return mixer(x, context)[0]
 
 
@@ -175,7 +185,8 @@ evaluated = jax.jit(run)
 @jax.jit
 def called(mixer, x, cache=None):
   """The call of a training step without its gradients."""
-  y, _, cache = jax.vjp(lambda x: mixer(x, cache=cache), x, has_aux=True)
+  context = Context(grid=grid_of(mixer, x))
+  y, _, cache = jax.vjp(lambda x: mixer(x, context, cache), x, has_aux=True)
   return y if cache is None else (y, cache)
 
 

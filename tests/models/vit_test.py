@@ -8,6 +8,7 @@ from flax import nnx
 
 from efficient_attn import models
 from efficient_attn.config import ConfigError, ViTConfig
+from efficient_attn.layers.context import Context
 from efficient_attn.layers.mixers import MIXERS
 from efficient_attn.models.vit import patches
 from tests.layers.built import filled
@@ -27,11 +28,10 @@ call = jax.jit(lambda model, image: model(image))
 # is tested with the mixers.
 ENCODERS = ('window', 'linear', 'mamba')
 OPTIONS = {
-  'neighborhood': dict(grid=(4, 4), window=3),
-  'radial': dict(frame_size=16),
+  'neighborhood': dict(window=3),
   'sinkhorn': dict(block_size=4),  # divides 16 patches
-  'sliding_tile': dict(grid=(4, 4), tile=2),
-  'vsa': dict(grid=(4, 4), cube=(2, 2)),
+  'sliding_tile': dict(tile=2),
+  'vsa': dict(cube=(2, 2)),
 }
 
 
@@ -79,13 +79,33 @@ def test_mistakes():
     build()(jnp.zeros((1, 4, 4, 1)))
 
 
-@pytest.mark.parametrize('mixer', ['neighborhood', 'sliding_tile', 'vsa'])
-def test_a_mixer_of_grids_does_not_take_patches_for_a_line(mixer):
-  with pytest.raises(ConfigError, match=r'set it to \(4, 4\)'):
-    build(pattern=('attention', mixer), pooling='mean')
+GRIDS = ('neighborhood', 'sliding_tile', 'radial', 'vsa')
 
 
-def test_an_image_is_whole_frames():
-  model = build(pattern=('radial',), pooling='mean')
-  with pytest.raises(ConfigError, match='T is 16, .* of frame_size=256'):
-    model(IMAGE)
+@pytest.mark.parametrize('mixer', GRIDS)
+def test_a_class_token_has_no_place_in_a_grid(mixer):
+  with pytest.raises(ConfigError, match="needs a grid .* model.pooling='mean'"):
+    build(pattern=('attention', mixer), pooling='cls')
+
+
+def test_a_grid_of_two_axes():
+  options = {'sliding_tile': dict(tile=3)}
+  with pytest.raises(ConfigError, match=r'mixers\.sliding_tile: tile=\(3, 3\)'):
+    build(pattern=('sliding_tile',), pooling='mean', mixers=options)
+
+
+def test_neighbours_are_those_of_the_image():
+  """A place sees those above and below it, not only those of its row."""
+  options = {'neighborhood': dict(window=3)}
+  model = build(
+    pattern=('neighborhood',), num_layers=1, pooling='mean', mixers=options
+  )
+  mixer = model.stack.periods[0].blocks[0].mixer
+  x = jax.random.normal(jax.random.key(0), (1, 16, mixer.out.weight.shape[-1]))
+  reach = jax.jacobian(
+    lambda x: mixer(x, Context(grid=model.grid))[0][0, 5].sum()
+  )
+  seen = np.abs(jax.jit(reach)(x)).max((0, 2)).reshape(4, 4) > 0
+  wanted = np.zeros((4, 4), bool)
+  wanted[:3, :3] = True
+  np.testing.assert_array_equal(seen, wanted)

@@ -16,7 +16,7 @@ class MixerSpec:
   """One row of the method table; every field is shown, tested or both.
 
   Attributes:
-    build: the module class.
+    build: the module class, or what composes one.
     title: the method's name in its paper.
     year: of the paper.
     reference: arXiv number or venue.

@@ -291,7 +291,5 @@ def packed(mask: Mask | None, segment_ids: Int[Array, 'B T']) -> Mask:
     return same
   if mask.relative:
     return mask & same
-  index = jnp.arange(segment_ids.shape[1])
-  starts = jnp.where(chunks.segment_starts(segment_ids), index, 0)
-  positions = index - lax.cummax(starts, axis=1)
+  positions = chunks.segment_positions(segment_ids)
   return At(mask, positions, positions) & same

@@ -97,9 +97,8 @@ def train(scale, steps=200, batch=16, seeds=3) -> list[float]:
 
   def build(key):
     model = models.build(config, rngs=nnx.Rngs(key))
-    for period in model.stack.periods:
-      for block in period.blocks:
-        block.mixer.options['scale'] = scale
+    for block in model.stack.blocks():
+      block.mixer.scale = scale
     return nnx.split(model)
 
   graphdef, _ = build(jax.random.key(0))

@@ -4,6 +4,8 @@ from efficient_attn.layers.mixers.compact.differential import Differential
 from efficient_attn.layers.mixers.compact.mfa import MFA
 from efficient_attn.layers.mixers.compact.mla import MLA
 from efficient_attn.layers.mixers.compact.tpa import TPA
+from efficient_attn.layers.mixers.composed import Composed
+from efficient_attn.layers.mixers.softmax.attention import Attention
 from efficient_attn.layers.mixers.spec import MixerSpec
 
 FORMS = ('reference', 'blockwise')
@@ -40,7 +42,7 @@ COMPACT: dict[str, MixerSpec] = {
     state=1,
   ),
   'differential': MixerSpec(
-    Differential,
+    Composed(Attention, dict(weights=Differential)),
     'Differential attention',
     2024,
     '2410.05258',

@@ -16,23 +16,25 @@ import jax
 import jax.numpy as jnp
 
 from efficient_attn.config import ConfigError
-from efficient_attn.layers.mixers.softmax.attention import Attention
+from efficient_attn.layers.mixers.softmax.weights import Softmax
 from efficient_attn.layers.norm import RMSNorm
 from efficient_attn.layers.param import param
 from efficient_attn.values import Fraction
 
 
-class Differential(Attention):
-  """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+class Differential(Softmax):
+  """The difference of the weights of two halves, with a norm behind."""
 
-  def __init__(self, *, lambda_init: Fraction = 0.8, **options):
-    super().__init__(**options)
-    head_dim = self.kv_heads[1]
+  parts_of_a_head = 2
+
+  def __init__(self, *, lambda_init: Fraction = 0.8, **told):
+    super().__init__(**told)
+    head_dim = told['heads'].dim
     if head_dim % 2:
       raise ConfigError(
         f'head_dim={head_dim} must be even: a head has two halves'
       )
-    keys = jax.random.split(options['rngs'].params(), 4)
+    keys = jax.random.split(told['rngs'].params(), 4)
     self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2 = (
       param(0.1 * jax.random.normal(key, (head_dim // 2,)), (None,))
       for key in keys
@@ -40,27 +42,22 @@ class Differential(Attention):
     self.norm = RMSNorm(head_dim, eps=1e-5)
     self.lambda_init = lambda_init
 
-  def rotate(self, x, positions):
-    """Rotates the halves of every head by themselves."""
-    rotate = super().rotate
-    return jnp.concatenate([rotate(h, positions) for h in split(x)], axis=-1)
+  def __call__(self, *arguments):
+    """Normalises the difference."""
+    return (1 - self.lambda_init) * self.norm(self.average(*arguments))
 
-  def attend(self, query, key, value, mask, offset, x=None):
-    """Attends with both halves and projects the difference."""
+  def average(self, query, key, *others):
+    """Reads with both halves and takes the difference."""
     first, second = (
-      self.read(q, k, value, mask, offset)
-      for q, k in zip(split(query), split(key), strict=True)
+      super(Differential, self).average(q, k, *others)
+      for q, k in zip(
+        jnp.split(query, 2, axis=-1), jnp.split(key, 2, axis=-1), strict=True
+      )
     )
-    o = first - self.weight().astype(first.dtype) * second
-    return self.output((1 - self.lambda_init) * self.norm(o), x)
+    return first - self.factor().astype(first.dtype) * second
 
-  def weight(self) -> jax.Array:
+  def factor(self) -> jax.Array:
     """Returns lambda, a scalar."""
     first = jnp.sum(self.lambda_q1[...] * self.lambda_k1[...])
     second = jnp.sum(self.lambda_q2[...] * self.lambda_k2[...])
     return jnp.exp(first) - jnp.exp(second) + self.lambda_init
-
-
-def split(x):
-  """The two halves of every head of x [B, T, N, H]."""
-  return jnp.split(x, 2, axis=-1)

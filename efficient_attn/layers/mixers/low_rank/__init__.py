@@ -1,5 +1,6 @@
 """Mixers of low rank, over few latents, and without attention."""
 
+from efficient_attn.layers.mixers.composed import Composed
 from efficient_attn.layers.mixers.low_rank.base_conv import BaseConv
 from efficient_attn.layers.mixers.low_rank.compressive import Compressive
 from efficient_attn.layers.mixers.low_rank.fnet import FNet
@@ -11,9 +12,10 @@ from efficient_attn.layers.mixers.low_rank.latents import (
 )
 from efficient_attn.layers.mixers.low_rank.linformer import Linformer
 from efficient_attn.layers.mixers.low_rank.nystrom import Nystrom
-from efficient_attn.layers.mixers.low_rank.scored import Additive, Luong
 from efficient_attn.layers.mixers.low_rank.synthesizer import Synthesizer
 from efficient_attn.layers.mixers.low_rank.transformer_xl import TransformerXL
+from efficient_attn.layers.mixers.softmax.attention import Attention
+from efficient_attn.layers.mixers.softmax.weights import Additive, Luong
 from efficient_attn.layers.mixers.spec import TWO_PASSES, MixerSpec
 
 # Dense matrices of logits, or tiles of them.
@@ -130,7 +132,7 @@ LOW_RANK = {
     bidirectional=TWO_PASSES,
   ),
   'additive': MixerSpec(
-    Additive,
+    Composed(Attention, dict(weights=Additive), dict(position='none')),
     'Additive attention (Bahdanau)',
     2014,
     '1409.0473',
@@ -140,7 +142,7 @@ LOW_RANK = {
     state=1,
   ),
   'luong': MixerSpec(
-    Luong,
+    Composed(Attention, dict(weights=Luong), dict(position='none')),
     'General attention (Luong)',
     2015,
     '1508.04025',

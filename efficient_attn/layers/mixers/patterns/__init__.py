@@ -1,29 +1,51 @@
 """Softmax mixers with a fixed pattern of sparsity."""
 
+from efficient_attn.layers.mixers.composed import Composed
 from efficient_attn.layers.mixers.patterns.adaptive_span import AdaptiveSpan
 from efficient_attn.layers.mixers.patterns.bigbird import BigBird
-from efficient_attn.layers.mixers.patterns.blockbert import BlockBERT
+from efficient_attn.layers.mixers.patterns.blockbert import (
+  BlockBERT,
+  ShiftedBlocks,
+)
 from efficient_attn.layers.mixers.patterns.cascade import Cascade
 from efficient_attn.layers.mixers.patterns.dam import DAM
-from efficient_attn.layers.mixers.patterns.duo import DuoAttention
-from efficient_attn.layers.mixers.patterns.entmax import Entmax
+from efficient_attn.layers.mixers.patterns.duo import DuoAttention, Streaming
+from efficient_attn.layers.mixers.patterns.grid import GridAttention
 from efficient_attn.layers.mixers.patterns.logsparse import LogSparse
-from efficient_attn.layers.mixers.patterns.longformer import Longformer
+from efficient_attn.layers.mixers.patterns.longformer import (
+  LocalGlobal,
+  Longformer,
+)
 from efficient_attn.layers.mixers.patterns.moa import MoA
 from efficient_attn.layers.mixers.patterns.neighborhood import Neighborhood
 from efficient_attn.layers.mixers.patterns.radial import Radial
 from efficient_attn.layers.mixers.patterns.sliding_tile import SlidingTile
 from efficient_attn.layers.mixers.patterns.sparse_transformer import (
+  Factorized,
   SparseTransformer,
 )
 from efficient_attn.layers.mixers.patterns.star import Star
+from efficient_attn.layers.mixers.softmax.attention import Attention
+from efficient_attn.layers.mixers.softmax.weights import Entmax, Softmax
 from efficient_attn.layers.mixers.spec import MixerSpec
 
 FORMS = ('reference', 'blockwise')
+NO_POSITION = dict(position='none')
+
+
+def sparse(pattern, mixer=Attention, **told) -> Composed:
+  """Softmax attention with a pattern."""
+  return Composed(mixer, dict(pattern=pattern, weights=Softmax), **told)
+
+
+def on_grid(pattern) -> Composed:
+  """Softmax attention over a grid, whose positions the model adds."""
+  return sparse(pattern, GridAttention, defaults=NO_POSITION)
+
 
 PATTERNS = {
   'sparse_transformer': MixerSpec(
-    SparseTransformer,
+    sparse(Factorized, SparseTransformer),
     'Sparse Transformer',
     2019,
     '1904.10509',
@@ -33,7 +55,7 @@ PATTERNS = {
     state=1,
   ),
   'logsparse': MixerSpec(
-    LogSparse,
+    sparse(LogSparse),
     'LogSparse Transformer',
     2019,
     '1907.00235',
@@ -43,7 +65,7 @@ PATTERNS = {
     state=1,
   ),
   'star': MixerSpec(
-    Star,
+    sparse(Star),
     'Star-Transformer',
     2019,
     '1902.09113',
@@ -52,7 +74,7 @@ PATTERNS = {
     state=1,
   ),
   'blockbert': MixerSpec(
-    BlockBERT,
+    sparse(ShiftedBlocks, BlockBERT, defaults=NO_POSITION, without=('sinks',)),
     'BlockBERT',
     2019,
     '1911.02972',
@@ -63,7 +85,7 @@ PATTERNS = {
     time=2,
   ),
   'cascade': MixerSpec(
-    Cascade,
+    sparse(Cascade),
     'Cascade Transformer',
     2020,
     '2002.06170',
@@ -72,7 +94,7 @@ PATTERNS = {
     state=1,
   ),
   'longformer': MixerSpec(
-    Longformer,
+    sparse(LocalGlobal, Longformer),
     'Longformer',
     2020,
     '2004.05150',
@@ -81,7 +103,7 @@ PATTERNS = {
     state=1,
   ),
   'bigbird': MixerSpec(
-    BigBird,
+    sparse(BigBird),
     'BigBird',
     2020,
     '2007.14062',
@@ -90,7 +112,7 @@ PATTERNS = {
     state=1,
   ),
   'neighborhood': MixerSpec(
-    Neighborhood,
+    on_grid(Neighborhood),
     'Neighborhood attention (NAT)',
     2022,
     '2204.07143',
@@ -100,7 +122,7 @@ PATTERNS = {
     packing=False,
   ),
   'adaptive_span': MixerSpec(
-    AdaptiveSpan,
+    sparse(AdaptiveSpan),
     'Adaptive attention span',
     2019,
     '1905.07799',
@@ -108,7 +130,7 @@ PATTERNS = {
     forms=FORMS,
   ),
   'entmax': MixerSpec(
-    Entmax,
+    Composed(Attention, dict(weights=Entmax)),
     'Adaptively sparse attention (entmax)',
     2019,
     '1909.00015',
@@ -118,7 +140,7 @@ PATTERNS = {
     state=1,
   ),
   'dam': MixerSpec(
-    DAM,
+    Composed(DAM, dict(weights=Softmax)),
     'SparseBERT (DAM)',
     2021,
     '2102.12871',
@@ -128,7 +150,7 @@ PATTERNS = {
     state=1,
   ),
   'duo': MixerSpec(
-    DuoAttention,
+    sparse(Streaming, DuoAttention, without=('sinks', 'shared_kv')),
     'DuoAttention',
     2024,
     '2410.10819',
@@ -139,7 +161,7 @@ PATTERNS = {
     state=1,
   ),
   'moa': MixerSpec(
-    MoA,
+    sparse(MoA),
     'MoA (mixture of attention)',
     2024,
     '2406.14909',
@@ -150,7 +172,7 @@ PATTERNS = {
     state=1,
   ),
   'sliding_tile': MixerSpec(
-    SlidingTile,
+    on_grid(SlidingTile),
     'Sliding tile attention (STA)',
     2025,
     '2502.04507',
@@ -160,7 +182,7 @@ PATTERNS = {
     packing=False,
   ),
   'radial': MixerSpec(
-    Radial,
+    on_grid(Radial),
     'Radial attention',
     2025,
     '2506.19852',

@@ -14,14 +14,14 @@ window - 1 keys and values. `penalty_weight` is lambda of the objective
 import jax
 import jax.numpy as jnp
 
-from efficient_attn.layers.mixers.softmax.window import Window
+from efficient_attn.layers.mixers.softmax.window import WindowPattern
 from efficient_attn.layers.param import clip_to_unit, param, use
 from efficient_attn.ops import masks, scores
 from efficient_attn.values import NonNegativeFloat, Positive
 
 
-class AdaptiveSpan(Window):
-  """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+class AdaptiveSpan(WindowPattern):
+  """A window whose ramp every head learns."""
 
   def __init__(
     self,
@@ -30,11 +30,11 @@ class AdaptiveSpan(Window):
     ramp: Positive = 32,
     span: float = 0.0,
     penalty_weight: NonNegativeFloat = 0.0,
-    **options,
+    **told,
   ):
-    super().__init__(window=window, **options)
+    super().__init__(window=window, **told)
     self.ramp = ramp
-    start = jnp.full(self.num_heads, span)
+    start = jnp.full(self.heads.query, span)
     self.span = param(start, ('heads',), weight_decay=False)
     self.penalty_weight = penalty_weight
 
@@ -46,18 +46,14 @@ class AdaptiveSpan(Window):
     """What the spans add to the objective."""
     # Not past the ends: nothing there would hold them.
     spans = self.window * jnp.clip(self.span[...], 0, 1)
-    return self.penalty_weight * jnp.sum(spans) / self.num_heads
+    return self.penalty_weight * jnp.sum(spans) / self.heads.query
 
-  def bias(self, offset) -> scores.Score:
-    """The logarithm of the ramp, and what else is added."""
-    ramp = scores.SoftSpan(self.spans(), float(self.ramp), offset)
-    more = super().bias(offset)
-    return ramp if more is None else ramp + more
+  def bias(self, offset):
+    """The logarithm of the ramp."""
+    return scores.SoftSpan(self.spans(), float(self.ramp), offset)
 
-  def read(self, query, key, value, mask, offset):
-    """Leaves out tiles that no head reaches."""
-    if isinstance(offset, int) and offset == 0:
-      reach = jnp.ceil(jax.lax.stop_gradient(self.spans())) + self.ramp
-      reach = reach.astype(jnp.int32)
-      mask &= masks.HeadWindow(reach, reach)
-    return super().read(query, key, value, mask, offset)
+  def mask(self, count):
+    """The window, without what no head reaches."""
+    reach = jnp.ceil(jax.lax.stop_gradient(self.spans())) + self.ramp
+    reach = reach.astype(jnp.int32)
+    return super().mask(count) & masks.HeadWindow(reach, reach)

@@ -10,14 +10,13 @@ first `num_global` tokens of the sequence are, which the model puts there. All
 heads share the random blocks, drawn once from `seed`. O(T block_size).
 """
 
-from efficient_attn.layers.mixer import refuse_segments
-from efficient_attn.layers.mixers.softmax.attention import Attention
+from efficient_attn.layers.mixers.softmax.pattern import Pattern
 from efficient_attn.ops import masks
 from efficient_attn.values import NonNegative, Positive, Seed
 
 
-class BigBird(Attention):
-  """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+class BigBird(Pattern):
+  """Window, random and global blocks."""
 
   def __init__(
     self,
@@ -26,35 +25,27 @@ class BigBird(Attention):
     num_random: NonNegative = 3,
     num_global: NonNegative = 0,
     seed: Seed = 0,
-    **options,
+    **told,
   ):
-    super().__init__(**options)
+    super().__init__(**told)
+    # Else the last block and the draw belong to the whole row.
+    self.packs = self.heads.causal
     self.block_size = block_size
     self.num_random = num_random
     self.num_global = num_global
     self.seed = seed
 
-  mix_sharing = None  # its keys and values are not those of attention
-
-  def mix_tokens(self, x, context, cache):
-    """Mixes tokens; see `layers.mixer` for the contract."""
-    if not self.causal:  # the last block and the draw belong to the whole row
-      refuse_segments('a bidirectional bigbird', context)
-    return Attention.mix_sharing(self, x, context, cache, None)[:2]
-
-  def pattern(self, length: int) -> masks.Mask:
-    """Window, random and global blocks."""
-    size = self.block_size
+  def mask(self, count):
+    """Which of `count` keys each query sees."""
+    size, causal = self.block_size, self.heads.causal
     first = self.num_global or size
     mask = (
       masks.BlockWindow(size, 1, 1)
-      | masks.RandomBlocks(
-        length, size, self.num_random, self.seed, self.causal
-      )
+      | masks.RandomBlocks(count, size, self.num_random, self.seed, causal)
       | masks.Prefix(first)
       | masks.Leading(first)
     )
-    if self.num_global or self.causal:
+    if self.num_global or causal:
       return mask
-    others = (length - 1) // size * size
+    others = (count - 1) // size * size
     return mask | ~masks.Prefix(others) | ~masks.Leading(others)

@@ -12,61 +12,59 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficient_attn import sharding
-from efficient_attn.config import ConfigError, choose
-from efficient_attn.layers.mixers.patterns.encoder import Encoder
+from efficient_attn.config import ConfigError
+from efficient_attn.layers.mixer import WholeMixer
+from efficient_attn.layers.mixers.softmax.attention import Attention
+from efficient_attn.layers.mixers.softmax.pattern import Pattern
 from efficient_attn.ops import masks
 from efficient_attn.ops.softmax.attention import attention
 from efficient_attn.values import Positive
 
 
-class BlockBERT(Encoder):
-  """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+class ShiftedBlocks(Pattern):
+  """Each head sees the blocks that its shift leads to."""
+
+  takes_bias = False  # scores of other blocks are not placed in the sequence
 
   def __init__(
-    self,
-    *,
-    num_blocks: Positive = 2,
-    shifts: tuple[int, ...] = (),
-    position: str = 'none',
-    sinks: bool = False,
-    **options,
+    self, *, num_blocks: Positive = 2, shifts: tuple[int, ...] = (), **told
   ):
-    # Scores of other blocks are never placed in the whole sequence.
-    choose('position', position, {'none': 0, 'rotary': 1})
-    if sinks:
-      raise ConfigError('sinks=True is not an option of blockbert')
-    super().__init__(position=position, **options)
-    if shifts and len(shifts) != self.num_heads:
+    super().__init__(**told)
+    heads = self.heads.query
+    if shifts and len(shifts) != heads:
       raise ConfigError(
-        f'shifts={shifts} must be one for each of num_heads={self.num_heads}'
+        f'shifts={shifts} must be one for each of num_heads={heads}'
       )
     self.num_blocks = num_blocks
-    self.shifts = tuple(shifts) or tuple(
-      n % num_blocks for n in range(self.num_heads)
-    )
+    self.shifts = tuple(shifts) or tuple(n % num_blocks for n in range(heads))
 
-  def pattern(self, length: int) -> masks.Mask:
-    """Which blocks each head sees: the rule that `read` follows."""
-    if length % self.num_blocks:
+  def mask(self, count):
+    """Which of `count` keys each query sees, as `BlockBERT` computes it."""
+    if count % self.num_blocks:
       raise ConfigError(
-        f'T is {length}, no multiple of num_blocks={self.num_blocks}; pad the'
+        f'T is {count}, no multiple of num_blocks={self.num_blocks}; pad the'
         ' sequences.'
       )
-    size = length // self.num_blocks
+    size = count // self.num_blocks
     layout = masks.shifted_blocks(self.num_blocks, self.shifts)
     return masks.Blocks(layout, size, size)
 
-  def read(self, query, key, value, mask, offset):
-    """Reads block by block, without the logits of other blocks."""
-    del mask, offset
+
+class BlockBERT(WholeMixer, Attention):
+  """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  def mix_whole(self, x, context):
+    """Mixes block by block, without the logits of other blocks."""
+    self.pattern.mask(x.shape[1])  # which checks the length
+    number = self.pattern.num_blocks
 
     def op(query, key, value, shifts):
-      blocks = np.arange(self.num_blocks)[:, None]
-      others = (blocks + shifts) % self.num_blocks  # [blocks, N]
+      blocks = np.arange(number)[:, None]
+      others = (blocks + shifts) % number  # [blocks, N]
 
       def cut(x):
         x = jnp.repeat(x, query.shape[2] // x.shape[2], axis=2)
-        return x.reshape(x.shape[0], self.num_blocks, -1, *x.shape[2:])
+        return x.reshape(x.shape[0], number, -1, *x.shape[2:])
 
       def permuted(x):
         index = others[None, :, None, :, None]
@@ -74,8 +72,9 @@ class BlockBERT(Encoder):
 
       parts = cut(query), permuted(key), permuted(value)
       parts = (x.reshape(-1, *x.shape[2:]) for x in parts)
-      return attention(*parts, **self.options).reshape(query.shape)
+      o = attention(*parts, scale=self.scale, **self.weights.options)
+      return o.reshape(query.shape)
 
-    shifts = jnp.asarray(self.shifts)
     op = sharding.local_op(op, ('BTNH', 'BTKH', 'BTKV', 'N'), 'BTNV')
-    return op(query, key, value, shifts)
+    heads = self.project(x, context, None)
+    return self.output(op(*heads, jnp.asarray(self.pattern.shifts)), x)

@@ -8,13 +8,14 @@ The pattern of a model gives each layer its `level`: ('cascade:0', 'cascade:1',
 
 from typing import Annotated
 
-from efficient_attn.layers.mixers.softmax.attention import Attention
+from efficient_attn.config import ConfigError
+from efficient_attn.layers.mixers.softmax.pattern import Pattern
 from efficient_attn.ops import masks
-from efficient_attn.values import LARGEST, ConfigError, Positive, Range
+from efficient_attn.values import LARGEST, Positive, Range
 
 
-class Cascade(Attention):
-  """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+class Cascade(Pattern):
+  """The window of a level."""
 
   def __init__(
     self,
@@ -22,17 +23,15 @@ class Cascade(Attention):
     base: Positive = 16,
     factor: Positive = 2,
     level: Annotated[int, Range(0, 30)] = 0,
-    **options,
+    **told,
   ):
-    super().__init__(**options)
+    super().__init__(**told)
     if base * factor**level > LARGEST:
       raise ConfigError(
         f'base={base} factor={factor} level={level}: the window is too large'
       )
-    self.base = base
-    self.factor = factor
-    self.level = level
+    self.sizes = base, factor, level
 
-  def pattern(self, length: int) -> masks.Mask:
-    """The window of the level."""
-    return masks.cascade(self.base, self.factor, self.level)
+  def mask(self, count):
+    """Which of `count` keys each query sees."""
+    return masks.cascade(*self.sizes)

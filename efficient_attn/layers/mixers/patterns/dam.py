@@ -17,10 +17,9 @@ of what is likely to remain of the mask, as its sum in the paper.
 import jax
 import jax.numpy as jnp
 
-from efficient_attn.layers.cache import extend
 from efficient_attn.layers.mixers.softmax.attention import Attention
 from efficient_attn.layers.param import param, use
-from efficient_attn.ops import masks, scores
+from efficient_attn.ops import scores
 from efficient_attn.values import NonNegativeFloat, Positive, PositiveFloat
 
 
@@ -41,29 +40,15 @@ class DAM(Attention):
     self.temperature = temperature
     self.penalty_weight = penalty_weight
 
-  mix_sharing = None  # its keys and values are not those of attention
+  def bias(self, offset, context, places):
+    """The logarithm of M, but at the ends of a sequence."""
+    score = scores.Diagonal(self.table(), offset)
+    score = scores.Except(score, self.ends(context, places), offset)
+    more = super().bias(offset, context, places)
+    return score if more is None else score + more
 
-  def mix_tokens(self, x, context, cache, key=None):
-    """Mixes tokens; see `layers.mixer`. `key` draws the noise of the mask."""
-    positions, segment_ids = context.positions, context.segment_ids
-    query, keys, value = self.project(x, positions, cache)
-    if cache is not None:
-      self.check_cacheable(segment_ids)
-    keys, value, cache, offset = extend(cache, keys, value)
-    mask = None
-    if self.causal:
-      mask = masks.Causal(offset)
-    if segment_ids is not None:
-      mask = masks.packed(mask, segment_ids)
-    score = scores.Diagonal(self.table(key), offset)
-    ends = self.ends(keys.shape[1], segment_ids)
-    score, more = scores.Except(score, ends, offset), self.bias(offset)
-    score = score if more is None else score + more
-    o = self.read(query, keys, value, mask, offset, score)
-    return self.output(o, x), cache
-
-  def table(self, key):
-    """The logarithm of M for every diagonal."""
+  def table(self, key=None):
+    """The logarithm of M for every diagonal; `key` draws its noise."""
     alpha = use(self.alpha, jnp.float32)
     if key is not None:
       noise = jax.random.logistic(key, alpha.shape)  # as g - g' is
@@ -77,12 +62,12 @@ class DAM(Attention):
     diagonals = self.alpha.shape[-2] * self.num_heads
     return self.penalty_weight * jnp.sum(likely) / diagonals
 
-  def ends(self, length, segment_ids):
-    """Which tokens every other sees, [1 or B, S]."""
-    if segment_ids is None:
-      segment_ids = jnp.zeros((1, length), jnp.int32)
-    edges = jnp.diff(segment_ids, axis=1) != 0
-    ends = jnp.pad(edges, ((0, 0), (1, 0)), constant_values=True)
-    if not self.causal:
-      ends |= jnp.pad(edges, ((0, 0), (0, 1)), constant_values=True)
-    return ends
+  def ends(self, context, places):
+    """Which tokens every other sees, [#B, S]."""
+    ends = places == 0
+    if self.causal:
+      return ends
+    if context.segment_ids is None:
+      return ends | (places == places.shape[1] - 1)
+    edges = jnp.diff(context.segment_ids, axis=1) != 0
+    return ends | jnp.pad(edges, ((0, 0), (0, 1)), constant_values=True)

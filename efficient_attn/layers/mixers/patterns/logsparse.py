@@ -7,18 +7,18 @@ O(T log T). The paper's convolutional queries and keys are of width 1 here, as
 in its ablation.
 """
 
-from efficient_attn.layers.mixers.softmax.attention import Attention
+from efficient_attn.layers.mixers.softmax.pattern import Pattern
 from efficient_attn.ops import masks
 from efficient_attn.values import Positive
 
 
-class LogSparse(Attention):
-  """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+class LogSparse(Pattern):
+  """Powers of two, and the `local` nearest."""
 
-  def __init__(self, *, local: Positive = 1, **options):
-    super().__init__(**options)
+  def __init__(self, *, local: Positive = 1, **told):
+    super().__init__(**told)
     self.local = local
 
-  def pattern(self, length: int) -> masks.Mask:
-    """Powers of two, and the `local` nearest."""
+  def mask(self, count):
+    """Which of `count` keys each query sees."""
     return masks.LogSparse(self.local)

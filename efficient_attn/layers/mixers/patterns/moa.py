@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficient_attn.config import ConfigError
-from efficient_attn.layers.mixers.softmax.attention import Attention
+from efficient_attn.layers.mixers.softmax.pattern import Pattern
 from efficient_attn.ops import masks
 from efficient_attn.values import NonNegative, Positive
 
 
-class MoA(Attention):
-  """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+class MoA(Pattern):
+  """The window of each head, and the sinks."""
 
   def __init__(
     self,
@@ -27,10 +27,10 @@ class MoA(Attention):
     alpha: Positive | tuple[Positive, ...] = 128,
     beta: float | tuple[float, ...] = (),
     num_sinks: NonNegative = 64,
-    **options,
+    **told,
   ):
-    super().__init__(**options)
-    N = self.num_heads
+    super().__init__(**told)
+    N = self.heads.query
     if beta == ():
       beta = tuple(np.linspace(0, 1, N))
     for name, value in (('alpha', alpha), ('beta', beta)):
@@ -43,8 +43,8 @@ class MoA(Attention):
     self.beta = tuple(round(1024 * float(b)) for b in np.broadcast_to(beta, N))
     self.num_sinks = num_sinks
 
-  def pattern(self, length: int) -> masks.Mask:
-    """The window of each head, and the sinks."""
+  def mask(self, count):
+    """Which of `count` keys each query sees."""
     window = masks.ElasticWindow(
       jnp.asarray(self.alpha), jnp.asarray(self.beta)
     )

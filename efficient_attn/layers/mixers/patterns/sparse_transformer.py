@@ -15,6 +15,7 @@ is a cache, a bias, a sink or packed sequences.
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError, choose
 from efficient_attn.layers.mixers.softmax.attention import Attention
+from efficient_attn.layers.mixers.softmax.pattern import Pattern
 from efficient_attn.ops import masks
 from efficient_attn.ops.softmax.factorized_attention import (
   fixed_attention,
@@ -22,11 +23,15 @@ from efficient_attn.ops.softmax.factorized_attention import (
 )
 from efficient_attn.values import Positive
 
-KINDS = {'strided': strided_attention, 'fixed': fixed_attention}
+# The rule of both halves, and their dense attentions.
+KINDS = {
+  'strided': (masks.Strided, strided_attention),
+  'fixed': (masks.Fixed, fixed_attention),
+}
 
 
-class SparseTransformer(Attention):
-  """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+class Factorized(Pattern):
+  """Both halves of a factorised matrix."""
 
   def __init__(
     self,
@@ -34,36 +39,45 @@ class SparseTransformer(Attention):
     kind: str = 'fixed',
     stride: Positive = 128,
     summary: Positive = 8,
-    **options,
+    **told,
   ):
-    super().__init__(**options)
-    choose('kind', kind, KINDS)
-    if kind == 'fixed' and not 0 < summary <= stride:
-      raise ConfigError(
-        f'summary={summary} must be between 1 and stride={stride}'
-      )
-    self.kind = kind
+    super().__init__(**told)
+    self.rule, self.attend = choose('kind', kind, KINDS)
     self.sizes = dict(stride=stride)
     if kind == 'fixed':
       self.sizes |= dict(summary=summary)
+      if summary > stride:
+        raise ConfigError(
+          f'summary={summary} must be between 1 and stride={stride}'
+        )
 
-  mix_sharing = None  # its keys and values are not those of attention
+  def mask(self, count):
+    """Which of `count` keys each query sees."""
+    return self.rule(**self.sizes)
 
-  def mix_tokens(self, x, context, cache):
-    """Mixes tokens; see `layers.mixer` for the contract."""
+
+class SparseTransformer(Attention):
+  """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  def mix_sharing(self, x, context, cache, shared):
+    """Mixes whole sequences by their halves, others tile by tile."""
     whole = cache is None and context.segment_ids is None
-    if not whole or self.sinks is not None or self.bias(0) is not None:
-      return Attention.mix_sharing(self, x, context, cache, None)[:2]
+    placed = self.position in ('alibi', 't5') or self.weights.sinks is not None
+    if not whole or placed or self.shared_kv:
+      return super().mix_sharing(x, context, cache, shared)
 
     def op(query, key, value):
-      return KINDS[self.kind](
-        query, key, value, causal=self.causal, **self.sizes, **self.options
+      return self.pattern.attend(
+        query,
+        key,
+        value,
+        causal=self.causal,
+        scale=self.scale,
+        **self.pattern.sizes,
+        **self.weights.options,
       )
 
+    heads = self.project(x, context, None)
     op = sharding.local_op(op, ('BTNH', 'BTKH', 'BTKV'), 'BTNV')
-    return self.output(op(*self.project(x, context.positions, None)), x), None
-
-  def pattern(self, length: int) -> masks.Mask:
-    """Both halves."""
-    rule = masks.Fixed if self.kind == 'fixed' else masks.Strided
-    return rule(**self.sizes)
+    shared = dict(key=heads[1], value=heads[2], cursor=None)
+    return self.output(op(*heads), x), None, shared

@@ -8,13 +8,13 @@ others are satellites. One layer updates them together, where the paper updates
 the relay after its satellites. O(T).
 """
 
-from efficient_attn.layers.mixers.softmax.attention import Attention
+from efficient_attn.layers.mixers.softmax.pattern import Pattern
 from efficient_attn.ops import masks
 
 
-class Star(Attention):
-  """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+class Star(Pattern):
+  """The ring and the relay."""
 
-  def pattern(self, length: int) -> masks.Mask:
-    """The ring and the relay."""
+  def mask(self, count):
+    """Which of `count` keys each query sees."""
     return masks.Window(1, 1) | masks.Global((0,))

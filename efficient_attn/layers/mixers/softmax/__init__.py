@@ -1,14 +1,18 @@
 """Mixers that normalise with a softmax."""
 
+from efficient_attn.layers.mixers.composed import Composed
 from efficient_attn.layers.mixers.softmax.attention import Attention
 from efficient_attn.layers.mixers.softmax.fox import FoX
 from efficient_attn.layers.mixers.softmax.path import PaTH
-from efficient_attn.layers.mixers.softmax.window import Window
+from efficient_attn.layers.mixers.softmax.weights import Softmax
+from efficient_attn.layers.mixers.softmax.window import WindowPattern
 from efficient_attn.layers.mixers.spec import MixerSpec
+
+SOFTMAX_WEIGHTS = dict(weights=Softmax)
 
 SOFTMAX = {
   'attention': MixerSpec(
-    Attention,
+    Composed(Attention, SOFTMAX_WEIGHTS),
     'Softmax attention (MHA, GQA, MQA)',
     2017,
     '1706.03762',
@@ -18,7 +22,7 @@ SOFTMAX = {
     state=1,
   ),
   'window': MixerSpec(
-    Window,
+    Composed(Attention, SOFTMAX_WEIGHTS | dict(pattern=WindowPattern)),
     'Sliding-window attention',
     2020,
     '2004.05150',
