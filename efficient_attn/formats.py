@@ -62,7 +62,7 @@ MOVED[3]['radial']['frame_size'] = ''
 
 # Parameters (part, name) of a mixer that had no part before.
 OF_PARTS = {
-  ('pattern', 'span'),
+  ('mask_rule', 'span'),
   ('weights', 'alpha'),
   ('weights', 'lambda_k1'),
   ('weights', 'lambda_k2'),

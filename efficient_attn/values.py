@@ -131,6 +131,8 @@ def read(kind: Any, value: Any, key: str) -> Any:
   if origin in (typing.Union, types.UnionType):
     return _read_union(args, value, key)
   if dataclasses.is_dataclass(kind):
+    if isinstance(value, kind):
+      return value
     value = _literal(value) if isinstance(value, str) else value
     if not isinstance(value, Mapping):
       raise ConfigError(f'{key}={_short(value)} must be a group of keys')

@@ -2,12 +2,16 @@
 
 python launch/sample.py --workdir=runs/quickstart --prompt='def main('
 
+With --prompts=file each line of a file is a prompt, and all are one batch. A
+continuation ends where it says one of --stop.
+
 With --kv_policy=h2o --kv_budget=64 each layer of softmax attention holds the
 keys and values of 64 tokens, whatever the length.
 """
 
 import argparse
 import os
+import pathlib
 import time
 
 import jax
@@ -22,6 +26,12 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--workdir', required=True, help='of the trained run')
   parser.add_argument('--prompt', default='def ')
+  parser.add_argument(
+    '--prompts', default='', help='file with a prompt a line, in place of one'
+  )
+  parser.add_argument(
+    '--stop', action='append', default=[], help='token that ends a sample'
+  )
   parser.add_argument('--length', type=int, default=256, help='tokens to add')
   parser.add_argument('--num_samples', type=int, default=1)
   parser.add_argument(
@@ -64,7 +74,7 @@ def print_samples(args: argparse.Namespace) -> None:
   """Prints `args.num_samples` continuations of `args.prompt`."""
   from efficient_attn.data import load_tokenizer
   from efficient_attn.decode.eviction import evict
-  from efficient_attn.decode.generate import generate
+  from efficient_attn.decode.generate import generate, pad
   from efficient_attn.train.load import load_model
 
   config, model = load_model(args.workdir)
@@ -79,30 +89,63 @@ def print_samples(args: argparse.Namespace) -> None:
     except NotImplementedError as e:
       raise ConfigError(f'--kv_policy={args.kv_policy}: {e}') from None
   tokenizer = load_tokenizer(config.data.tokenizer)
-  prompt = np.asarray(tokenizer.encode(os.fsencode(args.prompt)), np.int32)
-  if not len(prompt):
-    raise ConfigError(f'--prompt={args.prompt!r} has no tokens; give another')
-  if prompt.max() >= config.model.vocab_size:
-    raise ConfigError(
-      f'--prompt={args.prompt!r} has token {prompt.max()}, but '
-      f'model.vocab_size={config.model.vocab_size}; is data.tokenizer='
-      f'{config.data.tokenizer!r} the one of the run?'
-    )
+
+  def encode(flag, text):
+    """Returns the tokens of a flag's text, of which the model knows all."""
+    tokens = np.asarray(tokenizer.encode(os.fsencode(text)), np.int32)
+    if not len(tokens):
+      raise ConfigError(f'{flag}={text!r} has no tokens; give another')
+    if tokens.max() >= config.model.vocab_size:
+      raise ConfigError(
+        f'{flag}={text!r} has token {tokens.max()}, but '
+        f'model.vocab_size={config.model.vocab_size}; is data.tokenizer='
+        f'{config.data.tokenizer!r} the one of the run?'
+      )
+    return tokens
+
+  texts, flag = [args.prompt], '--prompt'
+  if args.prompts:
+    texts, flag = read_lines(args.prompts), f'--prompts={args.prompts}: line'
+  prompts = [encode(flag, text) for text in texts]
+  stop = [encode('--stop', text) for text in args.stop]
+  for text, tokens in zip(args.stop, stop, strict=True):
+    if len(tokens) != 1:
+      raise ConfigError(
+        f'--stop={text!r} is {len(tokens)} tokens; it has to be one'
+      )
   start = time.perf_counter()
+  prompts = [prompt for prompt in prompts for _ in range(args.num_samples)]
+  rows, lengths = pad(prompts)
   tokens = generate(
     model,
-    np.tile(prompt, (args.num_samples, 1)),
+    rows,
     jax.random.key(args.seed),
     length=args.length,
+    prompt_lengths=lengths if lengths.min() < lengths.max() else None,
     temperature=args.temperature,
     top_k=args.top_k,
     top_p=args.top_p,
     allowed=tokenizer.known[: config.model.vocab_size],
+    stop=tuple(int(token) for (token,) in stop),
   )
-  for row in np.asarray(tokens):
+  for prompt, row in zip(prompts, np.asarray(tokens), strict=True):
+    ends = np.flatnonzero(np.isin(row, stop))
+    row = row[: ends[0]] if len(ends) else row
     print(tokenizer.decode(np.concatenate([prompt, row])), end='\n\n')
   seconds = time.perf_counter() - start
   print(f'[{tokens.size} tokens in {seconds:.1f} s, compilation included]')
+
+
+def read_lines(path: str) -> list[bytes]:
+  """Returns the lines of a file that are not empty."""
+  try:
+    lines = pathlib.Path(path).read_bytes().splitlines()
+  except OSError as error:
+    raise ConfigError(f'--prompts={path!r}: {error.strerror}') from None
+  lines = [line for line in lines if line]
+  if not lines:
+    raise ConfigError(f'--prompts={path!r} has no line with a prompt')
+  return lines
 
 
 if __name__ == '__main__':

@@ -180,7 +180,7 @@ class Evicting(Mixer):
     """What queries at positions `rows` see."""
     at = held['position'].swapaxes(1, 2)
     at = jnp.repeat(at, num_heads // at.shape[1], axis=1)
-    return Held(rows, at, self.mixer.pattern.mask(at.shape[2]))
+    return Held(rows, at, self.mixer.mask_rule.mask(at.shape[2]))
 
   def bias(self, rows, held, num_heads):
     """The biases of positions, which are not places in the cache, or None."""
@@ -248,8 +248,7 @@ def evict(model: nnx.Module, policy: str, budget: int) -> nnx.Module:
   Layers whose caches do not grow with the length keep them.
 
   Raises:
-    NotImplementedError: a cache that grows is not of keys and values.
-    ConfigError: no cache grows.
+    NotImplementedError: no cache grows, or one is not of keys and values.
   """
   choose('kv_policy', policy, POLICIES)
   if budget < 1:
@@ -257,8 +256,8 @@ def evict(model: nnx.Module, policy: str, budget: int) -> nnx.Module:
   model = nnx.merge(*nnx.split(model))  # the caller's stays as it is
   grows = [b for b in model.stack.blocks() if MIXERS[b.row].state not in KEPT]
   if not grows:
-    raise ConfigError(
-      f'kv_policy={policy!r}: no layer of the model has a cache that grows'
+    raise NotImplementedError(
+      'a kv policy has nothing to evict: no layer has a cache that grows'
     )
   for block in grows:
     _check(block.mixer)

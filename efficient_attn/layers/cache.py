@@ -91,6 +91,9 @@ class TokenCache:
   def append(self, context: Context, **new: jax.Array) -> 'TokenCache':
     """Writes the new tokens [B, T, ...] behind those before."""
     at, count = self.cursor.length, next(iter(new.values())).shape[1]
+    room = next(iter(self.buffers.values())).shape[1]
+    if count > room:
+      raise ValueError(f'{count} tokens but a cache of {room}; make it larger')
     buffers = {
       name: jax.lax.dynamic_update_slice_in_dim(
         buffer, new[name].astype(buffer.dtype), at, axis=1

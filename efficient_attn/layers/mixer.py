@@ -19,7 +19,14 @@ from efficient_attn.layers.context import Context
 
 
 class Mixer(nnx.Module):
-  """Token mixer [B, T, D] -> [B, T, D]; a subclass has the other methods."""
+  """Token mixer [B, T, D] -> [B, T, D]; a subclass has the other methods.
+
+  Attributes:
+    left_padding: whether a cache may begin with padding, as rows of unequal
+      length have it.
+  """
+
+  left_padding = True
 
   def __call__(self, x: jax.Array, context: Context | None = None, cache=None):
     """Returns y [B, T, D] and the next cache (None without one)."""

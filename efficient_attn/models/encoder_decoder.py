@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.config import ConfigError, LMConfig
-from efficient_attn.layers.cache import next_positions
 from efficient_attn.layers.context import Context
 from efficient_attn.layers.cross_attention import CrossAttention
 from efficient_attn.layers.dropout import dropout
@@ -108,7 +107,8 @@ class EncoderDecoder(nnx.Module):
     context = Context(memory=memory, memory_mask=source_mask)
     x = self.embed(tokens, self.dtype)
     for position in self.positions:
-      x = position(x, next_positions(cache, tokens.shape[1]))
+      at = 0 if cache is None else cache['length']
+      x = position(x, at + jnp.arange(tokens.shape[1]))
     keys = [None] * (1 + len(self.blocks))
     if key is not None:
       keys = jax.random.split(key, len(keys))

@@ -1,16 +1,32 @@
 """Decoder language model: embed, stack of causal blocks, norm, logits."""
 
+from typing import Any
+
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.config import LMConfig
-from efficient_attn.layers.cache import next_positions
+from efficient_attn.layers.cache import Cursor, new_cursor
 from efficient_attn.layers.context import Context
 from efficient_attn.layers.dropout import dropout
 from efficient_attn.layers.embed import POSITIONS, Embed
 from efficient_attn.layers.norm import NORMS
 from efficient_attn.layers.stack import Stack
+
+
+@chex.dataclass(frozen=True)
+class LMCache:
+  """What a language model keeps of the tokens so far.
+
+  Attributes:
+    layers: the caches of its stack.
+    cursor: how many tokens it has seen.
+  """
+
+  layers: Any
+  cursor: Cursor
 
 
 class LM(nnx.Module):
@@ -44,7 +60,8 @@ class LM(nnx.Module):
     Args:
       tokens: int32 [B, T].
       positions: int32 [T] or [B, T]; default: counted from the cache's end.
-      segment_ids: int32 [B, T]; packed sequences do not see each other.
+      segment_ids: int32 [B, T]; packed sequences do not see each other. With a
+        cache they only say which tokens, of id 0, are padding in front.
       cache: from `init_cache` or an earlier call; None for whole sequences.
       key: PRNG key for dropout; None to not drop.
 
@@ -64,24 +81,29 @@ class LM(nnx.Module):
     self, tokens, *, positions=None, segment_ids=None, cache=None, key=None
   ):
     """Returns what the logits are read from, [B, T, D], and the next cache."""
+    context = Context(positions=positions, segment_ids=segment_ids)
+    count, cursor = tokens.shape[1], cache and cache.cursor
+    if cursor is not None:
+      cursor = cursor.advance(count, context)
     x = self.embed(tokens, self.dtype)
     if self.position is not None:
       rows = positions
       if rows is None:
-        rows = next_positions(cache, tokens.shape[1])
+        rows = jnp.arange(count)
+        rows = rows if cursor is None else cursor.positions(-count, 0)
       x = self.position(x, rows)
     keys = (None, None) if key is None else jax.random.split(key)
     x = dropout(x, self.dropout, keys[0])
     x, layers = self.stack(
       x,
-      Context(positions=positions, segment_ids=segment_ids),
-      cache=cache and cache['layers'],
+      context,
+      cache=cache and cache.layers,
       key=keys[1],
     )
     if self.norm is not None:
       x = self.norm(x)
     if cache is not None:
-      cache = dict(layers=layers, length=cache['length'] + tokens.shape[1])
+      cache = LMCache(layers=layers, cursor=cursor)
     return x, cache
 
   def logits(self, x):
@@ -91,4 +113,4 @@ class LM(nnx.Module):
   def init_cache(self, batch: int, max_len: int):
     """Returns the cache of `batch` empty sequences of at most `max_len`."""
     layers = self.stack.init_cache(batch, max_len, self.dtype)
-    return dict(layers=layers, length=jnp.zeros((), jnp.int32))
+    return LMCache(layers=layers, cursor=new_cursor())

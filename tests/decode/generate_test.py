@@ -7,10 +7,12 @@ import pytest
 
 from efficient_attn import models
 from efficient_attn.config import ConfigError, LMConfig
-from efficient_attn.decode.generate import generate
+from efficient_attn.decode.generate import generate, pad
+from efficient_attn.decode.rows import apart, insert, step
 from efficient_attn.decode.sampling import sample
 from efficient_attn.layers.mixers import MIXERS
 
+KEY = jax.random.key(0)
 PROMPT = jax.random.randint(jax.random.key(3), (2, 5), 0, 32)
 
 
@@ -41,28 +43,107 @@ CACHES = (
 
 
 @pytest.mark.parametrize(
-  'mixer',
+  'mixer, lengths',
   [
-    *CACHES,
+    *((name, (5, 5)) for name in CACHES),
+    *((name, (5, 3)) for name in CACHES),
     *(
-      pytest.param(name, marks=pytest.mark.exhaustive)
+      pytest.param(name, (5, 3), marks=pytest.mark.exhaustive)
       for name, spec in MIXERS.items()
       if spec.causal and name not in CACHES
     ),
   ],
 )
-def test_greedy_equals_uncached(mixer):
+def test_greedy_equals_uncached(mixer, lengths):
+  """Each prompt of a batch goes on as it would alone, without a cache."""
   model = model_of(mixer)
-  length = 12
+  length, size = 12, PROMPT.shape[1]
+  prompts = [row[:n] for row, n in zip(PROMPT, lengths, strict=True)]
+  rows, given = pad(prompts)
+  ragged = None if min(lengths) == size else given
   found = generate(
-    model, PROMPT, jax.random.key(0), length=length, temperature=0
+    model,
+    rows,
+    jax.random.key(0),
+    length=length,
+    prompt_lengths=ragged,
+    temperature=0,
   )
   # One compilation serves every step: what follows a token cannot change it.
-  tokens = jnp.pad(PROMPT, ((0, 0), (0, length)))
+  # As many tokens as the cache has room for, which some mixers ask for.
   forward = jax.jit(lambda tokens: model(tokens)[0])
-  for t in range(PROMPT.shape[1], tokens.shape[1]):
-    tokens = tokens.at[:, t].set(forward(tokens)[:, t - 1].argmax(-1))
-  np.testing.assert_array_equal(found, tokens[:, PROMPT.shape[1] :])
+  tokens = np.zeros((2, size + length - 1), np.int32)
+  for row, prompt in zip(tokens, prompts, strict=True):
+    row[: len(prompt)] = prompt
+  continued = np.zeros((2, length), np.int32)
+  for t in range(length):
+    logits = np.asarray(forward(tokens))
+    for b, n in enumerate(lengths):
+      continued[b, t] = logits[b, n + t - 1].argmax()
+      if n + t < tokens.shape[1]:
+        tokens[b, n + t] = continued[b, t]
+  np.testing.assert_array_equal(found, continued)
+
+
+@pytest.mark.parametrize('lengths', [None, (5, 3)])
+def test_a_row_ends_at_a_stop_token(lengths):
+  model, options = model_of('gla'), dict(length=12, temperature=0)
+  options['prompt_lengths'] = lengths
+  whole = np.asarray(generate(model, PROMPT, jax.random.key(0), **options))
+  stop = int(whole[0, 4])
+  found = generate(model, PROMPT, jax.random.key(0), stop=(stop,), **options)
+  for row, cut in zip(whole, np.asarray(found), strict=True):
+    first = np.flatnonzero(row == stop)
+    end = first[0] + 1 if len(first) else len(row)
+    np.testing.assert_array_equal(cut[:end], row[:end])
+    assert (cut[end:] == stop).all()
+
+
+@pytest.mark.parametrize('lengths', [(5,), (5, 0), (6, 1)])
+def test_lengths_that_prompts_cannot_have(lengths):
+  with pytest.raises(ConfigError, match='one number from 1 to 5 for each of 2'):
+    generate(
+      model_of('gla'),
+      PROMPT,
+      jax.random.key(0),
+      length=1,
+      prompt_lengths=lengths,
+    )
+
+
+@pytest.mark.parametrize(
+  'pattern', [('attention',), ('window', 'gla'), ('moba',), ('ttt_linear',)]
+)
+@pytest.mark.parametrize('scan', [False, True])
+def test_a_row_starts_again_while_others_go_on(pattern, scan):
+  options = dict(scan_layers=True, pattern=pattern * 2) if scan else {}
+  model = model_of(*options.pop('pattern', pattern), **options)
+  room, new = 16, jnp.array([[7, 1, 9]])
+
+  @jax.jit
+  def alone(prompt):
+    return generate(model, prompt, KEY, length=8, temperature=0)
+
+  cache = model.init_cache(2, room)
+  logits, cache = jax.jit(lambda x, c: model(x, cache=c))(PROMPT, cache)
+  token, rows, found = logits[:, -1].argmax(-1), None, []
+  read = jax.jit(lambda tokens, rows: step(model, tokens, rows))
+  for i in range(8):
+    if i == 3:  # another prompt takes the place of the first
+      logits, fresh = jax.jit(lambda x, c: model(x, cache=c))(
+        new, model.init_cache(1, room)
+      )
+      rows = insert(rows, 0, fresh)
+      token = token.at[0].set(logits[0, -1].argmax(-1))
+    found.append(token)
+    rows = apart(model, cache, 2) if rows is None else rows
+    logits, rows = read(token, rows)
+    token = logits.argmax(-1)
+  found = jnp.stack(found, axis=1)
+  first = alone(PROMPT)
+  np.testing.assert_array_equal(found[1], first[1])
+  np.testing.assert_array_equal(found[0, :3], first[0, :3])
+  np.testing.assert_array_equal(found[0, 3:], alone(new)[0, :5])
 
 
 def test_sampled_equals_uncached():

@@ -99,3 +99,47 @@ def test_a_prompt_may_be_any_bytes(monkeypatch, capsys):
     monkeypatch, capsys, model_of(), '--prompt=a\udcff', '--length=1'
   )
   assert code == 0 and out.startswith('a\ufffd')
+
+
+def test_prompts_of_a_file_are_one_batch(tmp_path, monkeypatch, capsys):
+  file = tmp_path / 'prompts.txt'
+  file.write_text('def f(x):\n\na\nimport os\n')
+  flags = ('--temperature=0', '--length=6')
+  _, out, _ = sample(
+    monkeypatch, capsys, model_of(), f'--prompts={file}', *flags
+  )
+  said = out.split('\n\n')[:3]
+  for prompt, found in zip(('def f(x):', 'a', 'import os'), said, strict=True):
+    _, alone, _ = sample(
+      monkeypatch, capsys, model_of(), f'--prompt={prompt}', *flags
+    )
+    assert alone.startswith(found)
+
+
+def test_a_stop_token_ends_a_sample(monkeypatch, capsys):
+  _, out, _ = sample(monkeypatch, capsys, model_of(), '--temperature=0')
+  whole = out.rpartition('\n\n')[0]
+  stop = whole[4]
+  _, out, _ = sample(
+    monkeypatch, capsys, model_of(), '--temperature=0', f'--stop={stop}'
+  )
+  head, rest = whole[:2], whole[2:]
+  assert out.rpartition('\n\n')[0] == head + rest[: rest.index(stop)]
+
+
+@pytest.mark.parametrize(
+  'flags, message',
+  [
+    (['--prompts=nowhere'], "--prompts='nowhere': No such file or directory"),
+    (['--prompts=empty'], "--prompts='empty' has no line with a prompt"),
+    (['--stop=ab'], "--stop='ab' is 2 tokens; it has to be one"),
+    (['--stop='], "--stop='' has no tokens; give another"),
+  ],
+)
+def test_files_and_stops_that_make_no_sense(
+  flags, message, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'empty').write_text('\n\n')
+  said = sample(monkeypatch, capsys, model_of(), *flags)
+  assert said == (2, '', f'error: {message}\n')

@@ -155,7 +155,7 @@ def inputs(seed=7):
 
 
 def grid_of(mixer, x):
-  """Rows of four, as far as the tokens make them, where a mixer needs a grid."""
+  """Rows of four, if the tokens make them, where a mixer needs a grid."""
   if not isinstance(mixer, OnGrid):
     return ()
   length = x.shape[1]

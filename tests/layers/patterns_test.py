@@ -131,7 +131,7 @@ def grid_of(name):
 def test_follows_the_rule_of_its_paper(name, causal):
   options, rule = (CASES if causal else ENCODERS)[name]
   mixer = make(name.split()[0], causal=causal, position='none', **options)
-  x = inputs(64 if 'plane' in name else T)
+  x = inputs(int(np.prod(GRIDS.get(name, (T,)))))
   query, key, value = mixer.project(x, Context(), None)
   admitted = oracle.admitted(
     lambda b, n, q, k: rule(b, n, q, k) and (k <= q or not causal),
@@ -287,13 +287,13 @@ def test_adaptive_span_learns_its_span():
   def loss(params):
     return jnp.sum(jnp.sin(nnx.merge(graphdef, params)(x)[0]))
 
-  gradient = jax.jit(jax.grad(loss))(params)['pattern']['span'][...]
+  gradient = jax.jit(jax.grad(loss))(params)['mask_rule']['span'][...]
   loss = jax.jit(loss)
   for n in range(N):
     values = []
     for step in (1e-2, -1e-2):
       moved = jax.tree.map(lambda p: p, params)
-      span = moved['pattern']['span']
+      span = moved['mask_rule']['span']
       span.set_value(span[...].at[n].add(step))
       values.append(loss(moved))
     difference = (values[0] - values[1]) / 2e-2

@@ -59,7 +59,7 @@ def test_cached_equals_uncached(changes):
     logits, cache = call(model, TOKENS[:, a:b], cache)
     parts.append(logits)
   np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=1e-4)
-  assert cache['length'] == T
+  assert cache.cursor.length == T
 
 
 def test_a_hybrid_keeps_segments_apart():

@@ -8,7 +8,7 @@ from typing import Any
 
 # Arguments that are no options: what a builder and a mixer give their parts.
 COMMON = ('self', 'd_model', 'num_heads', 'causal', 'rngs', 'heads')
-PARTS = ('pattern', 'weights')
+PARTS = ('mask_rule', 'weights')
 
 
 def own_options(cls: type) -> dict[str, inspect.Parameter]:

@@ -33,14 +33,14 @@ FORMS = ('reference', 'blockwise')
 NO_POSITION = dict(position='none')
 
 
-def sparse(pattern, mixer=Attention, **told) -> Composed:
-  """Softmax attention with a pattern."""
-  return Composed(mixer, dict(pattern=pattern, weights=Softmax), **told)
+def sparse(mask_rule, mixer=Attention, **told) -> Composed:
+  """Softmax attention with a rule of who sees whom."""
+  return Composed(mixer, dict(mask_rule=mask_rule, weights=Softmax), **told)
 
 
-def on_grid(pattern) -> Composed:
+def on_grid(mask_rule) -> Composed:
   """Softmax attention over a grid, whose positions the model adds."""
-  return sparse(pattern, GridAttention, defaults=NO_POSITION)
+  return sparse(mask_rule, GridAttention, defaults=NO_POSITION)
 
 
 PATTERNS = {

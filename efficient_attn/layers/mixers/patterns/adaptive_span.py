@@ -14,13 +14,13 @@ window - 1 keys and values. `penalty_weight` is lambda of the objective
 import jax
 import jax.numpy as jnp
 
-from efficient_attn.layers.mixers.softmax.window import WindowPattern
+from efficient_attn.layers.mixers.softmax.window import WindowRule
 from efficient_attn.layers.param import clip_to_unit, param, use
 from efficient_attn.ops import masks, scores
 from efficient_attn.values import NonNegativeFloat, Positive
 
 
-class AdaptiveSpan(WindowPattern):
+class AdaptiveSpan(WindowRule):
   """A window whose ramp every head learns."""
 
   def __init__(

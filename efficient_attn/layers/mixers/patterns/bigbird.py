@@ -10,12 +10,12 @@ first `num_global` tokens of the sequence are, which the model puts there. All
 heads share the random blocks, drawn once from `seed`. O(T block_size).
 """
 
-from efficient_attn.layers.mixers.softmax.pattern import Pattern
+from efficient_attn.layers.mixers.softmax.mask_rule import MaskRule
 from efficient_attn.ops import masks
 from efficient_attn.values import NonNegative, Positive, Seed
 
 
-class BigBird(Pattern):
+class BigBird(MaskRule):
   """Window, random and global blocks."""
 
   def __init__(

@@ -15,13 +15,13 @@ from efficient_attn import sharding
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixer import WholeMixer
 from efficient_attn.layers.mixers.softmax.attention import Attention
-from efficient_attn.layers.mixers.softmax.pattern import Pattern
+from efficient_attn.layers.mixers.softmax.mask_rule import MaskRule
 from efficient_attn.ops import masks
 from efficient_attn.ops.softmax.attention import attention
 from efficient_attn.values import Positive
 
 
-class ShiftedBlocks(Pattern):
+class ShiftedBlocks(MaskRule):
   """Each head sees the blocks that its shift leads to."""
 
   takes_bias = False  # scores of other blocks are not placed in the sequence
@@ -55,8 +55,8 @@ class BlockBERT(WholeMixer, Attention):
 
   def mix_whole(self, x, context):
     """Mixes block by block, without the logits of other blocks."""
-    self.pattern.mask(x.shape[1])  # which checks the length
-    number = self.pattern.num_blocks
+    self.mask_rule.mask(x.shape[1])  # which checks the length
+    number = self.mask_rule.num_blocks
 
     def op(query, key, value, shifts):
       blocks = np.arange(number)[:, None]
@@ -77,4 +77,4 @@ class BlockBERT(WholeMixer, Attention):
 
     op = sharding.local_op(op, ('BTNH', 'BTKH', 'BTKV', 'N'), 'BTNV')
     heads = self.project(x, context, None)
-    return self.output(op(*heads, jnp.asarray(self.pattern.shifts)), x)
+    return self.output(op(*heads, jnp.asarray(self.mask_rule.shifts)), x)

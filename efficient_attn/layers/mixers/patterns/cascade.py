@@ -9,12 +9,12 @@ The pattern of a model gives each layer its `level`: ('cascade:0', 'cascade:1',
 from typing import Annotated
 
 from efficient_attn.config import ConfigError
-from efficient_attn.layers.mixers.softmax.pattern import Pattern
+from efficient_attn.layers.mixers.softmax.mask_rule import MaskRule
 from efficient_attn.ops import masks
 from efficient_attn.values import LARGEST, Positive, Range
 
 
-class Cascade(Pattern):
+class Cascade(MaskRule):
   """The window of a level."""
 
   def __init__(

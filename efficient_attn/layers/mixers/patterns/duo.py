@@ -18,13 +18,13 @@ from efficient_attn.config import ConfigError
 from efficient_attn.layers.cache import Cursor, token_cache, window_cache
 from efficient_attn.layers.mixer import refuse_segments
 from efficient_attn.layers.mixers.softmax.attention import Attention
-from efficient_attn.layers.mixers.softmax.pattern import Pattern
+from efficient_attn.layers.mixers.softmax.mask_rule import MaskRule
 from efficient_attn.layers.param import clip_to_unit, param, use
 from efficient_attn.ops import masks
 from efficient_attn.values import NonNegative, NonNegativeFloat, Positive
 
 
-class Streaming(Pattern):
+class Streaming(MaskRule):
   """The first tokens and the last."""
 
   takes_bias = False  # one would need to know where the keys of a head stand
@@ -96,7 +96,7 @@ class DuoAttention(Attention):
       self.weights(query, key, value, mask, None, self.scale)
       for mask in (
         self.mask(rule, context, cursor, offset, places, queries)
-        for rule in (None, self.pattern.mask(key.shape[1]))
+        for rule in (None, self.mask_rule.mask(key.shape[1]))
       )
     )
 
@@ -131,7 +131,7 @@ class DuoAttention(Attention):
 
   def stream(self, query, key, value, context, past):
     """Causal attention to the first tokens and the last; renews `past`."""
-    rule = masks.Causal() & self.pattern.mask(key.shape[1])
+    rule = masks.Causal() & self.mask_rule.mask(key.shape[1])
     if past['last'] is None:
       if context.segment_ids is not None:
         rule = masks.packed(rule, context.segment_ids)
@@ -140,7 +140,7 @@ class DuoAttention(Attention):
     # Where the sinks, the last tokens and the new ones stand. What is not yet
     # there, or a sink among the last tokens, does not count.
     T, length = query.shape[1], past['last'].cursor.length
-    count, window = self.pattern.num_sinks, self.pattern.window
+    count, window = self.mask_rule.num_sinks, self.mask_rule.window
     sinks, new = jnp.arange(count), length + jnp.arange(T)
     last = length - jnp.arange(window - 1, 0, -1)
     places = jnp.concatenate([sinks, last, new])
@@ -164,11 +164,11 @@ class DuoAttention(Attention):
     heads, width = self.kv_heads
     full = dict.fromkeys(('key', 'value'), (self.full_heads, width))
     rest = dict.fromkeys(('key', 'value'), (heads - self.full_heads, width))
-    first = token_cache(batch, self.pattern.num_sinks, dtype, **rest)
+    first = token_cache(batch, self.mask_rule.num_sinks, dtype, **rest)
     return dict(
       full=token_cache(batch, max_len, dtype, **full),
       first=first.buffers,
-      last=window_cache(batch, self.pattern.window - 1, dtype, **rest),
+      last=window_cache(batch, self.mask_rule.window - 1, dtype, **rest),
     )
 
 

@@ -5,15 +5,15 @@ import math
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixer import WholeMixer
 from efficient_attn.layers.mixers.softmax.attention import Attention
-from efficient_attn.layers.mixers.softmax.pattern import Pattern
+from efficient_attn.layers.mixers.softmax.mask_rule import MaskRule
 from efficient_attn.ops import masks
 
 
-class GridPattern(Pattern):
-  """A pattern of places in a grid, which the model hands down."""
+class GridRule(MaskRule):
+  """A rule for places of a grid, which the model hands down."""
 
   def check_grid(self, grid: tuple[int, ...]) -> None:
-    """Raises where there is no grid, or one that the pattern cannot use."""
+    """Raises where there is no grid, or one that the rule cannot use."""
     if not grid:
       raise ConfigError(
         f'{type(self).__name__} needs a grid of tokens: a sequence has none,'
@@ -30,15 +30,15 @@ class GridPattern(Pattern):
 
 
 class GridAttention(WholeMixer, Attention):
-  """Attention with a `GridPattern`.
+  """Attention with a `GridRule`.
 
   Positions are the model's to add, as a number along the sequence says little
   about a place in a grid.
   """
 
   def check_grid(self, grid: tuple[int, ...]) -> None:
-    """Raises where there is no grid, or one that the pattern cannot use."""
-    self.pattern.check_grid(grid)
+    """Raises where there is no grid, or one that the rule cannot use."""
+    self.mask_rule.check_grid(grid)
 
   def mix_whole(self, x, context):
     """Mixes tokens; see `layers.mixer` for the contract."""
@@ -50,11 +50,11 @@ class GridAttention(WholeMixer, Attention):
         ' be as many'
       )
     heads = self.project(x, context, None)
-    query, key, value = (self.pattern.arrange(h, grid) for h in heads)
+    query, key, value = (self.mask_rule.arrange(h, grid) for h in heads)
     bias = self.bias(0, context, None)
-    mask = self.pattern.mask(grid)
+    mask = self.mask_rule.mask(grid)
     o = self.weights(query, key, value, mask, bias, self.scale)
-    return self.output(self.pattern.arrange(o, grid, back=True), x)
+    return self.output(self.mask_rule.arrange(o, grid, back=True), x)
 
 
 def per_axis(

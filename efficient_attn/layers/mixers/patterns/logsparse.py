@@ -7,12 +7,12 @@ O(T log T). The paper's convolutional queries and keys are of width 1 here, as
 in its ablation.
 """
 
-from efficient_attn.layers.mixers.softmax.pattern import Pattern
+from efficient_attn.layers.mixers.softmax.mask_rule import MaskRule
 from efficient_attn.ops import masks
 from efficient_attn.values import Positive
 
 
-class LogSparse(Pattern):
+class LogSparse(MaskRule):
   """Powers of two, and the `local` nearest."""
 
   def __init__(self, *, local: Positive = 1, **told):

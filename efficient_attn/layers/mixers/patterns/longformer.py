@@ -11,13 +11,13 @@ read the global tokens through the usual ones. O(T (window + num_global)).
 
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixers.softmax.attention import Attention
-from efficient_attn.layers.mixers.softmax.pattern import Pattern
+from efficient_attn.layers.mixers.softmax.mask_rule import MaskRule
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.ops import masks
 from efficient_attn.values import NonNegative, Positive
 
 
-class LocalGlobal(Pattern):
+class LocalGlobal(MaskRule):
   """The window and the global tokens."""
 
   def __init__(
@@ -54,7 +54,6 @@ class Longformer(Attention):
         'global_projections=True needs causal=False: in a decoder the first'
         ' tokens have no others to read'
       )
-    self.global_qkv = None
     if global_projections:
       self.global_qkv = QKV(
         options['d_model'],
@@ -65,14 +64,16 @@ class Longformer(Attention):
         rngs=options['rngs'],
       )
       self.shares_keys = False
+    else:
+      self.global_qkv = None
 
   def mix_sharing(self, x, context, cache, shared):
     """Reads once, or by both projections: each row is in one of the masks."""
     if self.global_qkv is None:
       return super().mix_sharing(x, context, cache, shared)
     _, _, cache = self.remember(None, None, context, cache)
-    first = masks.Leading(self.pattern.num_global)
-    near = self.pattern.mask(x.shape[1]) & ~first
+    first = masks.Leading(self.mask_rule.num_global)
+    near = self.mask_rule.mask(x.shape[1]) & ~first
     bias, o = self.bias(0, context, None), 0
     for qkv, mask in ((self.qkv, near), (self.global_qkv, first)):
       if context.segment_ids is not None:

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficient_attn.config import ConfigError
-from efficient_attn.layers.mixers.softmax.pattern import Pattern
+from efficient_attn.layers.mixers.softmax.mask_rule import MaskRule
 from efficient_attn.ops import masks
 from efficient_attn.values import NonNegative, Positive
 
 
-class MoA(Pattern):
+class MoA(MaskRule):
   """The window of each head, and the sinks."""
 
   def __init__(

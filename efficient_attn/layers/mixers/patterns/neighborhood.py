@@ -7,12 +7,12 @@ inside at its borders. Tokens are its places in row-major order. O(T
 window^axes).
 """
 
-from efficient_attn.layers.mixers.patterns.grid import GridPattern, per_axis
+from efficient_attn.layers.mixers.patterns.grid import GridRule, per_axis
 from efficient_attn.ops import masks
 from efficient_attn.values import Positive
 
 
-class Neighborhood(GridPattern):
+class Neighborhood(GridRule):
   """The neighbours of every place."""
 
   def __init__(self, *, window: Positive | tuple[Positive, ...] = 7, **told):

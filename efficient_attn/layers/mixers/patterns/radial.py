@@ -13,12 +13,12 @@ first axis of the grid counts the frames; those of an image are its rows.
 
 import math
 
-from efficient_attn.layers.mixers.patterns.grid import GridPattern
+from efficient_attn.layers.mixers.patterns.grid import GridRule
 from efficient_attn.ops import masks
 from efficient_attn.values import Positive
 
 
-class Radial(GridPattern):
+class Radial(GridRule):
   """Bands around the diagonal of every pair of frames."""
 
   def __init__(self, *, min_width: Positive = 128, **told):

@@ -13,12 +13,12 @@ import itertools
 import math
 
 from efficient_attn.config import ConfigError
-from efficient_attn.layers.mixers.patterns.grid import GridPattern, per_axis
+from efficient_attn.layers.mixers.patterns.grid import GridRule, per_axis
 from efficient_attn.ops import masks
 from efficient_attn.values import Positive
 
 
-class SlidingTile(GridPattern):
+class SlidingTile(GridRule):
   """The tiles around every tile, with the places of a tile side by side."""
 
   def __init__(

@@ -15,7 +15,7 @@ is a cache, a bias, a sink or packed sequences.
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError, choose
 from efficient_attn.layers.mixers.softmax.attention import Attention
-from efficient_attn.layers.mixers.softmax.pattern import Pattern
+from efficient_attn.layers.mixers.softmax.mask_rule import MaskRule
 from efficient_attn.ops import masks
 from efficient_attn.ops.softmax.factorized_attention import (
   fixed_attention,
@@ -30,7 +30,7 @@ KINDS = {
 }
 
 
-class Factorized(Pattern):
+class Factorized(MaskRule):
   """Both halves of a factorised matrix."""
 
   def __init__(
@@ -67,13 +67,13 @@ class SparseTransformer(Attention):
       return super().mix_sharing(x, context, cache, shared)
 
     def op(query, key, value):
-      return self.pattern.attend(
+      return self.mask_rule.attend(
         query,
         key,
         value,
         causal=self.causal,
         scale=self.scale,
-        **self.pattern.sizes,
+        **self.mask_rule.sizes,
         **self.weights.options,
       )
 

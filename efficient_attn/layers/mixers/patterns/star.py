@@ -8,11 +8,11 @@ others are satellites. One layer updates them together, where the paper updates
 the relay after its satellites. O(T).
 """
 
-from efficient_attn.layers.mixers.softmax.pattern import Pattern
+from efficient_attn.layers.mixers.softmax.mask_rule import MaskRule
 from efficient_attn.ops import masks
 
 
-class Star(Pattern):
+class Star(MaskRule):
   """The ring and the relay."""
 
   def mask(self, count):

@@ -5,7 +5,7 @@ from efficient_attn.layers.mixers.softmax.attention import Attention
 from efficient_attn.layers.mixers.softmax.fox import FoX
 from efficient_attn.layers.mixers.softmax.path import PaTH
 from efficient_attn.layers.mixers.softmax.weights import Softmax
-from efficient_attn.layers.mixers.softmax.window import WindowPattern
+from efficient_attn.layers.mixers.softmax.window import WindowRule
 from efficient_attn.layers.mixers.spec import MixerSpec
 
 SOFTMAX_WEIGHTS = dict(weights=Softmax)
@@ -22,7 +22,7 @@ SOFTMAX = {
     state=1,
   ),
   'window': MixerSpec(
-    Composed(Attention, SOFTMAX_WEIGHTS | dict(pattern=WindowPattern)),
+    Composed(Attention, SOFTMAX_WEIGHTS | dict(mask_rule=WindowRule)),
     'Sliding-window attention',
     2020,
     '2004.05150',

@@ -14,7 +14,7 @@ with `shared_kv` has only queries and reads the keys and values of the nearest
 attention layer before it in the pattern (cross-layer attention, Brandon et al.,
 2405.12981); its cache holds nothing.
 
-A row of the method table chooses two parts: a `pattern`, who sees whom, and
+A row of the method table chooses two parts: a `mask_rule`, who sees whom, and
 `weights`, what softmax is above.
 """
 
@@ -36,7 +36,7 @@ from efficient_attn.layers.context import Context
 from efficient_attn.layers.cosine import ScaledUnit
 from efficient_attn.layers.mixer import Mixer, refuse_cache, refuse_segments
 from efficient_attn.layers.mixers.softmax.heads import Heads
-from efficient_attn.layers.mixers.softmax.pattern import Pattern
+from efficient_attn.layers.mixers.softmax.mask_rule import MaskRule
 from efficient_attn.layers.mixers.softmax.weights import Softmax
 from efficient_attn.layers.norm import RMSNorm, l2_normalize
 from efficient_attn.layers.param import Projection, use
@@ -71,7 +71,7 @@ class Attention(Mixer):
     cosine: bool = False,
     gate: str = 'none',
     shared_kv: bool = False,
-    pattern=Pattern,
+    mask_rule=MaskRule,
     weights=Softmax,
   ):
     choose('position', position, POSITIONS)
@@ -112,12 +112,12 @@ class Attention(Mixer):
     else:
       self.gate = None
     heads = Heads(d_model, num_heads, *self.kv_heads, causal)
-    self.pattern = pattern(heads=heads, rngs=rngs)
+    self.mask_rule = mask_rule(heads=heads, rngs=rngs)
     self.weights = weights(heads=heads, rngs=rngs)
-    if not (self.pattern.takes_bias and self.weights.takes_bias):
+    if not (self.mask_rule.takes_bias and self.weights.takes_bias):
       choose('position', position, dict.fromkeys(('none', 'rotary')))
     self.shared_kv = shared_kv
-    self.shares_keys = self.pattern.remembers is None
+    self.shares_keys = self.mask_rule.remembers is None
     self.causal = causal
     self.position, self.t5 = position, t5
     self.rotate = rotary if POSITIONS[position] else None
@@ -151,10 +151,10 @@ class Attention(Mixer):
       shared = dict(key=key, value=value, cursor=cursor)
     offset = 0  # the place of query 0 among the keys
     if cursor is not None:
-      offset = self.pattern.remembers
+      offset = self.mask_rule.remembers
       offset = cursor.length if offset is None else offset
     places = self.places(context, cursor, offset, x.shape[1], key.shape[1])
-    rule = self.pattern.mask(key.shape[1])
+    rule = self.mask_rule.mask(key.shape[1])
     mask = self.mask(rule, context, cursor, offset, places, x.shape[1])
     bias = self.bias(offset, context, places)
     o = self.weights(query, key, value, mask, bias, self.scale)
@@ -181,7 +181,7 @@ class Attention(Mixer):
       return key, value, None
     if not self.causal:
       refuse_cache(type(self).__name__)
-    if self.pattern.remembers is None:
+    if self.mask_rule.remembers is None:
       cache = kept = cache.append(context, key=key, value=value)
       kept = cache.buffers
     else:
@@ -203,8 +203,8 @@ class Attention(Mixer):
 
   def mask(self, mask, context, cursor, offset, places, queries: int):
     """Which of the keys each query sees by the rule `mask`, or None for all."""
-    if not self.pattern.packs:
-      name = f'a bidirectional {type(self.pattern).__name__}'
+    if not self.mask_rule.packs:
+      name = f'a bidirectional {type(self.mask_rule).__name__}'
       refuse_segments(name, context)
     if cursor is not None:
       if isinstance(mask, masks.Window):
@@ -213,7 +213,7 @@ class Attention(Mixer):
         rows = places[:, :1] + offset + jnp.arange(queries)
         mask = masks.At(mask, rows, places)
       padded = context.segment_ids is not None or cursor.start is not None
-      if padded or self.pattern.remembers is not None:
+      if padded or self.mask_rule.remembers is not None:
         real = masks.Dense((places >= 0)[:, None, None])
         mask = real if mask is None else mask & real
     elif context.segment_ids is not None:
@@ -225,7 +225,7 @@ class Attention(Mixer):
 
   def bias(self, offset, context, places) -> scores.Score | None:
     """What is added to the logits of queries that start at `offset`."""
-    found = self.pattern.bias(offset)
+    found = self.mask_rule.bias(offset)
     if self.position == 'alibi':
       slopes = jnp.asarray(scores.alibi_slopes(self.num_heads))
       rule = scores.Alibi(slopes, offset)
@@ -250,6 +250,6 @@ class Attention(Mixer):
     if self.shared_kv:
       return RecurrentCache(state=())
     widths = dict(key=self.kv_heads, value=self.kv_heads)
-    if self.pattern.remembers is None:
+    if self.mask_rule.remembers is None:
       return token_cache(batch, max_len, dtype, **widths)
-    return window_cache(batch, self.pattern.remembers, dtype, **widths)
+    return window_cache(batch, self.mask_rule.remembers, dtype, **widths)

@@ -7,12 +7,12 @@ it; a bidirectional one reaches window // 2 tokens to each side. The cache holds
 the last window - 1 keys and values, whatever the length.
 """
 
-from efficient_attn.layers.mixers.softmax.pattern import Pattern
+from efficient_attn.layers.mixers.softmax.mask_rule import MaskRule
 from efficient_attn.ops import masks
 from efficient_attn.values import Positive
 
 
-class WindowPattern(Pattern):
+class WindowRule(MaskRule):
   """The last tokens, or those around."""
 
   def __init__(self, *, window: Positive = 128, **told):

@@ -6,7 +6,7 @@ from efficient_attn.layers.mixers.softmax.heads import Heads
 from efficient_attn.ops import masks, scores
 
 
-class Pattern(nnx.Module):
+class MaskRule(nnx.Module):
   """A part of `Attention`; this one lets everyone see everyone.
 
   Attributes:
