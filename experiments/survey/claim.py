@@ -5,8 +5,10 @@ verdict of a statement is computed from the figures, never written down.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import getitem
 from typing import Any
 
 from experiments.survey.sources import OURS
@@ -79,6 +81,53 @@ class Claim:
   statements: tuple[Statement, ...]
   seeds: Sequence[int] = ()
   parts: Callable[[Values], list] = lambda values: []
+
+
+def holds(condition: bool, restated: bool = False) -> str:
+  """The verdict of a statement that holds, or holds in weaker words."""
+  return HOLDS if condition else RESTATED if restated else FAILS
+
+
+def less(*path: str, than: float) -> Callable[[Values], str]:
+  """The rule that the figure at a path of keys is less than a number."""
+  return lambda values: holds(functools.reduce(getitem, path, values) < than)
+
+
+def more(*path: str, than: float) -> Callable[[Values], str]:
+  """The rule that the figure at a path of keys is more than a number."""
+  return lambda values: holds(functools.reduce(getitem, path, values) > than)
+
+
+def statement(
+  says: str,
+  source: str,
+  printed: str = '',
+  *,
+  rule: str,
+  provenance: str = MEASURED,
+) -> Callable[[Callable[[Values], tuple[str, str]]], Statement]:
+  """Makes a statement of the function below it.
+
+  The function computes from the values the verdict, and what is shown beside.
+  """
+
+  def made(function):
+    return Statement(
+      says=says,
+      source=source,
+      printed=printed,
+      measured=lambda values: function(values)[1],
+      judge=lambda values: function(values)[0],
+      rule=rule,
+      provenance=provenance,
+    )
+
+  return made
+
+
+def listed(form: str, *columns: Iterable, by: str = ', ') -> str:
+  """Joins the rows of columns, each as a format has it."""
+  return by.join(form.format(*row) for row in zip(*columns, strict=True))
 
 
 def shown(number: float) -> str:

@@ -9,16 +9,18 @@ import numpy as np
 from efficient_attn.ops import attention
 from efficient_attn.ops.selection.tokens import select_magicpig
 from experiments import page
+from experiments.survey import cheap_scores as cheap
+from experiments.survey import learned_sparsity as learned
 from experiments.survey.claim import (
-  FAILS,
   HOLDS,
   NOT_HERE,
-  RESTATED,
   Claim,
   Statement,
+  holds,
+  less,
+  listed,
+  statement,
 )
-from experiments.survey.claims import learned_sparsity as learned
-from experiments.survey.claims import recall
 from experiments.survey.seeds import SEEDS, spread
 from experiments.survey.sources import OURS
 
@@ -59,13 +61,13 @@ def sampled_keys(draws: int = 3000) -> dict:
 def selectors() -> dict:
   """R39."""
   found = {}
-  for kind in recall.KINDS:
+  for kind in cheap.KINDS:
     for seed in SEEDS[:3]:
-      for name, figures in recall.figures(kind, seed).items():
+      for name, figures in cheap.figures(kind, seed).items():
         rows = found.setdefault(kind, {}).setdefault(name, [[], []])
         for row, figure in zip(rows, figures, strict=True):
           row.append(figure)
-  variance = np.asarray(recall.scales('falling spectrum'), float) ** 2
+  variance = np.asarray(cheap.scales('falling spectrum'), float) ** 2
   return dict(
     backend=jax.default_backend(),
     entmax=learned.sparse_weights(),
@@ -78,25 +80,19 @@ def selectors() -> dict:
   )
 
 
-def _mass(values, kind, name) -> float:
+def mass(values, kind, name) -> float:
+  """Of the keys found, over that of the best keys."""
   return fmean(values['recall'][kind][name][1])
 
 
-def _finds(values, name, kinds) -> str:
-  """Whether what is found holds what the best keys do."""
-  enough = [_mass(values, kind, name) > 0.95 for kind in kinds]
-  return HOLDS if all(enough) else RESTATED if any(enough) else FAILS
+def finds(values, name, kinds) -> str:
+  """Whether the keys found hold 0.95 of what the best keys do."""
+  enough = [mass(values, kind, name) > 0.95 for kind in kinds]
+  return holds(all(enough), restated=any(enough))
 
 
-def _learned_bits(values) -> str:
-  kind = recall.KINDS[1]
-  found = _finds(values, recall.LEARNED, [kind])
-  random = _mass(values, kind, 'random bits 32')
-  better = _mass(values, kind, recall.LEARNED) > 1.2 * random
-  return RESTATED if found == FAILS and better else found
-
-
-def _both(values, name) -> str:
+def both(values, name) -> str:
+  """Recall and mass for each kind of keys."""
   return '; '.join(
     f'{kind}: recall {fmean(rows[name][0]):.2f}, mass '
     f'{fmean(rows[name][1]):.3f} of that of the best'
@@ -105,22 +101,144 @@ def _both(values, name) -> str:
   )
 
 
+@statement(
+  'alpha-entmax is softmax at 1, and has zeros above',
+  'FL p. 21, eq. 16-19',
+  rule='equal to softmax at 1 to 1e-12, and more than 5 zeros at 1.5',
+)
+def entmax_is_softmax_and_then_sparse(values):
+  off, zeros = values['entmax']['softmax'], values['entmax']['zeros']
+  text = listed('{:.1f} at {}', zeros, learned.ALPHAS)
+  verdict = holds(off < 1e-12 and zeros[0] == 0 and zeros[3] > 5)
+  return verdict, f'zeros of 20: {text}'
+
+
+@statement(
+  'It is the largest of p . z and an entropy of p',
+  'FL p. 21, eq. 17-18',
+  rule='no point of the simplex is better, on 50 lines from each of 200 '
+  'results, three steps each',
+)
+def no_move_gains(values):
+  gain = values['entmax']['gain']
+  return holds(gain <= 1e-12), f'largest gain of any move: {gain:.1e}'
+
+
+@statement(
+  'Adaptively sparse attention is 25 percent slower',
+  'FL p. 21',
+  '25%',
+  rule='less than 1.35 of the time, dense attention with gradients, on an '
+  'accelerator',
+)
+def entmax_is_little_slower(values):
+  ratio, cpu = values['slower'], values['backend'] == 'cpu'
+  verdict = NOT_HERE if cpu else holds(ratio < 1.35)
+  return verdict, f'{ratio:.2f} of the time of softmax'
+
+
+@statement(
+  'Its first and last token see all, and all see them',
+  'FL p. 21',
+  rule='4 n - 4 pairs',
+)
+def only_ends_are_forced(values):
+  forced, expected = values['dam']['forced'], values['dam']['expected']
+  text = f'{forced} pairs where no other is likely, of {expected}'
+  return holds(set(forced) == {expected}), text
+
+
+@statement(
+  'Its noise draws a pair with the probability sigmoid(alpha)',
+  'FL p. 21, eq. 15',
+  rule='within 4 standard errors at -2, 0 and 1',
+)
+def noise_draws_the_sigmoid(values):
+  gaps = values['dam']['gaps']
+  text = f'standard errors from it: {listed("{:.1f}", gaps)}'
+  return holds(max(map(abs, gaps)) < 4), text
+
+
+@statement(
+  'A head reads no farther than its learned span',
+  'FL section 3, conditional computing',
+  rule='span and ramp, and equal to 1e-5 where the span is the length',
+)
+def spans_end_where_learned(values):
+  spans = values['spans']
+  text = (
+    '{keys} keys; a span of all tokens differs from attention by {whole:.0e}'
+  )
+  verdict = holds(spans['keys'] == spans['expected'] and spans['whole'] < 1e-5)
+  return verdict, text.format(**spans)
+
+
+@statement(
+  'Its numerator and its denominator are unbiased',
+  f'{OURS}, restating AS p. 29',
+  rule='within 4 standard errors',
+)
+def sums_are_unbiased(values):
+  above, below = (values['magicpig'][x] for x in ('numerator', 'denominator'))
+  text = f'{above:.1f} and {below:.1f} standard errors'
+  return holds(max(above, below) < 4), text
+
+
+@statement(
+  '64 of 128 channels of a query find its keys (SparQ)',
+  'AS p. 26',
+  'usually set to 64',
+  rule='top 12.5% of the keys: 0.95 of the mass of the exact choice, for '
+  'independent channels and for a falling spectrum',
+)
+def half_the_channels_find(values):
+  return finds(values, 'SparQ 64', cheap.KINDS), both(values, 'SparQ 64')
+
+
+@statement(
+  '80 of 128 axes find the keys, where they hold 90% (Loki)',
+  'AS p. 26-27',
+  'around 80 of 128, 90%',
+  rule='0.95 of the mass of the exact choice, for a falling spectrum',
+)
+def eighty_axes_find(values):
+  verdict = finds(values, 'Loki 80', cheap.KINDS[1:])
+  text = f'{both(values, "Loki 80")}; 80 axes of the latter hold '
+  return verdict, f'{text}{values["variance"]:.0%} of the variance'
+
+
+@statement(
+  '32 bits for each token find the keys (HashAttention)',
+  'AS p. 27',
+  '32 bits',
+  rule='0.95 of the mass of the exact choice, for a falling spectrum; '
+  'restated if learned bits hold a fifth more than random ones',
+)
+def learned_bits_find(values):
+  kind, random = cheap.KINDS[1], 'random bits 32'
+  found = finds(values, cheap.LEARNED, [kind])
+  better = mass(values, kind, cheap.LEARNED) > 1.2 * mass(values, kind, random)
+  text = f'learned: {both(values, cheap.LEARNED)}; random: '
+  return holds(found == HOLDS, restated=better), text + both(values, random)
+
+
 def _parts(values) -> list:
+  axes = {
+    'SparQ': cheap.RANKS,
+    'Loki': cheap.RANKS,
+    'random bits': cheap.BITS,
+    'learned bits': (32,),
+  }
   parts = [
     page.curves(
       {
         name: (xs, [fmean(rows[f'{name} {x}'][0]) for x in xs])
-        for name, xs in (
-          ('SparQ', recall.RANKS),
-          ('Loki', recall.RANKS),
-          ('random bits', recall.BITS),
-          ('learned bits', (32,)),
-        )
+        for name, xs in axes.items()
         if f'{name} {xs[0]}' in rows
       },
       'channels, axes or bits',
-      f'recall of the {recall.TOP} largest weights',
-      f'{recall.S} keys of {recall.H} channels: {kind}',
+      f'recall of the {cheap.TOP} largest weights',
+      f'{cheap.S} keys of {cheap.H} channels: {kind}',
     )
     for kind, rows in values['recall'].items()
   ]
@@ -151,155 +269,36 @@ R39 = Claim(
   seeds=SEEDS[:3],
   parts=_parts,
   statements=(
-    Statement(
-      says='alpha-entmax is softmax at 1, and has zeros above',
-      source='FL p. 21, eq. 16-19',
-      measured=lambda v: (
-        'zeros of 20: '
-        + ', '.join(
-          f'{zeros:.1f} at {alpha}'
-          for alpha, zeros in zip(
-            learned.ALPHAS, v['entmax']['zeros'], strict=True
-          )
-        )
-      ),
-      judge=lambda v: (
-        HOLDS
-        if v['entmax']['softmax'] < 1e-12
-        and v['entmax']['zeros'][0] == 0
-        and v['entmax']['zeros'][3] > 5
-        else FAILS
-      ),
-      rule='equal to softmax at 1 to 1e-12, and more than 5 zeros at 1.5',
-    ),
-    Statement(
-      says='It is the largest of p . z and an entropy of p',
-      source='FL p. 21, eq. 17-18',
-      measured=lambda v: f'largest gain of any move: {v["entmax"]["gain"]:.1e}',
-      judge=lambda v: HOLDS if v['entmax']['gain'] <= 1e-12 else FAILS,
-      rule='no point of the simplex is better, on 50 lines from each of 200 '
-      'results, three steps each',
-    ),
-    Statement(
-      says='Adaptively sparse attention is 25 percent slower',
-      source='FL p. 21',
-      printed='25%',
-      measured=lambda v: f'{v["slower"]:.2f} of the time of softmax',
-      judge=lambda v: (
-        NOT_HERE
-        if v['backend'] == 'cpu'
-        else HOLDS
-        if v['slower'] < 1.35
-        else FAILS
-      ),
-      rule='less than 1.35 of the time, dense attention with gradients, on an '
-      'accelerator',
-    ),
+    entmax_is_softmax_and_then_sparse,
+    no_move_gains,
+    entmax_is_little_slower,
     Statement(
       says='A mask that diagonals share has O(n) parameters',
       source='FL p. 21, eq. 15',
       printed='O(n)',
-      measured=lambda v: f'n^{v["dam"]["growth"]:.2f}',
-      judge=lambda v: HOLDS if v['dam']['growth'] < 1.1 else FAILS,
+      measured='n^{dam[growth]:.2f}'.format_map,
+      judge=less('dam', 'growth', than=1.1),
       rule='exponent below 1.1',
     ),
-    Statement(
-      says='Its first and last token see all, and all see them',
-      source='FL p. 21',
-      measured=lambda v: (
-        f'{v["dam"]["forced"]} pairs where no other is likely, of '
-        f'{v["dam"]["expected"]}'
-      ),
-      judge=lambda v: (
-        HOLDS if set(v['dam']['forced']) == {v['dam']['expected']} else FAILS
-      ),
-      rule='4 n - 4 pairs',
-    ),
-    Statement(
-      says='Its noise draws a pair with the probability sigmoid(alpha)',
-      source='FL p. 21, eq. 15',
-      measured=lambda v: (
-        'standard errors from it: '
-        + ', '.join(f'{gap:.1f}' for gap in v['dam']['gaps'])
-      ),
-      judge=lambda v: HOLDS if max(map(abs, v['dam']['gaps'])) < 4 else FAILS,
-      rule='within 4 standard errors at -2, 0 and 1',
-    ),
-    Statement(
-      says='A head reads no farther than its learned span',
-      source='FL section 3, conditional computing',
-      measured=lambda v: (
-        f'{v["spans"]["keys"]} keys; a span of all tokens differs from '
-        f'attention by {v["spans"]["whole"]:.0e}'
-      ),
-      judge=lambda v: (
-        HOLDS
-        if v['spans']['keys'] == v['spans']['expected']
-        and v['spans']['whole'] < 1e-5
-        else FAILS
-      ),
-      rule='span and ramp, and equal to 1e-5 where the span is the length',
-    ),
+    only_ends_are_forced,
+    noise_draws_the_sigmoid,
+    spans_end_where_learned,
     Statement(
       says='Attention to sampled keys is unbiased',
       source='AS p. 29',
       printed='unbiased',
-      measured=lambda v: (
-        'the output is off by {output:.1f} standard errors, {bias:.1%}'.format(
-          **v['magicpig']
-        )
-      ),
-      judge=lambda v: HOLDS if v['magicpig']['output'] < 4 else FAILS,
+      measured=(
+        'the output is off by {magicpig[output]:.1f} standard errors, '
+        '{magicpig[bias]:.1%}'
+      ).format_map,
+      judge=less('magicpig', 'output', than=4),
       rule='mean of 3000 draws within 4 standard errors: a ratio of unbiased '
       'sums is not unbiased',
     ),
-    Statement(
-      says='Its numerator and its denominator are unbiased',
-      source=f'{OURS}, restating AS p. 29',
-      measured=lambda v: (
-        '{numerator:.1f} and {denominator:.1f} standard errors'.format(
-          **v['magicpig']
-        )
-      ),
-      judge=lambda v: (
-        HOLDS
-        if max(v['magicpig'][x] for x in ('numerator', 'denominator')) < 4
-        else FAILS
-      ),
-      rule='within 4 standard errors',
-    ),
-    Statement(
-      says='64 of 128 channels of a query find its keys (SparQ)',
-      source='AS p. 26',
-      printed='usually set to 64',
-      measured=lambda v: _both(v, 'SparQ 64'),
-      judge=lambda v: _finds(v, 'SparQ 64', recall.KINDS),
-      rule='top 12.5% of the keys: 0.95 of the mass of the exact choice, for '
-      'independent channels and for a falling spectrum',
-    ),
-    Statement(
-      says='80 of 128 axes find the keys, where they hold 90% (Loki)',
-      source='AS p. 26-27',
-      printed='around 80 of 128, 90%',
-      measured=lambda v: (
-        f'{_both(v, "Loki 80")}; 80 axes of the latter hold '
-        f'{v["variance"]:.0%} of the variance'
-      ),
-      judge=lambda v: _finds(v, 'Loki 80', recall.KINDS[1:]),
-      rule='0.95 of the mass of the exact choice, for a falling spectrum',
-    ),
-    Statement(
-      says='32 bits for each token find the keys (HashAttention)',
-      source='AS p. 27',
-      printed='32 bits',
-      measured=lambda v: (
-        f'learned: {_both(v, recall.LEARNED)}; random: '
-        f'{_both(v, "random bits 32")}'
-      ),
-      judge=_learned_bits,
-      rule='0.95 of the mass of the exact choice, for a falling spectrum; '
-      'restated if learned bits hold a fifth more than random ones',
-    ),
+    sums_are_unbiased,
+    half_the_channels_find,
+    eighty_axes_find,
+    learned_bits_find,
   ),
 )
 
