@@ -13,16 +13,13 @@ from experiments.survey.claims.complexity import (
   build,
   sequence,
 )
-from experiments.survey.claims.sparse_counts import (
-  cache_share,
-  with_one_kv_head,
-)
 from experiments.survey.models import (
   decode_step,
   mixer,
   parameters,
   training_pass,
 )
+from experiments.survey.sparse_counts import cache_share, with_one_kv_head
 
 NOT_MEASURED = 'not measured'
 SHORT = (2048, 8192)  # lengths of forms that a training run would not choose

@@ -7,7 +7,7 @@ from efficient_attn.ops.softmax.sage_attention import RECIPES
 from experiments import page
 from experiments.survey import printed
 from experiments.survey.claims.complexity import LENGTHS
-from experiments.survey.claims.sparse_counts import TOKENS
+from experiments.survey.sparse_counts import TOKENS
 from experiments.survey.table_counts import (
   BUDGET,
   NOT_MEASURED,

@@ -3,19 +3,24 @@
 from statistics import fmean
 
 from experiments import page
+from experiments.survey import sparse_counts as counts
+from experiments.survey import sparse_curves as curves
 from experiments.survey.claim import (
   FAILS,
-  HOLDS,
   OPEN,
   RESTATED,
   Claim,
   Statement,
   elsewhere,
+  holds,
+  less,
+  listed,
+  statement,
   within,
 )
-from experiments.survey.claims import sparse_counts as counts
-from experiments.survey.claims import sparse_curves as curves
 from experiments.survey.sources import OURS
+
+SHOWN = ('retrieval', 'sparq', 'quest', 'xattention')
 
 
 def sparse_attention() -> dict:
@@ -53,18 +58,135 @@ def _parts(values) -> list:
 
 
 def _speed(method: str, printed: float, key: str, where: str) -> Statement:
-  def judge(v):
-    return OPEN if v[key] >= printed else FAILS
-
-  return Statement(
-    says=f'{method} is {printed}x as fast as dense attention',
-    source=where,
-    printed=f'{printed}x',
-    measured=lambda v: f'{v[key]:.1f}x less work',
-    judge=judge,
+  @statement(
+    f'{method} is {printed}x as fast as dense attention',
+    where,
+    f'{printed}x',
     rule='not contradicted if attention has at least so many times its work; '
     "a time of ours would say nothing of the authors' kernel and machine",
   )
+  def work_allows_it(v):
+    return OPEN if v[key] >= printed else FAILS, f'{v[key]:.1f}x less work'
+
+  return work_allows_it
+
+
+@statement(
+  'Sparse attention with everything kept is attention',
+  f'{OURS}, on AS eq. 39-42',
+  rule='largest difference of the output below 1e-5, float32',
+)
+def everything_kept_is_attention(v):
+  worst = max(v['whole'].values())
+  return holds(worst < 1e-5), f'{worst:.1e} over {len(v["whole"])} methods'
+
+
+@statement(
+  'Chosen keys hold more of the attention than as many random ones',
+  f'{OURS}, on AS table 4',
+  rule='for every method, budget and seed',
+)
+def mass_exceeds_keys(v):
+  def at(name, share):
+    return [curves.at(v, name, share, figure) for figure in (0, 1)]
+
+  means = [[fmean(x) for x in at(name, 0.25)] for name in SHOWN]
+  text = listed('{0} {1[1]:.2f} of {1[0]:.2f} of the keys', SHOWN, means)
+  more = (
+    mass > keys
+    for name in curves.ROWS
+    for share in curves.SHARES[:-1]
+    for keys, mass in zip(*at(name, share), strict=True)
+  )
+  return holds(all(more)), f'mass at a budget of 0.25: {text}'
+
+
+@statement(
+  'Choosing by the scores keeps more than a fixed pattern does',
+  f'{OURS}, on AS section 6',
+  rule='0.01 more mass than StreamingLLM with as many keys, on heads with '
+  'sinks, a diagonal and heavy hitters; restated if only some do',
+)
+def scores_beat_a_pattern(v):
+  names, better = curves.dynamic(), len(curves.better(v))
+  text = listed('{} {:+.2f}', names, [curves.beyond(v, n) for n in names])
+  verdict = holds(better == len(names), restated=better > 0)
+  return verdict, f'{better} of {len(names)}: {text}'
+
+
+@statement(
+  "Quest's bound is never below a product of its page",
+  'AS p. 29',
+  rule='no violation',
+)
+def bounds_bound(v):
+  verdict = holds(not v['bounds']['wrong'])
+  return verdict, '{wrong} of {total} pages'.format(**v['bounds'])
+
+
+@statement(
+  'STA computes blocks that are dense or empty, none in between',
+  'AS p. 24',
+  rule='none mixed',
+)
+def no_tile_is_mixed(v):
+  form = 'windows of {0}: {1[full]} full, {1[mixed]} mixed'
+  text = listed(form, v['windows'], v['windows'].values())
+  return holds(not v['windows']['tiles']['mixed']), text
+
+
+@statement(
+  'PAROAttention gathers a strided pattern into blocks',
+  'AS p. 24-25',
+  rule='a quarter of the blocks or less, for a head that looks along one axis',
+)
+def permuted_tokens_need_few_blocks(v):
+  before, after = v['permuted']['before'], v['permuted']['after']
+  text = f'{before:.1%} of the blocks -> {after:.1%}'
+  return holds(after < 0.25 * before), text
+
+
+@statement(
+  'Radial attention computes O(N log N) pairs',
+  'AS p. 23-24',
+  'O(N log N)',
+  rule='flat to a fifth from 16 to 128 frames; restated if frames with more '
+  'tokens cost more than N^1.3',
+)
+def radial_pairs_are_n_log_n(v):
+  ratios, exponent = v['radial']['ratios'], v['radial']['exponent']
+  flat = max(ratios) <= 1.2 * min(ratios)
+  text = (
+    f'pairs over F log F of F frames: {listed("{:.2f}", ratios)}; '
+    f'N^{exponent:.2f} with larger frames'
+  )
+  return holds(flat and exponent < 1.3, restated=flat), text
+
+
+@statement(
+  'NSA gains 6 to 11.6 times when decoding',
+  'AS p. 28',
+  '6 to 11.6x',
+  rule='within 3 percent of 11.6 at 65,536 tokens: it is a count of what is '
+  'read, not a time',
+)
+def nsa_reads_as_printed(v):
+  near = abs(v['nsa']['65536'] / 11.6 - 1) < 0.03
+  form, lengths = '{:.1f} at {:,} tokens', map(int, v['nsa'])
+  text = listed(form, v['nsa'].values(), lengths)
+  verdict = RESTATED if near else FAILS
+  return verdict, f'keys of attention over keys of NSA: {text}'
+
+
+@statement(
+  'H2O keeps k tokens whatever the length',
+  'AS p. 25',
+  'k',
+  rule='k after a prompt and after every token',
+)
+def h2o_keeps_its_budget(v):
+  held = v['h2o']
+  return holds(set(held) == {16}), f'{held[0]} to {held[-1]} of a budget of 16'
 
 
 R27 = Claim(
@@ -74,64 +196,10 @@ R27 = Claim(
   seeds=curves.CURVE_SEEDS,
   parts=_parts,
   statements=(
-    Statement(
-      says='Sparse attention with everything kept is attention',
-      source=f'{OURS}, on AS eq. 39-42',
-      measured=lambda v: (
-        f'{max(v["whole"].values()):.1e} over {len(v["whole"])} methods'
-      ),
-      judge=lambda v: HOLDS if max(v['whole'].values()) < 1e-5 else FAILS,
-      rule='largest difference of the output below 1e-5, float32',
-    ),
-    Statement(
-      says='Chosen keys hold more of the attention than as many random ones',
-      source=f'{OURS}, on AS table 4',
-      measured=lambda v: (
-        'mass at a budget of 0.25: '
-        + ', '.join(
-          f'{name} {fmean(curves.at(v, name, 0.25, 1)):.2f} of '
-          f'{fmean(curves.at(v, name, 0.25, 0)):.2f} of the keys'
-          for name in ('retrieval', 'sparq', 'quest', 'xattention')
-        )
-      ),
-      judge=lambda v: (
-        HOLDS
-        if all(
-          mass > keys
-          for name in curves.ROWS
-          for share in curves.SHARES[:-1]
-          for keys, mass in zip(
-            *(curves.at(v, name, share, i) for i in (0, 1)), strict=True
-          )
-        )
-        else FAILS
-      ),
-      rule='for every method, budget and seed',
-    ),
-    Statement(
-      says='Choosing by the scores keeps more than a fixed pattern does',
-      source=f'{OURS}, on AS section 6',
-      measured=lambda v: (
-        f'{len(curves.better(v))} of {len(curves.dynamic())}: '
-        + ', '.join(f'{n} {curves.beyond(v, n):+.2f}' for n in curves.dynamic())
-      ),
-      judge=lambda v: (
-        HOLDS
-        if len(curves.better(v)) == len(curves.dynamic())
-        else RESTATED
-        if curves.better(v)
-        else FAILS
-      ),
-      rule='0.01 more mass than StreamingLLM with as many keys, on heads with '
-      'sinks, a diagonal and heavy hitters; restated if only some do',
-    ),
-    Statement(
-      says="Quest's bound is never below a product of its page",
-      source='AS p. 29',
-      measured=lambda v: '{wrong} of {total} pages'.format(**v['bounds']),
-      judge=lambda v: FAILS if v['bounds']['wrong'] else HOLDS,
-      rule='no violation',
-    ),
+    everything_kept_is_attention,
+    mass_exceeds_keys,
+    scores_beat_a_pattern,
+    bounds_bound,
     within(
       'XAttention sums antidiagonals by a product of folded rows',
       'AS p. 30',
@@ -140,81 +208,19 @@ R27 = Claim(
       0,
       1e-12,
     ),
-    Statement(
-      says='STA computes blocks that are dense or empty, none in between',
-      source='AS p. 24',
-      measured=lambda v: ', '.join(
-        f'windows of {name}: {found["full"]} full, {found["mixed"]} mixed'
-        for name, found in v['windows'].items()
-      ),
-      judge=lambda v: FAILS if v['windows']['tiles']['mixed'] else HOLDS,
-      rule='none mixed',
-    ),
-    Statement(
-      says='PAROAttention gathers a strided pattern into blocks',
-      source='AS p. 24-25',
-      measured=lambda v: '{before:.1%} of the blocks -> {after:.1%}'.format(
-        **v['permuted']
-      ),
-      judge=lambda v: (
-        HOLDS
-        if v['permuted']['after'] < 0.25 * v['permuted']['before']
-        else FAILS
-      ),
-      rule='a quarter of the blocks or less, for a head that looks along one '
-      'axis',
-    ),
-    Statement(
-      says='Radial attention computes O(N log N) pairs',
-      source='AS p. 23-24',
-      printed='O(N log N)',
-      measured=lambda v: (
-        'pairs over F log F of F frames: '
-        + ', '.join(f'{x:.2f}' for x in v['radial']['ratios'])
-        + f'; N^{v["radial"]["exponent"]:.2f} with larger frames'
-      ),
-      judge=lambda v: (
-        FAILS
-        if max(v['radial']['ratios']) > 1.2 * min(v['radial']['ratios'])
-        else HOLDS
-        if v['radial']['exponent'] < 1.3
-        else RESTATED
-      ),
-      rule='flat to a fifth from 16 to 128 frames; restated if frames with '
-      'more tokens cost more than N^1.3',
-    ),
-    Statement(
-      says='NSA gains 6 to 11.6 times when decoding',
-      source='AS p. 28',
-      printed='6 to 11.6x',
-      measured=lambda v: (
-        'keys of attention over keys of NSA: '
-        + ', '.join(
-          f'{x:.1f} at {int(n):,} tokens' for n, x in v['nsa'].items()
-        )
-      ),
-      judge=lambda v: (
-        RESTATED if abs(v['nsa']['65536'] / 11.6 - 1) < 0.03 else FAILS
-      ),
-      rule='within 3 percent of 11.6 at 65,536 tokens: it is a count of what '
-      'is read, not a time',
-    ),
+    no_tile_is_mixed,
+    permuted_tokens_need_few_blocks,
+    radial_pairs_are_n_log_n,
+    nsa_reads_as_printed,
     Statement(
       says='NSA reduces what the cache stores',
       source='AS table 4',
       printed='yes',
-      measured=lambda v: f'{v["stored"]["nsa"]:.2f} of the bytes of attention',
-      judge=lambda v: HOLDS if v['stored']['nsa'] < 1 else FAILS,
+      measured='{stored[nsa]:.2f} of the bytes of attention'.format_map,
+      judge=less('stored', 'nsa', than=1),
       rule='less than the cache of attention with as many kv heads, 64K tokens',
     ),
-    Statement(
-      says='H2O keeps k tokens whatever the length',
-      source='AS p. 25',
-      printed='k',
-      measured=lambda v: f'{v["h2o"][0]} to {v["h2o"][-1]} of a budget of 16',
-      judge=lambda v: HOLDS if set(v['h2o']) == {16} else FAILS,
-      rule='k after a prompt and after every token',
-    ),
+    h2o_keeps_its_budget,
     _speed('STA', 10.45, 'sta', 'AS p. 24'),
     _speed('MoBA', 6.5, 'moba', 'AS p. 28'),
     elsewhere(
