@@ -20,6 +20,26 @@ SEVEN_B = LMConfig(
   vocab_size=32_000,
   tie_embeddings=False,
 )
+GPT3 = LMConfig(
+  d_model=12_288,
+  num_layers=96,
+  num_heads=96,
+  vocab_size=50_257,
+  ffn='mlp',
+  norm='layernorm',
+  position='learned',
+  mixers={'attention': dict(position='none')},
+  dtype='bfloat16',
+)
+LLAMA = LMConfig(
+  d_model=8192,
+  num_layers=80,
+  num_heads=64,
+  ffn_dim=28_672,
+  vocab_size=32_000,
+  mixers={'attention': dict(num_kv_heads=8)},
+  tie_embeddings=False,
+)
 
 
 @functools.cache

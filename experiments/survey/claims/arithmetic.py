@@ -17,14 +17,18 @@ from experiments.exponent import slope
 from experiments.survey.claim import (
   DERIVED,
   FAILS,
-  HOLDS,
   OPEN,
-  RESTATED,
   Claim,
   Statement,
   equals,
+  holds,
+  listed,
+  more,
+  statement,
 )
 from experiments.survey.models import (
+  GPT3,
+  LLAMA,
   cache_bytes,
   forward_flops,
   mixer,
@@ -42,26 +46,6 @@ IMPROVED = {
   'LibriSpeech clean': (2.2, 0.3, 13.6),
   'LibriSpeech other': (5.2, 1.3, 25.0),
 }
-GPT3 = LMConfig(
-  d_model=12_288,
-  num_layers=96,
-  num_heads=96,
-  vocab_size=50_257,
-  ffn='mlp',
-  norm='layernorm',
-  position='learned',
-  mixers={'attention': dict(position='none')},
-  dtype='bfloat16',
-)
-LLAMA = LMConfig(
-  d_model=8192,
-  num_layers=80,
-  num_heads=64,
-  ffn_dim=28_672,
-  vocab_size=32_000,
-  mixers={'attention': dict(num_kv_heads=8)},
-  tie_embeddings=False,
-)
 V100 = {'FL': 28e12, 'float32': 15.7e12, 'tensor cores': 125e12}  # FLOP/s
 YEAR = 365.25 * 24 * 3600
 CONTEXTS = tuple(2**n for n in (10, 12, 15, 17, 20))
@@ -137,11 +121,17 @@ def strict() -> dict:
   )
 
 
+def scores(query, key, value):
+  """Logits, of the same arrays as attention."""
+  del value
+  return scoring.logits(query, key)
+
+
 def orders() -> dict:
   """FLOPs of scores, of attention and of Q (K^T V), by length."""
   lengths, found = (1024, 4096), {}
   for name, function in {
-    'scores': lambda q, k, v: scoring.logits(q, k),
+    'scores': scores,
     'reordered': functools.partial(
       ops.linear_attention, bidirectional=True, normalize=True
     ),
@@ -199,6 +189,120 @@ def _tables(v) -> list:
   ]
 
 
+@statement(
+  'Relative improvements of Transformers over what came before',
+  'FL p. 4, table 1',
+  ', '.join(f'{row[2]}%' for row in IMPROVED.values()),
+  rule='the change over the baseline, rounded; rows with a known baseline',
+  provenance=DERIVED,
+)
+def changes_are_the_printed_percent(v):
+  found = v['improved']
+  near = (abs(found[n] - row[2]) < 0.06 for n, row in IMPROVED.items())
+  return holds(all(near)), listed('{:.1f}%', found.values())
+
+
+@statement(
+  'Training GPT-3 takes 355 years on a V100',
+  'FL p. 4',
+  '355 years',
+  rule='counted on the model and 300 billion tokens, to 5 percent; restated if '
+  'only at a speed that the source does not name',
+)
+def gpt3_takes_355_years(v):
+  near = abs(v['years FL'] / 355 - 1) <= 0.05
+  text = (
+    f'{v["flops"]:.3g} FLOPs: {v["years FL"]:.0f} years at 28 TFLOP/s, '
+    f'{v["years float32"]:.0f} at the peak of float32, '
+    f'{v["years tensor cores"]:.0f} at that of the tensor cores'
+  )
+  return holds(near and v['years tensor cores'] > 300, restated=near), text
+
+
+@statement(
+  '32 micro-batches run 4.8 times as fast as one on 8 stages',
+  'FL p. 11',
+  '4.8x',
+  rule='not contradicted if at most the ratio of the times of the two '
+  'schedules, played through without any cost of communication',
+  provenance=DERIVED,
+)
+def schedules_allow_it(v):
+  most = v['pipeline']
+  return OPEN if most >= 4.8 else FAILS, f'at most {most:.2f}x'
+
+
+@statement(
+  'Two thirds of the computation are in the ffn',
+  'FLR transformer_bottlenecks.svg',
+  '2/3',
+  rule='above 0.6 at all lengths; restated if at the shortest',
+)
+def ffn_computes_most(v):
+  shares = v['ffn_flops']
+  short = shares[0] >= 0.6
+  verdict = holds(short and shares[-1] > 0.6, restated=short)
+  return verdict, listed('{:.2f} at {}', shares, TOKENS)
+
+
+@statement(
+  'GPT-3 takes 700 GB and LLaMA-70B 140 GB',
+  'FLR transformer_bottlenecks.svg',
+  '700 GB, 140 GB',
+  rule='both to 5 percent in the same precision; restated if in different ones',
+)
+def sizes_in_one_precision(v):
+  big = [abs(gb / 700 - 1) < 0.05 for gb in v['gpt3_gb']]
+  small = [abs(gb / 140 - 1) < 0.05 for gb in v['llama_gb']]
+  text = (
+    'GPT-3 {:.0f} GB in 16 bits, {:.0f} in 32; LLaMA-70B {:.0f}, {:.0f}'
+  ).format(*v['gpt3_gb'], *v['llama_gb'])
+  same = any(a and b for a, b in zip(big, small, strict=True))
+  return holds(same, restated=any(big) and any(small)), text
+
+
+@statement(
+  'Three linear layers for one of attention keep 25 percent of the cache',
+  'S003 Hybrid Architectures (Kimi Linear)',
+  '25%',
+  rule='26 percent or less from 4K tokens on; restated if at 1M only',
+)
+def hybrid_keeps_a_quarter(v):
+  shares = v['hybrid']
+  long = shares[-1] <= 0.26
+  verdict = holds(long and shares[1] < 0.26, restated=long)
+  return verdict, listed('{:.1%} at {:,}', shares, CONTEXTS)
+
+
+@statement(
+  'In a decoder a position sees those before it, not itself',
+  'FL p. 7',
+  'j < i',
+  rule='every row has a key; AS eq. 7 has j <= i',
+)
+def every_row_has_a_key(v):
+  text = (
+    f'{v["rows"]} row without keys, {v["nan"]} of NaN in plain softmax; '
+    f'`ops.attention` gives {v["ours"]:g} there'
+  )
+  return holds(not v['rows'] and not v['nan']), text
+
+
+@statement(
+  'Scores need n^2 computations',
+  'FL p. 8',
+  'n^2',
+  rule='exponent of 2; restated if each score needs more than one',
+)
+def scores_are_quadratic(v):
+  exponent, each = v['scores slope'], v['scores']
+  square = abs(exponent - 2) <= 0.05
+  text = f'n^{exponent:.2f}, {each:.0f} multiply-adds a score'
+  return holds(square and each == 1, restated=square), text
+
+
+_sum = functools.partial(equals, provenance=DERIVED)
+
 R37 = Claim(
   title='Sums of training, pipelines, parameters and caches',
   tier='b',
@@ -206,41 +310,8 @@ R37 = Claim(
   seeds=(0,),
   parts=_tables,
   statements=(
-    Statement(
-      says='Relative improvements of Transformers over what came before',
-      source='FL p. 4, table 1',
-      printed=', '.join(f'{row[2]}%' for row in IMPROVED.values()),
-      measured=lambda v: ', '.join(f'{x:.1f}%' for x in v['improved'].values()),
-      judge=lambda v: (
-        HOLDS
-        if all(
-          abs(v['improved'][name] - row[2]) < 0.06
-          for name, row in IMPROVED.items()
-        )
-        else FAILS
-      ),
-      rule='the change over the baseline, rounded; rows with a known baseline',
-      provenance=DERIVED,
-    ),
-    Statement(
-      says='Training GPT-3 takes 355 years on a V100',
-      source='FL p. 4',
-      printed='355 years',
-      measured=lambda v: (
-        f'{v["flops"]:.3g} FLOPs: {v["years FL"]:.0f} years at 28 TFLOP/s, '
-        f'{v["years float32"]:.0f} at the peak of float32, '
-        f'{v["years tensor cores"]:.0f} at that of the tensor cores'
-      ),
-      judge=lambda v: (
-        FAILS
-        if abs(v['years FL'] / 355 - 1) > 0.05
-        else HOLDS
-        if v['years tensor cores'] > 300
-        else RESTATED
-      ),
-      rule='counted on the model and 300 billion tokens, to 5 percent; '
-      'restated if only at a speed that the source does not name',
-    ),
+    changes_are_the_printed_percent,
+    gpt3_takes_355_years,
     equals(
       'and costs 4.6 million dollars',
       'FL p. 4',
@@ -250,7 +321,7 @@ R37 = Claim(
       tolerance=0.05,
       unit='M at $1.50 an hour',
     ),
-    equals(
+    _sum(
       '1663 layers on 128 accelerators are 127.9 times the 13 on one',
       'FL p. 11',
       '127.9x',
@@ -258,27 +329,16 @@ R37 = Claim(
       127.9,
       tolerance=1e-3,
       unit='x',
-      provenance=DERIVED,
     ),
-    equals(
+    _sum(
       '127 times more layers on the same hardware',
       'FLR Micro-Batching (GPipe)',
       '127x',
       'layers_each',
       127,
       unit='x on each accelerator',
-      provenance=DERIVED,
     ),
-    Statement(
-      says='32 micro-batches run 4.8 times as fast as one on 8 stages',
-      source='FL p. 11',
-      printed='4.8x',
-      measured=lambda v: f'at most {v["pipeline"]:.2f}x',
-      judge=lambda v: OPEN if v['pipeline'] >= 4.8 else FAILS,
-      rule='not contradicted if at most the ratio of the times of the two '
-      'schedules, played through without any cost of communication',
-      provenance=DERIVED,
-    ),
+    schedules_allow_it,
     equals(
       'Two thirds of the parameters are in the ffn',
       'FLR architecture_overview.svg',
@@ -288,48 +348,9 @@ R37 = Claim(
       tolerance=0.01,
       unit='of a block',
     ),
-    Statement(
-      says='Two thirds of the computation are in the ffn',
-      source='FLR transformer_bottlenecks.svg',
-      printed='2/3',
-      measured=lambda v: ', '.join(
-        f'{x:.2f} at {n}' for n, x in zip(TOKENS, v['ffn_flops'], strict=True)
-      ),
-      judge=lambda v: (
-        FAILS
-        if v['ffn_flops'][0] < 0.6
-        else HOLDS
-        if v['ffn_flops'][-1] > 0.6
-        else RESTATED
-      ),
-      rule='above 0.6 at all lengths; restated if at the shortest',
-    ),
-    Statement(
-      says='GPT-3 takes 700 GB and LLaMA-70B 140 GB',
-      source='FLR transformer_bottlenecks.svg',
-      printed='700 GB, 140 GB',
-      measured=lambda v: (
-        'GPT-3 {:.0f} GB in 16 bits, {:.0f} in 32; '
-        'LLaMA-70B {:.0f}, {:.0f}'.format(*v['gpt3_gb'], *v['llama_gb'])
-      ),
-      judge=lambda v: next(
-        (
-          verdict
-          for verdict, (i, j) in (
-            (HOLDS, (0, 0)),
-            (HOLDS, (1, 1)),
-            (RESTATED, (1, 0)),
-            (RESTATED, (0, 1)),
-          )
-          if abs(v['gpt3_gb'][i] / 700 - 1) < 0.05
-          and abs(v['llama_gb'][j] / 140 - 1) < 0.05
-        ),
-        FAILS,
-      ),
-      rule='both to 5 percent in the same precision; restated if in different '
-      'ones',
-    ),
-    equals(
+    ffn_computes_most,
+    sizes_in_one_precision,
+    _sum(
       'An A100 has about 20 MB of SRAM in 108 parts of 192 KB',
       'BLOG GPU Memory Hierarchy',
       '20 MB',
@@ -337,9 +358,8 @@ R37 = Claim(
       20,
       tolerance=0.05,
       unit='MB',
-      provenance=DERIVED,
     ),
-    equals(
+    _sum(
       'It is 10 times as fast as HBM: 19 and 2 TB/s',
       'BLOG GPU Memory Hierarchy',
       '10x',
@@ -347,61 +367,19 @@ R37 = Claim(
       10,
       tolerance=0.06,
       unit='x',
-      provenance=DERIVED,
     ),
-    Statement(
-      says='Three linear layers for one of attention keep 25 percent of the '
-      'cache',
-      source='S003 Hybrid Architectures (Kimi Linear)',
-      printed='25%',
-      measured=lambda v: ', '.join(
-        f'{x:.1%} at {n:,}' for n, x in zip(CONTEXTS, v['hybrid'], strict=True)
-      ),
-      judge=lambda v: (
-        FAILS
-        if v['hybrid'][-1] > 0.26
-        else HOLDS
-        if v['hybrid'][1] < 0.26
-        else RESTATED
-      ),
-      rule='26 percent or less from 4K tokens on; restated if at 1M only',
-    ),
-    Statement(
-      says='In a decoder a position sees those before it, not itself',
-      source='FL p. 7',
-      printed='j < i',
-      measured=lambda v: (
-        f'{v["rows"]} row without keys, {v["nan"]} of NaN in plain softmax; '
-        f'`ops.attention` gives {v["ours"]:g} there'
-      ),
-      judge=lambda v: FAILS if v['rows'] or v['nan'] else HOLDS,
-      rule='every row has a key; AS eq. 7 has j <= i',
-    ),
-    Statement(
-      says='Scores need n^2 computations',
-      source='FL p. 8',
-      printed='n^2',
-      measured=lambda v: (
-        f'n^{v["scores slope"]:.2f}, {v["scores"]:.0f} multiply-adds a score'
-      ),
-      judge=lambda v: (
-        FAILS
-        if abs(v['scores slope'] - 2) > 0.05
-        else HOLDS
-        if v['scores'] == 1
-        else RESTATED
-      ),
-      rule='exponent of 2; restated if each score needs more than one',
-    ),
+    hybrid_keeps_a_quarter,
+    every_row_has_a_key,
+    scores_are_quadratic,
     Statement(
       says='Standard attention is Q (K^T V)',
       source='FLR Kernel-based Linear Attention',
       printed='O(n²)',
-      measured=lambda v: (
-        f'FLOPs n^{v["reordered slope"]:.2f} in that order, of linear '
-        f'attention, n^{v["standard slope"]:.2f} as (Q K^T) V, of attention'
-      ),
-      judge=lambda v: HOLDS if v['reordered slope'] > 1.5 else FAILS,
+      measured=(
+        'FLOPs n^{reordered slope:.2f} in that order, of linear attention, '
+        'n^{standard slope:.2f} as (Q K^T) V, of attention'
+      ).format_map,
+      judge=more('reordered slope', than=1.5),
       rule='exponent above 1.5 as written',
     ),
   ),
