@@ -19,11 +19,10 @@ from efficient_attn.ops.recurrent import (
   linear_attention,
 )
 from efficient_attn.ops.softmax import attention, paged_attention
-from experiments.survey import run
+from experiments.survey import errata_linear, run
 from experiments.survey.claims import (
   CLAIMS,
   errata,
-  errata_linear,
   fast_weights,
   hardware,
   layouts,

@@ -12,9 +12,9 @@ from efficient_attn.ops.low_rank.synthesizer import factorized_dense
 from efficient_attn.ops.softmax.logits import attend_logits
 from experiments import page
 from experiments.exponent import slope
+from experiments.survey import errata_linear as linear
+from experiments.survey import errata_other as other
 from experiments.survey.claim import FAILS, HOLDS, UNDEFINED, Claim, Statement
-from experiments.survey.claims import errata_linear as linear
-from experiments.survey.claims import errata_other as other
 from experiments.survey.sources import OURS
 
 

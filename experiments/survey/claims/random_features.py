@@ -8,6 +8,7 @@ from efficient_attn.ops.recurrent.feature_maps import (
   orthogonal_projection,
   positive_random,
 )
+from experiments.survey import errata_other
 from experiments.survey.claim import (
   FAILS,
   HOLDS,
@@ -16,7 +17,6 @@ from experiments.survey.claim import (
   Statement,
   within,
 )
-from experiments.survey.claims import errata_other
 
 
 def random_features() -> dict:

@@ -12,7 +12,7 @@ from efficient_attn.ops import attention, fast_weights, masks
 from efficient_attn.ops.low_rank.synthesizer import factorized_dense
 from efficient_attn.ops.recurrent.feature_maps import positive_random
 from efficient_attn.ops.softmax.fake_quant import fake_quant
-from experiments.survey.claims.errata_linear import C, H, T, error, ours, tokens
+from experiments.survey.errata_linear import C, H, T, error, ours, tokens
 from experiments.survey.models import mixer
 
 MISFIT = 'shapes do not fit'
