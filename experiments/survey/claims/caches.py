@@ -8,12 +8,12 @@ from efficient_attn.ops.softmax.fake_quant import fake_quant
 from experiments import page
 from experiments.survey.claim import (
   DERIVED,
-  FAILS,
-  HOLDS,
-  RESTATED,
   Claim,
   Statement,
   equals,
+  holds,
+  listed,
+  statement,
 )
 from experiments.survey.trained import (
   activations,
@@ -57,20 +57,24 @@ def cache_bits() -> dict:
 
 
 def _by(what, better, worse, says) -> Statement:
-  return Statement(
-    says=says,
-    source='AS p. 15-16',
-    measured=lambda v: (
-      f'{v[f"{what} by {better}"]:.3f} by {better}, '
-      f'{v[f"{what} by {worse}"]:.3f} by {worse}'
-    ),
-    judge=lambda v: (
-      HOLDS
-      if v[f'{what} by {better}'] < 0.95 * v[f'{what} by {worse}']
-      else FAILS
-    ),
-    rule='at least 5 percent less error',
-  )
+  @statement(says, 'AS p. 15-16', rule='at least 5 percent less error')
+  def one_has_less_error(v):
+    low, high = v[f'{what} by {better}'], v[f'{what} by {worse}']
+    text = f'{low:.3f} by {better}, {high:.3f} by {worse}'
+    return holds(low < 0.95 * high), text
+
+  return one_has_less_error
+
+
+@statement(
+  'Keys lose less before they are rotated than after',
+  'AS p. 16',
+  rule='at least 5 percent less error by channel, trained keys',
+)
+def less_is_lost_before_rotation(v):
+  before = v['trained keys, not rotated by channel']
+  after = v['trained keys by channel']
+  return holds(before < 0.95 * after), f'{before:.3f} before, {after:.3f} after'
 
 
 R12 = Claim(
@@ -104,21 +108,7 @@ R12 = Claim(
       'channel',
       'Values of a trained model want a scale for each token',
     ),
-    Statement(
-      says='Keys lose less before they are rotated than after',
-      source='AS p. 16',
-      measured=lambda v: (
-        f'{v["trained keys, not rotated by channel"]:.3f} before, '
-        f'{v["trained keys by channel"]:.3f} after'
-      ),
-      judge=lambda v: (
-        HOLDS
-        if v['trained keys, not rotated by channel']
-        < 0.95 * v['trained keys by channel']
-        else FAILS
-      ),
-      rule='at least 5 percent less error by channel, trained keys',
-    ),
+    less_is_lost_before_rotation,
     equals(
       'Two-bit caches are 8 times smaller than 16 bits',
       'AS p. 16',
@@ -130,6 +120,7 @@ R12 = Claim(
     ),
   ),
 )
+
 
 LENGTH, BUDGET = 1024, 64
 
@@ -171,8 +162,54 @@ def _forgetting_plot(values) -> list:
   ]
 
 
-def _beyond(name, limit):
-  return lambda v: v['beyond'][name] < limit * v['within']
+def stays(v, name: str) -> bool:
+  """Whether the loss past twice the length is within 30 percent."""
+  return v['beyond'][name] < 1.3 * v['within']
+
+
+@statement(
+  'Attention to all tokens fails past the training length',
+  'AS p. 22',
+  rule='the loss grows by 30 percent or more',
+)
+def all_tokens_fail(v):
+  beyond = v['beyond']['all tokens']
+  text = f'{beyond:.2f} nats past twice the length, {v["within"]:.2f} within'
+  return holds(not stays(v, 'all tokens')), text
+
+
+@statement(
+  'A cache of the last tokens alone collapses',
+  'AS p. 22',
+  rule='the loss grows by 30 percent or more; this model is small and has '
+  'formed no sinks if it does not',
+)
+def last_tokens_fail(v):
+  name = f'last {BUDGET}'
+  return holds(not stays(v, name)), f'{v["beyond"][name]:.2f} nats'
+
+
+@statement(
+  'With the first four tokens kept it does not',
+  'AS p. 22',
+  rule='the loss grows by less than 30 percent',
+)
+def first_tokens_save_it(v):
+  loss = v['beyond']['streaming_llm']
+  return holds(stays(v, 'streaming_llm')), f'{loss:.2f} nats'
+
+
+@statement(
+  'Keeping what received the most attention loses little',
+  'AS p. 25',
+  rule='H2O grows by less than 30 percent; restated if only policies that ask '
+  'the last queries (SnapKV, TOVA) do: sums over all queries keep what is old, '
+  'at distances that the model was not trained on',
+)
+def heavy_hitters_suffice(v):
+  names = ('h2o', 'snapkv', 'tova')
+  text = listed('{} {:.2f}', names, [v['beyond'][name] for name in names])
+  return holds(stays(v, 'h2o'), restated=stays(v, 'snapkv')), text
 
 
 R28 = Claim(
@@ -182,48 +219,10 @@ R28 = Claim(
   seeds=(0,),
   parts=_forgetting_plot,
   statements=(
-    Statement(
-      says='Attention to all tokens fails past the training length',
-      source='AS p. 22',
-      measured=lambda v: (
-        f'{v["beyond"]["all tokens"]:.2f} nats past twice the length, '
-        f'{v["within"]:.2f} within'
-      ),
-      judge=lambda v: FAILS if _beyond('all tokens', 1.3)(v) else HOLDS,
-      rule='the loss grows by 30 percent or more',
-    ),
-    Statement(
-      says='A cache of the last tokens alone collapses',
-      source='AS p. 22',
-      measured=lambda v: f'{v["beyond"][f"last {BUDGET}"]:.2f} nats',
-      judge=lambda v: FAILS if _beyond(f'last {BUDGET}', 1.3)(v) else HOLDS,
-      rule='the loss grows by 30 percent or more; this model is small and has '
-      'formed no sinks if it does not',
-    ),
-    Statement(
-      says='With the first four tokens kept it does not',
-      source='AS p. 22',
-      measured=lambda v: f'{v["beyond"]["streaming_llm"]:.2f} nats',
-      judge=lambda v: HOLDS if _beyond('streaming_llm', 1.3)(v) else FAILS,
-      rule='the loss grows by less than 30 percent',
-    ),
-    Statement(
-      says='Keeping what received the most attention loses little',
-      source='AS p. 25',
-      measured=lambda v: ', '.join(
-        f'{name} {v["beyond"][name]:.2f}' for name in ('h2o', 'snapkv', 'tova')
-      ),
-      judge=lambda v: (
-        HOLDS
-        if _beyond('h2o', 1.3)(v)
-        else RESTATED
-        if _beyond('snapkv', 1.3)(v)
-        else FAILS
-      ),
-      rule='H2O grows by less than 30 percent; restated if only policies that '
-      'ask the last queries (SnapKV, TOVA) do: sums over all queries keep what '
-      'is old, at distances that the model was not trained on',
-    ),
+    all_tokens_fail,
+    last_tokens_fail,
+    first_tokens_save_it,
+    heavy_hitters_suffice,
   ),
 )
 

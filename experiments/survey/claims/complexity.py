@@ -8,10 +8,13 @@ from efficient_attn.layers.mixers import MIXERS, mixer_options
 from experiments import page
 from experiments.exponent import slope
 from experiments.survey.claim import (
-  FAILS,
-  HOLDS,
   Claim,
   Statement,
+  holds,
+  less,
+  listed,
+  more,
+  statement,
 )
 from experiments.survey.models import cache_bytes, mixer, training_pass
 from experiments.survey.sources import OURS
@@ -101,37 +104,26 @@ def agrees(row: dict) -> bool:
 
 
 def _table(values) -> list:
-  def cell(row, key):
-    return round(row[key], 2) if key in row else ''
+  columns = {
+    'time': 'time',
+    'stated_time': 'stated',
+    'width': 'in d',
+    'chunk': 'in C',
+    'memory': 'memory',
+    'state': 'state',
+    'stated_state': 'stated',
+    'state_bytes': 'state bytes',
+  }
 
+  def cell(x):
+    return round(x, 2) if isinstance(x, float) else x
+
+  rows = [
+    [name, *(cell(row.get(key, '')) for key in columns)]
+    for name, row in values.items()
+  ]
   return [
-    page.Table(
-      [
-        'mixer',
-        'time',
-        'stated',
-        'in d',
-        'in C',
-        'memory',
-        'state',
-        'stated',
-        'state bytes',
-      ],
-      [
-        [
-          name,
-          cell(row, 'time'),
-          row['stated_time'],
-          cell(row, 'width'),
-          cell(row, 'chunk'),
-          cell(row, 'memory'),
-          cell(row, 'state'),
-          row['stated_state'],
-          row.get('state_bytes', ''),
-        ]
-        for name, row in values.items()
-      ],
-    ),
+    page.Table(['mixer', *columns.values()], rows),
     page.Text(
       f'Exponents of N over {LENGTHS} tokens, width {D}, {HEADS} heads: '
       'arithmetic and largest array of a forward and backward pass, and the '
@@ -142,13 +134,56 @@ def _table(values) -> list:
   ]
 
 
-def _range(values, key) -> str:
-  found = [values[name][key] for name in CHUNKED]
-  return f'{min(found):.2f} to {max(found):.2f}'
+@statement(
+  'Every row of the method table has the exponents it states',
+  OURS,
+  rule='time within 0.1, state within 0.03',
+)
+def rows_agree(v):
+  wrong = [name for name, row in v.items() if not agrees(row)]
+  return holds(not wrong), ', '.join(wrong) or 'all'
 
 
-def _linear(values, *names):
-  return all(values[name]['state'] < 0.02 for name in names)
+@statement(
+  'Attention trains in O(N^2 d) time',
+  'AS tables 2-7',
+  'O(N^2 d)',
+  rule='both exponents within 0.1',
+)
+def attention_is_quadratic(v):
+  time, width = v['attention']['time'], v['attention']['width']
+  verdict = holds(abs(time - 2) < 0.1 and abs(width - 1) < 0.1)
+  return verdict, f'N^{time:.2f}, d^{width:.2f}'
+
+
+@statement(
+  'Recurrences train in chunks in O(N C d + N d^2) time',
+  'AS tables 5-7',
+  'O(N C d + N d^2)',
+  rule='exponents within 0.1 of 1 in N, of 1 to 2 in d and of 0 to 1 in C',
+)
+def chunks_are_linear(v):
+  keys = ('time', 'width', 'chunk')
+  times, widths, chunks = found = [[v[n][k] for n in CHUNKED] for k in keys]
+  verdict = holds(
+    all(abs(x - 1) < 0.1 for x in times)
+    and all(0.9 < x < 2.1 for x in widths)
+    and all(-0.1 < x < 1.1 for x in chunks)
+  )
+  text = listed('{}^{:.2f} to {:.2f}', 'NdC', map(min, found), map(max, found))
+  return verdict, f'eight rows: {text}'
+
+
+@statement(
+  'Decoding with linear attention takes constant memory',
+  'AS p. 12, 32 and 35',
+  'O(d^2)',
+  rule='exponent below 0.02 for five recurrences',
+)
+def states_are_constant(v):
+  names = ('linear', 'gla', 'deltanet', 'gated_deltanet', 'mamba')
+  text = f'{v["linear"]["state_bytes"]:,} bytes at any length'
+  return holds(all(v[name]['state'] < 0.02 for name in names)), text
 
 
 R17 = Claim(
@@ -157,76 +192,24 @@ R17 = Claim(
   measure=all_exponents,
   parts=_table,
   statements=(
-    Statement(
-      says='Every row of the method table has the exponents it states',
-      source=OURS,
-      measured=lambda v: (
-        ', '.join(n for n, row in v.items() if not agrees(row)) or 'all'
-      ),
-      judge=lambda v: HOLDS if all(map(agrees, v.values())) else FAILS,
-      rule='time within 0.1, state within 0.03',
-    ),
-    Statement(
-      says='Attention trains in O(N^2 d) time',
-      source='AS tables 2-7',
-      printed='O(N^2 d)',
-      measured=lambda v: (
-        f'N^{v["attention"]["time"]:.2f}, d^{v["attention"]["width"]:.2f}'
-      ),
-      judge=lambda v: (
-        HOLDS
-        if abs(v['attention']['time'] - 2) < 0.1
-        and abs(v['attention']['width'] - 1) < 0.1
-        else FAILS
-      ),
-      rule='both exponents within 0.1',
-    ),
-    Statement(
-      says='Recurrences train in chunks in O(N C d + N d^2) time',
-      source='AS tables 5-7',
-      printed='O(N C d + N d^2)',
-      measured=lambda v: (
-        f'eight rows: N^{_range(v, "time")}, d^{_range(v, "width")}, '
-        f'C^{_range(v, "chunk")}'
-      ),
-      judge=lambda v: (
-        HOLDS
-        if all(
-          abs(row['time'] - 1) < 0.1
-          and 0.9 < row['width'] < 2.1
-          and -0.1 < row['chunk'] < 1.1
-          for row in (v[name] for name in CHUNKED)
-        )
-        else FAILS
-      ),
-      rule='exponents within 0.1 of 1 in N, of 1 to 2 in d and of 0 to 1 in C',
-    ),
+    rows_agree,
+    attention_is_quadratic,
+    chunks_are_linear,
     Statement(
       says='Decoding with linear attention takes O(N d) memory',
       source='AS p. 34 and 40, tables 5-7',
       printed='O(N d)',
-      measured=lambda v: f'N^{v["linear"]["state"]:.2f}',
-      judge=lambda v: HOLDS if v['linear']['state'] > 0.5 else FAILS,
+      measured='N^{linear[state]:.2f}'.format_map,
+      judge=more('linear', 'state', than=0.5),
       rule='the state grows with N',
     ),
-    Statement(
-      says='Decoding with linear attention takes constant memory',
-      source='AS p. 12, 32 and 35',
-      printed='O(d^2)',
-      measured=lambda v: f'{v["linear"]["state_bytes"]:,} bytes at any length',
-      judge=lambda v: (
-        HOLDS
-        if _linear(v, 'linear', 'gla', 'deltanet', 'gated_deltanet', 'mamba')
-        else FAILS
-      ),
-      rule='exponent below 0.02 for five recurrences',
-    ),
+    states_are_constant,
     Statement(
       says='DeltaNet in chunks and Gated DeltaNet train in O(d) space',
       source='AS table 7',
       printed='O(d)',
-      measured=lambda v: f'N^{v["deltanet"]["memory"]:.2f}',
-      judge=lambda v: HOLDS if v['deltanet']['memory'] < 0.1 else FAILS,
+      measured='N^{deltanet[memory]:.2f}'.format_map,
+      judge=less('deltanet', 'memory', than=0.1),
       rule='the largest array does not grow with N',
     ),
   ),

@@ -14,12 +14,11 @@ from experiments import page
 from experiments.benchmarks.timing import interleaved
 from experiments.exponent import slope
 from experiments.survey.claim import (
-  FAILS,
-  HOLDS,
   NOT_HERE,
-  RESTATED,
   Claim,
-  Statement,
+  holds,
+  listed,
+  statement,
   within,
 )
 from experiments.survey.recompute import (
@@ -149,30 +148,138 @@ def saved(v, name: str) -> list[float]:
   return [a / b for a, b in both]
 
 
-def _again(v) -> float:
-  counts = zip(v['short'], v['nothing passes'], strict=True)
-  return slope(
-    v['short'], [depth * (n - v['all passes'][0]) for depth, n in counts]
+def passes(v, name: str) -> tuple[float, float]:
+  """Forward passes of the deepest stack, and those where all is stored."""
+  return v[f'{name} passes'][-1], v['all passes'][-1]
+
+
+@statement(
+  'With the inputs of sqrt(l) segments memory is O(sqrt l)',
+  'FL p. 9',
+  'O(sqrt l)',
+  rule='exponent between 0.4 and 0.6, 16 to 400 layers',
+)
+def segments_need_the_root(v):
+  found, everything = exponent(v, 'segments'), exponent(v, 'all')
+  text = f'l^{found:.2f}; l^{everything:.2f} where everything is stored'
+  return holds(0.4 < found < 0.6), text
+
+
+@statement(
+  'It costs one more forward pass',
+  'FL p. 9',
+  '1',
+  rule='within 5 percent, in FLOPs of the products',
+)
+def segments_add_a_pass(v):
+  found, everything = passes(v, 'segments')
+  verdict = holds(abs(found - everything - 1) < 0.05)
+  return verdict, f'{found - everything:.2f}'
+
+
+@statement(
+  'Models may be ten times as large',
+  'FL p. 9',
+  '10x',
+  rule='a tenth of the memory at 64 layers with sqrt(l) segments; restated if '
+  'only with the inputs of all layers, which is O(l)',
+)
+def a_tenth_at_64_layers(v):
+  roots, inputs = saved(v, 'segments'), saved(v, 'inputs')
+  of_roots, of_inputs = (
+    listed('{:.1f}x at {}', times, v['depths']) for times in (roots, inputs)
   )
+  text = f'sqrt(l) segments {of_roots}; inputs of all layers {of_inputs}'
+  return holds(roots[1] > 10, restated=inputs[1] > 10), text
+
+
+@statement(
+  'Checkpoints take 1.2 times the computation',
+  'FLR gradient_checkpointing.svg',
+  '1.2x',
+  rule='FLOPs of a training pass, either way, within 5 percent',
+)
+def checkpoints_take_a_fifth(v):
+  found, everything = passes(v, 'segments')
+  ratios = found / everything, passes(v, 'inputs')[0] / everything
+  text = '{:.2f}x in segments, {:.2f}x layer by layer'.format(*ratios)
+  return holds(any(abs(x / 1.2 - 1) < 0.05 for x in ratios)), text
+
+
+@statement(
+  'Training takes 20 percent longer',
+  'FL p. 9',
+  '20%',
+  rule='14 to 26 percent on an accelerator, 24 layers',
+)
+def a_fifth_longer(v):
+  if 'wall' not in v:
+    return NOT_HERE, ''
+  return holds(abs(v['wall'] - 1.2) < 0.06), f'{v["wall"] - 1:.0%}'
+
+
+@statement(
+  'With nothing stored memory is O(1) and computation O(l^2)',
+  'FL p. 9',
+  'O(1), O(l^2)',
+  rule='exponents below 0.1, and above 1.8 for what is computed again, 4 to 16 '
+  'layers',
+)
+def nothing_stored_is_quadratic(v):
+  counts = zip(v['short'], v['nothing passes'], strict=True)
+  more = [depth * (n - v['all passes'][0]) for depth, n in counts]
+  memory, again = exponent(v, 'nothing'), slope(v['short'], more)
+  text = f'memory l^{memory:.2f}, computed again l^{again:.2f}'
+  return holds(memory < 0.1 and again > 1.8), text
+
+
+@statement(
+  'The errors of rounding accumulate',
+  'FL p. 9',
+  rule='at the most layers three times the error at the fewest, or more',
+)
+def errors_grow(v):
+  errors = {dtype: v[f'errors {dtype}'] for dtype in DTYPES}
+  rows = [listed('{:.1e}', row) for row in errors.values()]
+  text = f'{listed("{} {}", errors, rows, by="; ")} at {ERRORS} layers'
+  return holds(all(row[-1] > 3 * row[0] for row in errors.values())), text
+
+
+@statement(
+  'Reversible layers need memory that does not depend on the depth',
+  'FL p. 9',
+  'O(1)',
+  rule='exponent below 0.1, without the gradients of the parameters',
+)
+def reversible_memory_is_constant(v):
+  found = exponent(v, 'reversible')
+  return holds(found < 0.1), f'l^{found:.2f}'
+
+
+@statement(
+  'Reversible layers take 2 times the computation',
+  'FLR gradient_checkpointing.svg',
+  '2x',
+  rule='FLOPs of a training pass, within 10 percent',
+)
+def reversible_layers_take_two(v):
+  found, everything = passes(v, 'reversible')
+  ratio = found / everything
+  return holds(abs(ratio / 2 - 1) < 0.1), f'{ratio:.2f}x'
 
 
 def _table(v) -> list:
-  rows = [
-    [
-      depth,
-      *(
-        cell
-        for name in METHODS
-        for cell in (v[f'{name} memory'][i], v[f'{name} passes'][i])
-      ),
-    ]
-    for i, depth in enumerate(v['depths'])
+  both = [
+    key for name in METHODS for key in (f'{name} memory', f'{name} passes')
   ]
   head = ['layers']
   for said in METHODS.values():
     head += [said, 'passes']
+  errors = [f'errors {dtype}' for dtype in DTYPES]
   return [
-    page.Table(head, rows),
+    page.Table(
+      head, list(zip(v['depths'], *(v[key] for key in both), strict=True))
+    ),
     page.Text(
       'Peak of live arrays in inputs of a layer, without the gradients of the '
       f'parameters, and FLOPs in forward passes: blocks of width {WIDTH} on '
@@ -181,10 +288,7 @@ def _table(v) -> list:
     ),
     page.Table(
       ['layers', *(f'reversible, error in {d}' for d in DTYPES)],
-      [
-        [depth, *(v[f'errors {dtype}'][i] for dtype in DTYPES)]
-        for i, depth in enumerate(ERRORS)
-      ],
+      list(zip(ERRORS, *(v[key] for key in errors), strict=True)),
     ),
   ]
 
@@ -196,105 +300,12 @@ R32 = Claim(
   seeds=(0,),
   parts=_table,
   statements=(
-    Statement(
-      says='With the inputs of sqrt(l) segments memory is O(sqrt l)',
-      source='FL p. 9',
-      printed='O(sqrt l)',
-      measured=lambda v: (
-        f'l^{exponent(v, "segments"):.2f}; l^{exponent(v, "all"):.2f} where '
-        'everything is stored'
-      ),
-      judge=lambda v: HOLDS if 0.4 < exponent(v, 'segments') < 0.6 else FAILS,
-      rule='exponent between 0.4 and 0.6, 16 to 400 layers',
-    ),
-    Statement(
-      says='It costs one more forward pass',
-      source='FL p. 9',
-      printed='1',
-      measured=lambda v: (
-        f'{v["segments passes"][-1] - v["all passes"][-1]:.2f}'
-      ),
-      judge=lambda v: (
-        HOLDS
-        if abs(v['segments passes'][-1] - v['all passes'][-1] - 1) < 0.05
-        else FAILS
-      ),
-      rule='within 5 percent, in FLOPs of the products',
-    ),
-    Statement(
-      says='Models may be ten times as large',
-      source='FL p. 9',
-      printed='10x',
-      measured=lambda v: '; '.join(
-        f'{said} '
-        + ', '.join(
-          f'{x:.1f}x at {depth}'
-          for x, depth in zip(saved(v, name), v['depths'], strict=True)
-        )
-        for name, said in (
-          ('segments', 'sqrt(l) segments'),
-          ('inputs', 'inputs of all layers'),
-        )
-      ),
-      judge=lambda v: (
-        HOLDS
-        if saved(v, 'segments')[1] > 10
-        else RESTATED
-        if saved(v, 'inputs')[1] > 10
-        else FAILS
-      ),
-      rule='a tenth of the memory at 64 layers with sqrt(l) segments; restated '
-      'if only with the inputs of all layers, which is O(l)',
-    ),
-    Statement(
-      says='Checkpoints take 1.2 times the computation',
-      source='FLR gradient_checkpointing.svg',
-      printed='1.2x',
-      measured=lambda v: ', '.join(
-        f'{v[f"{name} passes"][-1] / v["all passes"][-1]:.2f}x {said}'
-        for name, said in (
-          ('segments', 'in segments'),
-          ('inputs', 'layer by layer'),
-        )
-      ),
-      judge=lambda v: (
-        HOLDS
-        if any(
-          abs(v[f'{name} passes'][-1] / v['all passes'][-1] / 1.2 - 1) < 0.05
-          for name in ('segments', 'inputs')
-        )
-        else FAILS
-      ),
-      rule='FLOPs of a training pass, either way, within 5 percent',
-    ),
-    Statement(
-      says='Training takes 20 percent longer',
-      source='FL p. 9',
-      printed='20%',
-      measured=lambda v: f'{v["wall"] - 1:.0%}' if 'wall' in v else '',
-      judge=lambda v: (
-        NOT_HERE
-        if 'wall' not in v
-        else HOLDS
-        if abs(v['wall'] - 1.2) < 0.06
-        else FAILS
-      ),
-      rule='14 to 26 percent on an accelerator, 24 layers',
-    ),
-    Statement(
-      says='With nothing stored memory is O(1) and computation O(l^2)',
-      source='FL p. 9',
-      printed='O(1), O(l^2)',
-      measured=lambda v: (
-        f'memory l^{exponent(v, "nothing"):.2f}, computed again '
-        f'l^{_again(v):.2f}'
-      ),
-      judge=lambda v: (
-        HOLDS if exponent(v, 'nothing') < 0.1 and _again(v) > 1.8 else FAILS
-      ),
-      rule='exponents below 0.1, and above 1.8 for what is computed again, '
-      '4 to 16 layers',
-    ),
+    segments_need_the_root,
+    segments_add_a_pass,
+    a_tenth_at_64_layers,
+    checkpoints_take_a_fifth,
+    a_fifth_longer,
+    nothing_stored_is_quadratic,
     within(
       'Inputs of reversible layers follow from their outputs',
       'FL p. 9',
@@ -304,49 +315,9 @@ R32 = Claim(
       1e-5,
       unit='in float32, 12 layers',
     ),
-    Statement(
-      says='The errors of rounding accumulate',
-      source='FL p. 9',
-      printed='',
-      measured=lambda v: (
-        '; '.join(
-          f'{dtype} ' + ', '.join(f'{x:.1e}' for x in v[f'errors {dtype}'])
-          for dtype in DTYPES
-        )
-        + f' at {ERRORS} layers'
-      ),
-      judge=lambda v: (
-        HOLDS
-        if all(
-          v[f'errors {dtype}'][-1] > 3 * v[f'errors {dtype}'][0]
-          for dtype in DTYPES
-        )
-        else FAILS
-      ),
-      rule='at the most layers three times the error at the fewest, or more',
-    ),
-    Statement(
-      says='Reversible layers need memory that does not depend on the depth',
-      source='FL p. 9',
-      printed='O(1)',
-      measured=lambda v: f'l^{exponent(v, "reversible"):.2f}',
-      judge=lambda v: HOLDS if exponent(v, 'reversible') < 0.1 else FAILS,
-      rule='exponent below 0.1, without the gradients of the parameters',
-    ),
-    Statement(
-      says='Reversible layers take 2 times the computation',
-      source='FLR gradient_checkpointing.svg',
-      printed='2x',
-      measured=lambda v: (
-        f'{v["reversible passes"][-1] / v["all passes"][-1]:.2f}x'
-      ),
-      judge=lambda v: (
-        HOLDS
-        if abs(v['reversible passes'][-1] / v['all passes'][-1] / 2 - 1) < 0.1
-        else FAILS
-      ),
-      rule='FLOPs of a training pass, within 10 percent',
-    ),
+    errors_grow,
+    reversible_memory_is_constant,
+    reversible_layers_take_two,
   ),
 )
 
