@@ -14,7 +14,14 @@ from experiments import page
 from experiments.errors import largest
 from experiments.exponent import slope
 from experiments.survey import oracles
-from experiments.survey.claim import FAILS, HOLDS, Claim, Statement, within
+from experiments.survey.claim import (
+  Claim,
+  Statement,
+  holds,
+  less,
+  statement,
+  within,
+)
 from experiments.survey.sources import OURS
 
 T, N, H, C = 64, 2, 32, 16
@@ -195,16 +202,87 @@ def test_time_training() -> dict:
   )
 
 
-def _same(says, source, key, otherwise=FAILS) -> Statement:
+def _same(says: str, about: str, key: str) -> Statement:
   return Statement(
     says=says,
-    source=source,
-    measured=lambda values: f'{values["identities"][key]:.1e}',
-    judge=lambda values: (
-      HOLDS if values['identities'][key] < 1e-12 else otherwise
-    ),
+    source=f'{OURS}, on {about}',
+    measured=f'{{identities[{key}]:.1e}}'.format_map,
+    judge=less('identities', key, than=1e-12),
     rule='both ops to 1e-12 of a loop over tokens, relative, in float64',
   )
+
+
+_, SMALL, UNIT = STEPS
+
+
+@statement(
+  'TTT-MLP cannot be parallelised',
+  'AS p. 42-43',
+  'cannot be paralleled',
+  rule=f'holds unless mini-batches of {C} tokens, as products, give what the '
+  'loop over tokens gives, to 1e-12',
+)
+def products_do_not_replace_the_loop(v):
+  off = v['identities']['TTT-MLP, token by token']
+  products, loop = v['steps']['chunkwise'], v['steps']['recurrent']
+  text = (
+    f'{products} steps of matrix products for 4096 tokens, not {loop}; '
+    f'difference {off:.1e}'
+  )
+  return holds(off >= 1e-12 or products > loop / C), text
+
+
+@statement(
+  'The update as printed makes the weights explode',
+  'AS p. 43, on eq. 93',
+  'magnitude explosion',
+  rule='norm above 1000 after 64 normal tokens of 32 channels, whose values '
+  'have a norm of 45 together',
+)
+def printed_steps_explode(v):
+  printed, small, unit = (v['by_step'][name][-1] for name in STEPS)
+  text = (
+    f'norm after {TOKENS[-1]} tokens: {printed:.1g} as printed, {small:.2g} '
+    f'with a rate of 1 / d, {unit:.2g} with keys of length 1'
+  )
+  return holds(printed > 1e3), text
+
+
+@statement(
+  'A learning rate, or keys of length 1, keep them bounded',
+  f'{OURS}, correcting AS p. 42, eq. 92-93',
+  rule='norm below 1000 after 64 normal tokens of 32 channels',
+)
+def small_steps_are_bounded(v):
+  small, unit = (v['by_step'][name][-1] for name in (SMALL, UNIT))
+  return holds(max(small, unit) < 1e3), f'{small:.2g} and {unit:.2g}'
+
+
+@statement(
+  'L2 normalisation keeps the weights of LaCT stable',
+  'AS p. 43',
+  rule='1 to 1e-3 with it, more than 2 without',
+)
+def normalised_weights_keep_their_norm(v):
+  kept = v['by_chunk']['with L2 normalisation'][-1]
+  plain = v['by_chunk']['without'][-1]
+  text = (
+    f'norm after {CHUNKS} chunks over that at the start: {kept:.3f} with it, '
+    f'{plain:.1f} without'
+  )
+  return holds(abs(kept - 1) < 1e-3 and plain > 2), text
+
+
+@statement(
+  'Muon makes steps of one size in all directions',
+  f'{OURS}, on AS p. 43',
+  rule='singular values of 1 to 5 percent, from gradients whose own reach from '
+  '0.05 to 1, at three scales',
+)
+def singular_values_are_one(v):
+  low, high = v['muon']
+  text = f'singular values of {low:.2f} to {high:.2f}'
+  return holds(low > 0.95 and high < 1.05), text
 
 
 def _plots(values) -> list:
@@ -225,8 +303,6 @@ def _plots(values) -> list:
   ]
 
 
-PRINTED, SMALL, UNIT = STEPS
-
 R38 = Claim(
   title='Fast weights that learn at test time',
   tier='b',
@@ -236,37 +312,20 @@ R38 = Claim(
   statements=(
     _same(
       'TTT-Linear with a token a step is DeltaNet',
-      f'{OURS}, on AS p. 42',
+      'AS p. 42',
       'DeltaNet',
     ),
     _same(
       'One step of gradient descent from zero is linear attention',
-      f'{OURS}, on AS p. 42',
+      'AS p. 42',
       'linear attention',
     ),
     _same(
       'Titans without decay and momentum is TTT',
-      f'{OURS}, on AS p. 43',
+      'AS p. 43',
       'Titans without gates',
     ),
-    Statement(
-      says='TTT-MLP cannot be parallelised',
-      source='AS p. 42-43',
-      printed='cannot be paralleled',
-      measured=lambda v: (
-        f'{v["steps"]["chunkwise"]} steps of matrix products for 4096 tokens, '
-        f'not {v["steps"]["recurrent"]}; difference '
-        f'{v["identities"]["TTT-MLP, token by token"]:.1e}'
-      ),
-      judge=lambda v: (
-        FAILS
-        if v['identities']['TTT-MLP, token by token'] < 1e-12
-        and v['steps']['chunkwise'] <= v['steps']['recurrent'] / C
-        else HOLDS
-      ),
-      rule=f'holds unless mini-batches of {C} tokens, as products, give what '
-      'the loop over tokens gives, to 1e-12',
-    ),
+    products_do_not_replace_the_loop,
     within(
       'Training TTT-Linear costs O(N), as chunkwise forms do',
       'AS p. 43',
@@ -275,60 +334,10 @@ R38 = Claim(
       0.95,
       1.05,
     ),
-    Statement(
-      says='The update as printed makes the weights explode',
-      source='AS p. 43, on eq. 93',
-      printed='magnitude explosion',
-      measured=lambda v: (
-        f'norm after {TOKENS[-1]} tokens: {v["by_step"][PRINTED][-1]:.1g} as '
-        f'printed, {v["by_step"][SMALL][-1]:.2g} with a rate of 1 / d, '
-        f'{v["by_step"][UNIT][-1]:.2g} with keys of length 1'
-      ),
-      judge=lambda v: HOLDS if v['by_step'][PRINTED][-1] > 1e3 else FAILS,
-      rule='norm above 1000 after 64 normal tokens of 32 channels, whose '
-      'values have a norm of 45 together',
-    ),
-    Statement(
-      says='A learning rate, or keys of length 1, keep them bounded',
-      source=f'{OURS}, correcting AS p. 42, eq. 92-93',
-      measured=lambda v: (
-        f'{v["by_step"][SMALL][-1]:.2g} and {v["by_step"][UNIT][-1]:.2g}'
-      ),
-      judge=lambda v: (
-        HOLDS
-        if max(v['by_step'][name][-1] for name in (SMALL, UNIT)) < 1e3
-        else FAILS
-      ),
-      rule='norm below 1000 after 64 normal tokens of 32 channels',
-    ),
-    Statement(
-      says='L2 normalisation keeps the weights of LaCT stable',
-      source='AS p. 43',
-      measured=lambda v: (
-        f'norm after {CHUNKS} chunks over that at the start: '
-        f'{v["by_chunk"]["with L2 normalisation"][-1]:.3f} with it, '
-        f'{v["by_chunk"]["without"][-1]:.1f} without'
-      ),
-      judge=lambda v: (
-        HOLDS
-        if abs(v['by_chunk']['with L2 normalisation'][-1] - 1) < 1e-3
-        and v['by_chunk']['without'][-1] > 2
-        else FAILS
-      ),
-      rule='1 to 1e-3 with it, more than 2 without',
-    ),
-    Statement(
-      says='Muon makes steps of one size in all directions',
-      source=f'{OURS}, on AS p. 43',
-      measured=lambda v: 'singular values of {:.2f} to {:.2f}'.format(
-        *v['muon']
-      ),
-      judge=lambda v: (
-        HOLDS if v['muon'][0] > 0.95 and v['muon'][1] < 1.05 else FAILS
-      ),
-      rule='singular values of 1 to 5 percent, from gradients whose own reach '
-      'from 0.05 to 1, at three scales',
-    ),
+    printed_steps_explode,
+    small_steps_are_bounded,
+    normalised_weights_keep_their_norm,
+    singular_values_are_one,
   ),
 )
 
