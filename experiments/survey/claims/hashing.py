@@ -12,11 +12,12 @@ from efficient_attn.ops.routed.lsh_attention import lsh_attention, lsh_buckets
 from experiments import page
 from experiments.exponent import slope
 from experiments.survey.claim import (
-  FAILS,
-  HOLDS,
-  RESTATED,
   Claim,
   Statement,
+  holds,
+  less,
+  listed,
+  statement,
   within,
 )
 from experiments.survey.seeds import SEEDS, spread
@@ -144,19 +145,66 @@ def hashing() -> dict:
   )
 
 
-def _exponent(values, name) -> float:
-  return values['costs'][name]['exponent']
-
-
-def _recall(values, kind, what='recall') -> list[float]:
+def found_in(values, kind, what='recall') -> list[float]:
+  """The mean over seeds of a figure, by number of rounds."""
   return [fmean(row[what]) for row in values['recall'][kind].values()]
 
 
-def _finds(values) -> str:
-  for rounds, verdict in ((0, HOLDS), (-1, RESTATED)):
-    if all(_recall(values, kind)[rounds] > 0.5 for kind in values['recall']):
-      return verdict
-  return FAILS
+@statement(
+  'Hashing costs O(n log n_B)',
+  'FL p. 22, eq. 20-21',
+  'O(n log n)',
+  rule='exponent below 1.2, where buckets keep their size of 32 tokens',
+)
+def hashing_is_nearly_linear(v):
+  one = v['costs']['hashing']['exponent']
+  two = v['costs']['hashing by two factors']['exponent']
+  text = f'n^{one:.2f}; with the buckets a product of two factors n^{two:.2f}'
+  return holds(one < 1.2), text
+
+
+@statement(
+  'Similar vectors fall into the same bucket with high probability',
+  'FL p. 22',
+  rule='certain at 0 degrees, less at every larger angle, and at 15 more than '
+  '5 times as at 90',
+)
+def near_vectors_collide(v):
+  text = listed('{:.3f} at {}', v['collisions']['16'], ANGLES)
+  falls = (
+    s[0] == 1 and (np.diff(s) < 0).all() and s[1] > 5 * s[-1]
+    for s in v['collisions'].values()
+  )
+  return holds(all(falls)), f'16 buckets: {text}'
+
+
+@statement(
+  'The keys of the largest weights are found in the bucket',
+  'FL p. 22',
+  rule=f'more than half of the {TOP} largest weights in one round, of '
+  f'clustered and of independent vectors; restated if in {ROUNDS[-1]} rounds',
+)
+def large_weights_are_found(v):
+  found = {kind: found_in(v, kind) for kind in v['recall']}
+  text = '; '.join(
+    f'{kind}: {x[0]:.2f} in one round, {x[-1]:.2f} in {ROUNDS[-1]}, of '
+    f'{found_in(v, kind, "keys")[-1]:.2f} of all keys'
+    for kind, x in found.items()
+  )
+  once, often = (all(x[i] > 0.5 for x in found.values()) for i in (0, -1))
+  return holds(once, restated=often), text
+
+
+@statement(
+  'More rounds of hashing miss fewer similar vectors',
+  'FL p. 22',
+  rule=f'more of the {TOP} largest weights in each of {ROUNDS} rounds',
+)
+def rounds_find_more(v):
+  found = {kind: found_in(v, kind) for kind in v['recall']}
+  rows = [listed('{:.2f}', x) for x in found.values()]
+  grows = ((np.diff(x) > 0).all() for x in found.values())
+  return holds(all(grows)), listed('{}: {}', found, rows, by='; ')
 
 
 def _plots(values) -> list:
@@ -181,13 +229,8 @@ def _plots(values) -> list:
     for kind, table in values['recall'].items()
     for rounds, row in table.items()
   ]
-  head = [
-    'vectors',
-    'rounds',
-    'keys in the bucket',
-    f'of the {TOP} largest weights',
-    'of the weight of all',
-  ]
+  head = ['vectors', 'rounds', 'keys in the bucket']
+  head += [f'of the {TOP} largest weights', 'of the weight of all']
   return [costs, collisions, page.Table(head, rows)]
 
 
@@ -198,76 +241,18 @@ R25 = Claim(
   seeds=SEEDS,
   parts=_plots,
   statements=(
-    Statement(
-      says='Hashing costs O(n log n_B)',
-      source='FL p. 22, eq. 20-21',
-      printed='O(n log n)',
-      measured=lambda v: (
-        f'n^{_exponent(v, "hashing"):.2f}; with the buckets a product of two '
-        f'factors n^{_exponent(v, "hashing by two factors"):.2f}'
-      ),
-      judge=lambda v: HOLDS if _exponent(v, 'hashing') < 1.2 else FAILS,
-      rule='exponent below 1.2, where buckets keep their size of 32 tokens',
-    ),
+    hashing_is_nearly_linear,
     Statement(
       says='Sorting, and attention inside buckets, cost O(n log n)',
       source='FL p. 22',
       printed='O(n log n)',
-      measured=lambda v: f'n^{_exponent(v, "sorting and attention"):.2f}',
-      judge=lambda v: (
-        HOLDS if _exponent(v, 'sorting and attention') < 1.2 else FAILS
-      ),
+      measured='n^{costs[sorting and attention][exponent]:.2f}'.format_map,
+      judge=less('costs', 'sorting and attention', 'exponent', than=1.2),
       rule='exponent below 1.2',
     ),
-    Statement(
-      says='Similar vectors fall into the same bucket with high probability',
-      source='FL p. 22',
-      measured=lambda v: (
-        '16 buckets: '
-        + ', '.join(
-          f'{share:.3f} at {angle}'
-          for angle, share in zip(ANGLES, v['collisions']['16'], strict=True)
-        )
-      ),
-      judge=lambda v: (
-        HOLDS
-        if all(
-          s[0] == 1 and (np.diff(s) < 0).all() and s[1] > 5 * s[-1]
-          for s in v['collisions'].values()
-        )
-        else FAILS
-      ),
-      rule='certain at 0 degrees, less at every larger angle, and at 15 more '
-      'than 5 times as at 90',
-    ),
-    Statement(
-      says='The keys of the largest weights are found in the bucket',
-      source='FL p. 22',
-      measured=lambda v: '; '.join(
-        f'{kind}: {_recall(v, kind)[0]:.2f} in one round, '
-        f'{_recall(v, kind)[-1]:.2f} in {ROUNDS[-1]}, of '
-        f'{_recall(v, kind, "keys")[-1]:.2f} of all keys'
-        for kind in v['recall']
-      ),
-      judge=_finds,
-      rule=f'more than half of the {TOP} largest weights in one round, of '
-      f'clustered and of independent vectors; restated if in {ROUNDS[-1]} '
-      'rounds',
-    ),
-    Statement(
-      says='More rounds of hashing miss fewer similar vectors',
-      source='FL p. 22',
-      measured=lambda v: '; '.join(
-        f'{kind}: ' + ', '.join(f'{x:.2f}' for x in _recall(v, kind))
-        for kind in v['recall']
-      ),
-      judge=lambda v: (
-        HOLDS
-        if all((np.diff(_recall(v, kind)) > 0).all() for kind in v['recall'])
-        else FAILS
-      ),
-      rule=f'more of the {TOP} largest weights in each of {ROUNDS} rounds',
-    ),
+    near_vectors_collide,
+    large_weights_are_found,
+    rounds_find_more,
     within(
       'With one bucket it is attention to all other tokens',
       f'{OURS}, on FL p. 22',

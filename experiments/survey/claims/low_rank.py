@@ -19,6 +19,9 @@ from experiments.survey.claim import (
   UNDEFINED,
   Claim,
   Statement,
+  holds,
+  listed,
+  statement,
   within,
 )
 from experiments.survey.sources import OURS
@@ -44,6 +47,13 @@ def energy(matrix, rank: int) -> float:
   """The share of the squared singular values that the first `rank` have."""
   squares = jnp.linalg.svd(matrix, compute_uv=False) ** 2
   return float((squares[..., :rank].sum(-1) / squares.sum(-1)).mean())
+
+
+def landmarks(query, key, value, rank: int):
+  """Nystrom attention, its inverse exact."""
+  return nystrom_attention(
+    query, key, value, num_landmarks=rank, iterations=None
+  )
 
 
 def projected(query, key, value, rank: int):
@@ -74,32 +84,19 @@ def low_rank() -> dict:
         float(np.mean([energy(m, rank) for m in kind])) for rank in RANKS
       ]
     wanted = [ops.attention(*x) for x in qkv]
-    for method, call in (
-      (
-        'nystrom',
-        lambda *x, rank: nystrom_attention(
-          *x, num_landmarks=rank, iterations=None
-        ),
-      ),
-      ('linformer', projected),
-    ):
-      found[f'{method} {source}'] = [
-        float(
-          np.mean(
-            [
-              relative(call(*x, rank=rank), y)
-              for x, y in zip(qkv, wanted, strict=True)
-            ]
-          )
-        )
-        for rank in RANKS
-      ]
+    for method, call in (('nystrom', landmarks), ('linformer', projected)):
+      for rank in RANKS:
+        errors = [
+          relative(call(*x, rank), y) for x, y in zip(qkv, wanted, strict=True)
+        ]
+        by_rank = found.setdefault(f'{method} {source}', [])
+        by_rank.append(float(np.mean(errors)))
     for (q, k, _), matrix in zip(qkv, matrices, strict=True):
       violations, rows = _bound(q, k, matrix)
       found['violations'] += violations
       found['rows'] += rows
   q, k, v = (x[:, :64] for x in qkv[0])
-  exact = nystrom_attention(q, k, v, num_landmarks=64, iterations=None)
+  exact = landmarks(q, k, v, 64)
   found['nystrom exact'] = relative(exact, ops.attention(q, k, v))
   return found
 
@@ -163,10 +160,40 @@ def few_ranks(v, name: str) -> str:
 
 
 def _shares(v, name: str) -> str:
-  return ', '.join(
-    f'{share:.0%} in {rank}'
-    for rank, share in zip(RANKS, v[f'energy {name}'], strict=True)
+  return listed('{:.0%} in {}', v[f'energy {name}'], RANKS)
+
+
+@statement(
+  'Attention matrices of a trained model are approximately low-rank',
+  'FL p. 17; S003 Low-Rank Attention (Linformer)',
+  'approximately low-rank',
+  rule=FEW,
+)
+def trained_attention_has_few_ranks(v):
+  masked, whole = _shares(v, 'trained'), _shares(v, 'trained, unmasked')
+  return few_ranks(v, 'trained'), f'{masked}; {whole} without the causal mask'
+
+
+@statement(
+  'So are those of normal queries and keys', f'{OURS}, on FL p. 17', rule=FEW
+)
+def normal_attention_has_few_ranks(v):
+  return few_ranks(v, 'normal'), _shares(v, 'normal')
+
+
+def _approximates(name: str, title: str) -> Statement:
+  @statement(
+    f'{title} with {RANKS[AT]} approximates attention of a trained model',
+    'FL p. 23-24',
+    rule='relative error of the output below 0.1, put in without training and '
+    'without the causal mask, which neither can have',
   )
+  def error_is_small(v):
+    trained, normal = v[f'{name} trained'][AT], v[f'{name} normal'][AT]
+    text = f'relative error {trained:.2f} trained, {normal:.2f} normal'
+    return holds(trained < 0.1), text
+
+  return error_is_small
 
 
 R26 = Claim(
@@ -176,44 +203,10 @@ R26 = Claim(
   seeds=(0,),
   parts=_plots,
   statements=(
-    Statement(
-      says='Attention matrices of a trained model are approximately low-rank',
-      source='FL p. 17; S003 Low-Rank Attention (Linformer)',
-      printed='approximately low-rank',
-      measured=lambda v: (
-        f'{_shares(v, "trained")}; {_shares(v, "trained, unmasked")} without '
-        'the causal mask'
-      ),
-      judge=lambda v: few_ranks(v, 'trained'),
-      rule=FEW,
-    ),
-    Statement(
-      says='So are those of normal queries and keys',
-      source=f'{OURS}, on FL p. 17',
-      measured=lambda v: _shares(v, 'normal'),
-      judge=lambda v: few_ranks(v, 'normal'),
-      rule=FEW,
-    ),
-    *(
-      Statement(
-        says=f'{title} with {RANKS[AT]} approximates attention of a trained '
-        'model',
-        source='FL p. 23-24',
-        measured=lambda v, name=name: (
-          f'relative error {v[f"{name} trained"][AT]:.2f} trained, '
-          f'{v[f"{name} normal"][AT]:.2f} normal'
-        ),
-        judge=lambda v, name=name: (
-          HOLDS if v[f'{name} trained'][AT] < 0.1 else FAILS
-        ),
-        rule='relative error of the output below 0.1, put in without training '
-        'and without the causal mask, which neither can have',
-      )
-      for name, title in (
-        ('nystrom', 'Nystrom attention'),
-        ('linformer', 'A random projection'),
-      )
-    ),
+    trained_attention_has_few_ranks,
+    normal_attention_has_few_ranks,
+    _approximates('nystrom', 'Nystrom attention'),
+    _approximates('linformer', 'A random projection'),
     within(
       'With every token a landmark, Nystrom attention is softmax attention',
       f'{OURS}, on FL p. 24',
