@@ -1,5 +1,7 @@
 """Attention that learns to be sparse: its weights, its mask, its span."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,14 +55,14 @@ def slower() -> float:
   runs = {}
   for name, normalize in (
     ('softmax', softmax),
-    ('entmax', lambda z: entmax(z, alpha)),
+    ('entmax', functools.partial(entmax, alpha=alpha)),
   ):
 
     def loss(q, k, v, normalize=normalize):
       return normalized_attention(q, k, v, normalize=normalize).sum()
 
     grad = jax.jit(jax.grad(loss, (0, 1, 2)))
-    runs[name] = lambda grad=grad: grad(q, k, v)
+    runs[name] = functools.partial(grad, q, k, v)
   seconds = interleaved(runs, 5)
   return seconds['entmax'] / seconds['softmax']
 

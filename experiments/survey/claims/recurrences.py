@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efficient_attn.layers.mixers import MIXERS
 from efficient_attn.ops.recurrent.delta_rule import delta_rule
 from efficient_attn.ops.recurrent.dplr import dplr
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
@@ -20,7 +19,8 @@ from experiments.survey.claim import (
   HOLDS,
   UNDEFINED,
   Claim,
-  Statement,
+  holds,
+  statement,
   within,
 )
 from experiments.survey.models import cache_bytes, decode_step, mixer
@@ -109,39 +109,34 @@ def furthest(name: str) -> float:
   return worst
 
 
+@statement(
+  'All forms of linear attention give the same outputs',
+  f'{OURS}, correcting AS sections 7.2, 7.3 and appendix A',
+  rule='relative error below 1e-5, of float32 in sums of 64 tokens, in chunks '
+  'of 1 to N, against a loop in float64',
+)
+def all_forms_agree(v):
+  worst = max(v.values())
+  return holds(worst < 1e-5), f'{worst:.1e} over {len(v)} recurrences'
+
+
 R15 = Claim(
   title='Recurrent, parallel and chunkwise forms are one',
   tier='b',
   measure=forms_agree,
   seeds=(0,),
-  statements=(
-    Statement(
-      says='All forms of linear attention give the same outputs',
-      source=f'{OURS}, correcting AS sections 7.2, 7.3 and appendix A',
-      measured=lambda v: f'{max(v.values()):.1e} over {len(v)} recurrences',
-      judge=lambda v: HOLDS if max(v.values()) < 1e-5 else FAILS,
-      rule='relative error below 1e-5, of float32 in sums of 64 tokens, in '
-      'chunks of 1 to N, against a loop in float64',
-    ),
-  ),
+  statements=(all_forms_agree,),
 )
+
+
+CONSTANT = ('linear', 'deltanet', 'mamba2')
 
 
 def decoding() -> dict:
   """R18: decode state and FLOPs of a token against the context."""
   lengths = [512, 2048, 8192, 16_384]
-  rows = {
-    'attention': 1,
-    'linear': 0,
-    'deltanet': 0,
-    'mamba2': 0,
-    'ttt_linear': 0,
-    'log_linear': 0,
-  }
   found = dict(lengths=lengths)
-  for name in rows:
-    if name not in MIXERS:
-      continue
+  for name in ('attention', *CONSTANT, 'ttt_linear', 'log_linear'):
     module = mixer(name, 64, 4)
     found[f'{name} state'] = [cache_bytes(module, n) for n in lengths]
     found[f'{name} flops'] = [decode_step(module, 64, n).flops for n in lengths]
@@ -168,10 +163,32 @@ def _decode_plot(values) -> list:
   ]
 
 
-def _constant(values, name) -> bool:
-  return (
-    len(set(values[f'{name} state'])) == 1 == len(set(values[f'{name} flops']))
+@statement(
+  'Linear attention decodes a token in constant time and memory',
+  'AS p. 12 and 32',
+  'O(1)',
+  rule='the same bytes and FLOPs at every length',
+)
+def tokens_cost_the_same(v):
+  same = [
+    name
+    for name in CONSTANT
+    if len(set(v[f'{name} state'])) == 1 == len(set(v[f'{name} flops']))
+  ]
+  return holds(len(same) == len(CONSTANT)), ', '.join(same)
+
+
+@statement(
+  'Softmax attention needs memory and time O(N) for a token',
+  'AS p. 8',
+  'O(N)',
+  rule='exponent of the state above 0.95',
+)
+def attention_costs_grow(v):
+  state, flops = (
+    slope(v['lengths'], v[f'attention {what}']) for what in ('state', 'flops')
   )
+  return holds(state > 0.95), f'state N^{state:.2f}, FLOPs N^{flops:.2f}'
 
 
 R18 = Claim(
@@ -179,35 +196,7 @@ R18 = Claim(
   tier='b',
   measure=decoding,
   parts=_decode_plot,
-  statements=(
-    Statement(
-      says='Linear attention decodes a token in constant time and memory',
-      source='AS p. 12 and 32',
-      printed='O(1)',
-      measured=lambda v: ', '.join(
-        name for name in ('linear', 'deltanet', 'mamba2') if _constant(v, name)
-      ),
-      judge=lambda v: (
-        HOLDS
-        if all(_constant(v, n) for n in ('linear', 'deltanet', 'mamba2'))
-        else FAILS
-      ),
-      rule='the same bytes and FLOPs at every length',
-    ),
-    Statement(
-      says='Softmax attention needs memory and time O(N) for a token',
-      source='AS p. 8',
-      printed='O(N)',
-      measured=lambda v: (
-        f'state N^{slope(v["lengths"], v["attention state"]):.2f}, '
-        f'FLOPs N^{slope(v["lengths"], v["attention flops"]):.2f}'
-      ),
-      judge=lambda v: (
-        HOLDS if slope(v['lengths'], v['attention state']) > 0.95 else FAILS
-      ),
-      rule='exponent of the state above 0.95',
-    ),
-  ),
+  statements=(tokens_cost_the_same, attention_costs_grow),
 )
 
 
@@ -249,11 +238,18 @@ def without_overflow(decay: float, length: int = 4096) -> float:
   )
 
 
-def products_overflow(v) -> str:
-  """Whether the printed form is lost where the op is right."""
+@statement(
+  'The quadratic form with gates works at any length',
+  'AS p. 38, eq. 56',
+  'exact',
+  rule='finite in float32 up to 4096 tokens at a decay of 0.9; where it is '
+  'not, our op is, and right to 1e-4',
+)
+def products_overflow(v):
+  text = f'not finite from N = {v["0.9 first"]} (0.9), {v["0.95 first"]} (0.95)'
   if not v['0.9 first']:
-    return HOLDS
-  return FAILS if v['0.9 ours'] < 1e-4 else UNDEFINED
+    return HOLDS, text
+  return FAILS if v['0.9 ours'] < 1e-4 else UNDEFINED, text
 
 
 R19 = Claim(
@@ -262,17 +258,7 @@ R19 = Claim(
   measure=overflow,
   seeds=(0,),
   statements=(
-    Statement(
-      says='The quadratic form with gates works at any length',
-      source='AS p. 38, eq. 56',
-      printed='exact',
-      measured=lambda v: (
-        f'not finite from N = {v["0.9 first"]} (0.9), {v["0.95 first"]} (0.95)'
-      ),
-      judge=products_overflow,
-      rule='finite in float32 up to 4096 tokens at a decay of 0.9; where it is '
-      'not, our op is, and right to 1e-4',
-    ),
+    products_overflow,
     within(
       'Chunks with sums of logarithms are right at 4096 tokens',
       f'{OURS}, correcting AS appendix A',
@@ -337,39 +323,39 @@ def writes(seed: int, width=64) -> dict:
   return found
 
 
+@statement(
+  'The delta rule removes what a key held before',
+  'AS p. 41; S003 Delta Rule & DeltaNet',
+  'subtract old before adding new',
+  rule='half the error of adding, or less',
+)
+def delta_rule_removes(v):
+  added, delta = v['additive error'], v['delta error']
+  text = f'{added:.2f} added, {delta:.2f} delta rule'
+  return holds(delta < 0.5 * added), f'error after 4 writes to 16 keys: {text}'
+
+
+@statement(
+  'The delta rule solves collisions of more keys than channels',
+  'AS p. 41',
+  'key collisions when length exceeds the key dimension',
+  rule='it recalls at least as many',
+)
+def delta_rule_recalls_more(v):
+  added, delta = v['additive recall 256'], v['delta recall 256']
+  text = (
+    f'256 keys in 64 channels, one pass: {added:.0%} recalled by adding, '
+    f'{delta:.0%} by the delta rule'
+  )
+  return holds(delta >= added), text
+
+
 R20 = Claim(
   title='The delta rule overwrites instead of adding',
   tier='b',
   measure=overwriting,
   seeds=(0,),
-  statements=(
-    Statement(
-      says='The delta rule removes what a key held before',
-      source='AS p. 41; S003 Delta Rule & DeltaNet',
-      printed='subtract old before adding new',
-      measured=lambda v: (
-        f'error after 4 writes to 16 keys: {v["additive error"]:.2f} added, '
-        f'{v["delta error"]:.2f} delta rule'
-      ),
-      judge=lambda v: (
-        HOLDS if v['delta error'] < 0.5 * v['additive error'] else FAILS
-      ),
-      rule='half the error of adding, or less',
-    ),
-    Statement(
-      says='The delta rule solves collisions of more keys than channels',
-      source='AS p. 41',
-      printed='key collisions when length exceeds the key dimension',
-      measured=lambda v: (
-        f'256 keys in 64 channels, one pass: {v["additive recall 256"]:.0%} '
-        f'recalled by adding, {v["delta recall 256"]:.0%} by the delta rule'
-      ),
-      judge=lambda v: (
-        HOLDS if v['delta recall 256'] >= v['additive recall 256'] else FAILS
-      ),
-      rule='it recalls at least as many',
-    ),
-  ),
+  statements=(delta_rule_removes, delta_rule_recalls_more),
 )
 
 
