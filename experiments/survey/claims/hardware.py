@@ -20,7 +20,9 @@ from experiments.survey.claim import (
   HOLDS,
   UNDEFINED,
   Claim,
-  Statement,
+  holds,
+  listed,
+  statement,
   within,
 )
 from experiments.survey.seeds import SEEDS, spread
@@ -46,8 +48,8 @@ def mean_error(found, wanted) -> float:
 
 def attend(implementation):
   """Causal attention of one implementation."""
-  return lambda q, k, v: ops.attention(
-    q, k, v, mask=masks.Causal(), implementation=implementation
+  return functools.partial(
+    ops.attention, mask=masks.Causal(), implementation=implementation
   )
 
 
@@ -119,16 +121,16 @@ def _online(q, k, v, block=128):
     out = out * fade[..., None] + jnp.einsum('bnqk,bknh->bnqh', weights, values)
     return (new, total * fade + weights.sum(-1), out), None
 
-  tiles = jax.tree.map(
-    lambda x: jnp.moveaxis(x.reshape(1, -1, block, *x.shape[2:]), 1, 0), (k, v)
-  )
+  def tiles(x):
+    return jnp.moveaxis(x.reshape(1, -1, block, *x.shape[2:]), 1, 0)
+
   b, t, n, h = q.shape
   start = (
     jnp.full((b, n, t), -jnp.inf),
     jnp.zeros((b, n, t)),
     jnp.zeros((b, n, t, h)),
   )
-  _, total, out = jax.lax.scan(step, start, tiles)[0]
+  _, total, out = jax.lax.scan(step, start, (tiles(k), tiles(v)))[0]
   return (out / total[..., None]).swapaxes(1, 2)
 
 
@@ -139,7 +141,11 @@ def flash_backward() -> dict:
     ('recomputed', attend('blockwise')),
     ('autodiff', _online),
   ):
-    grad = jax.grad(lambda *x, f=function: f(*x).sum(), (0, 1, 2))
+
+    def loss(*arrays, attention=function):
+      return attention(*arrays).sum()
+
+    grad = jax.grad(loss, (0, 1, 2))
     sizes = [cost.largest_array(grad, *arrays(n)) for n in LENGTHS]
     found[f'{name} slope'] = slope(LENGTHS, sizes)
   return found
@@ -254,11 +260,35 @@ def few_bits() -> dict:
   )
 
 
-def two_levels_win(v) -> str:
-  """Whether two levels have the smaller error, by every seed or by none."""
+@statement(
+  'Leaving out the mean of the keys makes INT8 more exact',
+  'AS p. 14',
+  rule='less than half the error by every seed, where keys share a bias of 8 '
+  'deviations',
+)
+def smoothing_halves_the_error(v):
+  raw, smooth = (
+    [v[f'int8 {kind} {bias}'] for bias in BIASES] for kind in ('raw', 'smooth')
+  )
+  text = listed('{:.3f} -> {:.3f} at bias {}', raw, smooth, BIASES)
+  times = spread(v['smoothed'])
+  return holds(min(v['smoothed']) > 2), f'{text}; at 8 {times} times less'
+
+
+@statement(
+  'Two levels of scales for P beat direct FP4',
+  'AS p. 15',
+  rule='a smaller error of the output by every seed; not well defined if by '
+  'some',
+)
+def two_levels_win(v):
+  text = (
+    f'{v["fp4 direct"]:.3f} -> {v["fp4 two levels"]:.3f}, '
+    f'{spread(v["levels"])} times less'
+  )
   if min(v['levels']) > 1:
-    return HOLDS
-  return FAILS if max(v['levels']) < 1 else UNDEFINED
+    return HOLDS, text
+  return FAILS if max(v['levels']) < 1 else UNDEFINED, text
 
 
 R11 = Claim(
@@ -276,31 +306,8 @@ R11 = Claim(
       1e-5,
       reason='float32 rounds logits near 100 to 6e-6',
     ),
-    Statement(
-      says='Leaving out the mean of the keys makes INT8 more exact',
-      source='AS p. 14',
-      measured=lambda v: (
-        ', '.join(
-          f'{v[f"int8 raw {s}"]:.3f} -> {v[f"int8 smooth {s}"]:.3f} at bias {s}'
-          for s in BIASES
-        )
-        + f'; at 8 {spread(v["smoothed"])} times less'
-      ),
-      judge=lambda v: HOLDS if min(v['smoothed']) > 2 else FAILS,
-      rule='less than half the error by every seed, where keys share a bias of '
-      '8 deviations',
-    ),
-    Statement(
-      says='Two levels of scales for P beat direct FP4',
-      source='AS p. 15',
-      measured=lambda v: (
-        f'{v["fp4 direct"]:.3f} -> {v["fp4 two levels"]:.3f}, '
-        f'{spread(v["levels"])} times less'
-      ),
-      judge=two_levels_win,
-      rule='a smaller error of the output by every seed; not well defined if '
-      'by some',
-    ),
+    smoothing_halves_the_error,
+    two_levels_win,
   ),
 )
 

@@ -12,8 +12,10 @@ from experiments.survey.claim import (
   HOLDS,
   UNDEFINED,
   Claim,
-  Statement,
   equals,
+  holds,
+  listed,
+  statement,
   within,
 )
 from experiments.survey.models import (
@@ -23,7 +25,8 @@ from experiments.survey.models import (
   parameters,
 )
 
-KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
+KIB, MIB, GIB = 2**10, 2**20, 2**30
+DENSE = functools.partial(ops.attention, implementation='reference')
 TABLE = {
   '1K': KIB,
   '8K': 8 * KIB,
@@ -38,13 +41,7 @@ def score_matrix() -> dict:
   found = {}
   for name, length in TABLE.items():
     x = jax.ShapeDtypeStruct((1, length, 1, 64), jnp.float16)
-    largest = cost.largest_array(
-      lambda q, k, v: ops.attention(q, k, v, implementation='reference'),
-      x,
-      x,
-      x,
-    )
-    found[name] = largest * 2 / MIB
+    found[name] = cost.largest_array(DENSE, x, x, x) * 2 / MIB
   found['elements_32K'] = found['32K'] * MIB / 2
   return found
 
@@ -110,6 +107,17 @@ def kv_caches() -> dict:
   )
 
 
+@statement(
+  'Grouped queries give a 70B model 128K tokens on a consumer GPU',
+  'BLOG Class 2, Real-World Impact',
+  'consumer GPUs',
+  rule='the cache fits into 24 GiB, the largest consumer GPU of its year',
+)
+def cache_fits_a_consumer_gpu(v):
+  size = v['seventy_gqa']
+  return holds(size <= 24), f'{size:.0f} GiB of cache alone'
+
+
 R03 = Claim(
   title='How large the key-value cache is',
   tier='a',
@@ -148,14 +156,7 @@ R03 = Claim(
       40,
       unit='GiB',
     ),
-    Statement(
-      says='Grouped queries give a 70B model 128K tokens on a consumer GPU',
-      source='BLOG Class 2, Real-World Impact',
-      printed='consumer GPUs',
-      measured=lambda v: f'{v["seventy_gqa"]:.0f} GiB of cache alone',
-      judge=lambda v: HOLDS if v['seventy_gqa'] <= 24 else FAILS,
-      rule='the cache fits into 24 GiB, the largest consumer GPU of its year',
-    ),
+    cache_fits_a_consumer_gpu,
   ),
 )
 
@@ -225,27 +226,24 @@ def latent_ratio() -> dict:
   } | {'8 heads of keys': cached('attention', 32, num_kv_heads=8) / latent}
 
 
-def eight_times(v) -> str:
-  """Whether the ratios to the usual baselines are near 8: all, some, none."""
+@statement(
+  'Latent attention compresses the cache 8 times',
+  'S003 Multi-Head Latent Attention',
+  '8x',
+  rule='8 to a quarter against every usual baseline; not well defined if '
+  'against some only',
+)
+def eight_times(v):
+  text = listed('{:.3g}x of {}', v.values(), v)
   near = [6 <= ratio <= 10 for ratio in v.values()]
-  return HOLDS if all(near) else UNDEFINED if any(near) else FAILS
+  return HOLDS if all(near) else UNDEFINED if any(near) else FAILS, text
 
 
 R05 = Claim(
   title='Latent attention compresses the cache',
   tier='a',
   measure=latent_ratio,
-  statements=(
-    Statement(
-      says='Latent attention compresses the cache 8 times',
-      source='S003 Multi-Head Latent Attention',
-      printed='8x',
-      measured=lambda v: ', '.join(f'{x:.3g}x of {k}' for k, x in v.items()),
-      judge=eight_times,
-      rule='8 to a quarter against every usual baseline; not well defined if '
-      'against some only',
-    ),
-  ),
+  statements=(eight_times,),
 )
 
 
@@ -257,8 +255,7 @@ def expanded_heads(heads: int) -> float:
       jax.ShapeDtypeStruct((1, n, heads, width), jnp.float32)
       for n, width in ((1, 192), (length, 192), (length, 128))
     )
-    attend = functools.partial(ops.attention, implementation='reference')
-    flops.append(cost.flops(attend, q, k, v))
+    flops.append(cost.flops(DENSE, q, k, v))
   return (flops[1] - flops[0]) / 4096
 
 
@@ -285,6 +282,21 @@ def compact_flops() -> dict:
   )
 
 
+@statement(
+  'MLA leaves the cost per cached token as it is',
+  'AS p. 10 and 17',
+  '1x',
+  rule='at most 5 percent more than heads of 192 and 128 channels',
+)
+def absorbed_queries_cost_no_more(v):
+  absorbed, expanded = v['mla_absorbed'], v['mla_scores']
+  text = (
+    f'{absorbed / expanded:.2f}x: absorbed {absorbed:,.0f} FLOPs, expanded '
+    f'heads {expanded:,.0f}'
+  )
+  return holds(absorbed < 1.05 * expanded), text
+
+
 R06 = Claim(
   title='Compact caches do not change the cost of computing',
   tier='a',
@@ -302,19 +314,7 @@ R06 = Claim(
       )
       for name, key in (('MQA', 'mqa'), ('GQA', 'gqa'), ('MFA', 'mfa'))
     ),
-    Statement(
-      says='MLA leaves the cost per cached token as it is',
-      source='AS p. 10 and 17',
-      printed='1x',
-      measured=lambda v: (
-        f'{v["mla_absorbed"] / v["mla_scores"]:.2f}x: absorbed '
-        f'{v["mla_absorbed"]:,.0f} FLOPs, expanded heads {v["mla_scores"]:,.0f}'
-      ),
-      judge=lambda v: (
-        HOLDS if v['mla_absorbed'] < 1.05 * v['mla_scores'] else FAILS
-      ),
-      rule='at most 5 percent more than heads of 192 and 128 channels',
-    ),
+    absorbed_queries_cost_no_more,
   ),
 )
 

@@ -8,12 +8,13 @@ from tqdm import tqdm
 from experiments import page
 from experiments.ablations import harness, report, study
 from experiments.survey.claim import (
-  FAILS,
-  HOLDS,
   RESTATED,
   UNDEFINED,
   Claim,
   Statement,
+  holds,
+  listed,
+  statement,
 )
 from experiments.survey.sources import OURS
 
@@ -38,12 +39,11 @@ def run_study(name: str, **changes) -> dict:
     for plan in harness.plan(values, studied):
       name, steps = plan.program.name, plan.program.config.steps
       with tqdm(total=steps, desc=name, leave=False) as bar:
-        record = harness.run(
-          plan,
-          studied,
-          pathlib.Path(folder),
-          lambda step, loss, bar=bar: bar.update(step - bar.n),
-        )
+
+        def report_step(step, loss, bar=bar):
+          bar.update(step - bar.n)
+
+        record = harness.run(plan, studied, pathlib.Path(folder), report_step)
       runs = report.best_runs(record, studied.metric)
       scores = [report.score(run, studied.metric) for run in runs]
       mean, half = report.interval(scores)
@@ -51,8 +51,8 @@ def run_study(name: str, **changes) -> dict:
   return found
 
 
-def _shown(row, digits=3) -> str:
-  return f'{row["mean"]:.{digits}f} ± {row["half"]:.{digits}f}'
+def _shown(row) -> str:
+  return f'{row["mean"]:.3f} ± {row["half"]:.3f}'
 
 
 def _above(a, b) -> bool:
@@ -85,20 +85,32 @@ def recall() -> dict:
   return run_study('mqar.py:tiny', learning_rates=(1e-2,))
 
 
-def in_order(v) -> str:
-  """Softmax not below the delta rule, that above gates, gates above neither."""
-  if (
+@statement(
+  'The order of quality in the master table is that of recall: softmax, '
+  'DeltaNet, GLA, linear attention',
+  f'{OURS}, on S003 Master Comparison Table',
+  rule='by intervals; restated if the delta rule is above the ungated '
+  'recurrence, wherever the gated one is',
+)
+def in_order(v):
+  verdict = holds(
     not _above(v['deltanet'], v['attention'])
     and _above(v['deltanet'], v['gla'])
-    and _above(v['gla'], v['linear'])
-  ):
-    return HOLDS
-  return RESTATED if _above(v['deltanet'], v['linear']) else FAILS
+    and _above(v['gla'], v['linear']),
+    restated=_above(v['deltanet'], v['linear']),
+  )
+  return verdict, listed('{} {}', v, map(_shown, v.values()))
 
 
-def mamba_below(v) -> str:
-  """Mamba below the delta rule, whose state is about as large."""
-  return HOLDS if _above(v['deltanet'], v['mamba']) else FAILS
+@statement(
+  'Mamba struggles with exact recall',
+  'S003 State Space Models (Mamba)',
+  'struggles with exact recall tasks',
+  rule='its interval is below that of the delta rule, whose state is about as '
+  'large',
+)
+def mamba_below(v):
+  return holds(_above(v['deltanet'], v['mamba'])), _shown(v['mamba'])
 
 
 R21 = Claim(
@@ -107,28 +119,7 @@ R21 = Claim(
   measure=recall,
   seeds=(0, 1, 2),
   parts=_table('accuracy'),
-  statements=(
-    Statement(
-      says='The order of quality in the master table is that of recall: '
-      'softmax, DeltaNet, GLA, linear attention',
-      source=f'{OURS}, on S003 Master Comparison Table',
-      measured=lambda v: ', '.join(
-        f'{n} {_shown(row)}' for n, row in v.items()
-      ),
-      judge=in_order,
-      rule='by intervals; restated if the delta rule is above the ungated '
-      'recurrence, wherever the gated one is',
-    ),
-    Statement(
-      says='Mamba struggles with exact recall',
-      source='S003 State Space Models (Mamba)',
-      printed='struggles with exact recall tasks',
-      measured=lambda v: _shown(v['mamba']),
-      judge=mamba_below,
-      rule='its interval is below that of the delta rule, whose state is about '
-      'as large',
-    ),
-  ),
+  statements=(in_order, mamba_below),
 )
 
 HYBRID = '3 kda : 1 attention'
@@ -161,36 +152,40 @@ def percent(values, name) -> tuple[float, float]:
   return 100 * least / own[1], 100 * most / own[0]
 
 
-def _quality(name) -> Statement:
+def _quality(name: str) -> Statement:
   value, printed = PRINTED[name]
 
-  def measured(v):
-    least, most = percent(v, name)
-    return (
-      f'bits per byte {_shown(v[name])}, {least:.0f} to {most:.0f} % of '
-      f'{_shown(v["attention"])}'
-    )
-
-  def judge(v):
-    least, most = percent(v, name)
-    above = printed.endswith('+') and least > value
-    return RESTATED if above or least <= value <= most else UNDEFINED
-
-  return Statement(
-    says=f'{name} has {value} percent of the quality of softmax attention',
-    source='S003 Master Comparison Table',
-    printed=printed,
-    measured=measured,
-    judge=judge,
+  @statement(
+    f'{name} has {value} percent of the quality of softmax attention',
+    'S003 Master Comparison Table',
+    printed,
     rule='no metric, size or data is stated; restated if it lies in the '
     'interval of the bits per byte of attention over its own, at parameters '
     'matched to 10 percent and equal steps, 3 seeds',
   )
+  def interval_has_the_percent(v):
+    least, most = percent(v, name)
+    text = (
+      f'bits per byte {_shown(v[name])}, {least:.0f} to {most:.0f} % of '
+      f'{_shown(v["attention"])}'
+    )
+    above = printed.endswith('+') and least > value
+    return RESTATED if above or least <= value <= most else UNDEFINED, text
+
+  return interval_has_the_percent
 
 
-def hybrid_better(v) -> str:
-  """The hybrid's bits per byte below those of attention."""
-  return HOLDS if _above(v['attention'], v[HYBRID]) else FAILS
+@statement(
+  'Three layers of KDA and one of attention are better than attention alone',
+  'S003 Hybrid Architectures (Kimi Linear)',
+  'outperforms full attention under fair comparisons',
+  rule='by intervals over seeds, at parameters matched to 10 percent and equal '
+  'steps',
+)
+def hybrid_better(v):
+  hybrid, plain = v[HYBRID], v['attention']
+  text = f'{_shown(hybrid)} against {_shown(plain)} bits per byte'
+  return holds(_above(plain, hybrid)), text
 
 
 R29 = Claim(
@@ -199,21 +194,7 @@ R29 = Claim(
   measure=language_modelling,
   seeds=(0, 1, 2),
   parts=_table('bits per byte'),
-  statements=(
-    *map(_quality, PRINTED),
-    Statement(
-      says='Three layers of KDA and one of attention are better than '
-      'attention alone',
-      source='S003 Hybrid Architectures (Kimi Linear)',
-      printed='outperforms full attention under fair comparisons',
-      measured=lambda v: (
-        f'{_shown(v[HYBRID])} against {_shown(v["attention"])} bits per byte'
-      ),
-      judge=hybrid_better,
-      rule='by intervals over seeds, at parameters matched to 10 percent and '
-      'equal steps',
-    ),
-  ),
+  statements=(*map(_quality, PRINTED), hybrid_better),
 )
 
 QUALITY = {'R21': R21, 'R29': R29}

@@ -12,12 +12,12 @@ from experiments import page
 from experiments.benchmarks.attention import close
 from experiments.benchmarks.timing import interleaved
 from experiments.survey.claim import (
-  FAILS,
-  HOLDS,
-  RESTATED,
   Claim,
   Statement,
   elsewhere,
+  holds,
+  listed,
+  statement,
 )
 
 LENGTHS = (1024, 2048, 4096, 8192, 16_384)
@@ -58,6 +58,11 @@ def gradients(function):
   return jax.grad(lambda *qkv: jnp.sum(function(*qkv) ** 2), (0, 1, 2))
 
 
+def repeated(call) -> list:
+  """The results of one turn of the clock."""
+  return [call() for _ in range(CALLS)]
+
+
 def measure(lengths=LENGTHS, tokens=TOKENS, rounds=9) -> dict:
   """R10: milliseconds by length and contender; a wrong one is not timed."""
   cpu = jax.default_backend() == 'cpu'
@@ -67,18 +72,19 @@ def measure(lengths=LENGTHS, tokens=TOKENS, rounds=9) -> dict:
     shape = (max(1, tokens // length), length, HEADS, WIDTH)
     keys = jax.random.split(jax.random.key(0), 3)
     qkv = [jax.random.normal(key, shape, dtype) for key in keys]
-    for way, made in (('forward', lambda f: f), ('training', gradients)):
+    for way in ('forward', 'training'):
+      made = contenders()
+      if way == 'training':
+        made = {name: gradients(f) for name, f in made.items()}
       calls = {
-        name: functools.partial(jax.jit(made(f)), *qkv)
-        for name, f in contenders().items()
+        name: functools.partial(jax.jit(f), *qkv) for name, f in made.items()
       }
       if length == lengths[0]:
         wanted = jax.tree.leaves(calls['dense']())
         for name, call in calls.items():
           close(name, jax.tree.leaves(call()), wanted, tolerance)
       turns = {
-        name: lambda call=call: [call() for _ in range(CALLS)]
-        for name, call in calls.items()
+        name: functools.partial(repeated, call) for name, call in calls.items()
       }
       for name, seconds in interleaved(turns, rounds).items():
         found.setdefault(f'{name} {way}', []).append(1e3 * seconds / CALLS)
@@ -96,24 +102,22 @@ def ratios(values, way: str) -> list[float]:
 
 
 def _faster(says, source, printed, way, low, high) -> Statement:
-  def judge(values):
-    least, most = min(ratios(values, way)), max(ratios(values, way))
-    if low <= least and most <= high:
-      return HOLDS
-    return RESTATED if least <= high and low <= most else FAILS
-
-  return Statement(
-    says=says,
-    source=source,
-    printed=printed,
-    measured=lambda values: ', '.join(
-      f'{x:.2f}x at {n}'
-      for n, x in zip(values['lengths'], ratios(values, way), strict=True)
-    ),
-    judge=judge,
+  @statement(
+    says,
+    source,
+    printed,
     rule=f'{low:g} to {high:g} times at every length, {way}; restated if the '
     'two ranges overlap',
   )
+  def times_are_in_the_range(v):
+    found = ratios(v, way)
+    least, most = min(found), max(found)
+    verdict = holds(
+      low <= least and most <= high, restated=least <= high and low <= most
+    )
+    return verdict, listed('{:.2f}x at {}', found, v['lengths'])
+
+  return times_are_in_the_range
 
 
 def _tables(values) -> list:
