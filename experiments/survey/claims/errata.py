@@ -14,7 +14,15 @@ from experiments import page
 from experiments.exponent import slope
 from experiments.survey import errata_linear as linear
 from experiments.survey import errata_other as other
-from experiments.survey.claim import FAILS, HOLDS, UNDEFINED, Claim, Statement
+from experiments.survey.claim import (
+  FAILS,
+  HOLDS,
+  UNDEFINED,
+  Claim,
+  Statement,
+  holds,
+  statement,
+)
 from experiments.survey.sources import OURS
 
 
@@ -240,29 +248,50 @@ def _right(values, name) -> bool:
 def _statement(name: str) -> Statement:
   row = MISPRINTS[name]
 
-  def measured(values):
-    printed, corrected, ours = map(_show, values[name])
-    return (
-      f'error {printed} as printed, {corrected} as {row.corrected}, {ours} of '
-      'our op'
-    )
-
-  def judge(values):
-    printed, _, ours = values[name]
-    if not isinstance(printed, str) and printed < 0.01:
-      return HOLDS
-    right = not isinstance(ours, str) and ours <= row.tolerance
-    return FAILS if right else UNDEFINED
-
-  return Statement(
-    says=row.says,
-    source=row.source,
-    printed=row.printed,
-    measured=measured,
-    judge=judge,
+  @statement(
+    row.says,
+    row.source,
+    row.printed,
     rule='error below 0.01, relative, against the definition; it does not hold '
     'only where our op is right',
   )
+  def printed_form_is_right(v):
+    printed, corrected, ours = v[name]
+    text = (
+      f'error {_show(printed)} as printed, {_show(corrected)} as '
+      f'{row.corrected}, {_show(ours)} of our op'
+    )
+    if not isinstance(printed, str) and printed < 0.01:
+      return HOLDS, text
+    right = not isinstance(ours, str) and ours <= row.tolerance
+    return FAILS if right else UNDEFINED, text
+
+  return printed_form_is_right
+
+
+@statement(
+  'Logits of a factorised Synthesizer cost O(n^2), by its equation',
+  'FL p. 23, eq. 26',
+  'O(n^2)',
+  rule='exponent as printed below 2.1; not well defined if ours is not',
+)
+def factors_are_quadratic(v):
+  printed, ours = v['exponents']
+  text = f'FLOPs n^{printed:.2f} as printed, n^{ours:.2f} corrected'
+  if printed < 2.1:
+    return HOLDS, text
+  return FAILS if ours < 2.1 else UNDEFINED, text
+
+
+@statement(
+  'With the corrections every equation gives what it should',
+  f'{OURS}, correcting AS and FL',
+  rule='the corrected form and our op within rounding: 1e-12 in float64, 1e-4 '
+  'in float32, half a step of 8 bits',
+)
+def corrections_are_right(v):
+  right = sum(_right(v, name) for name in MISPRINTS)
+  return holds(right == len(MISPRINTS)), f'{right} of {len(MISPRINTS)}'
 
 
 def _table(values) -> list:
@@ -290,14 +319,6 @@ def _table(values) -> list:
   return [page.Table(head, rows), page.Text(note, note=True)]
 
 
-def factors_are_quadratic(v) -> str:
-  """Whether the printed product of factors costs as little as our op."""
-  printed, ours = v['exponents']
-  if printed < 2.1:
-    return HOLDS
-  return FAILS if ours < 2.1 else UNDEFINED
-
-
 R16 = Claim(
   title='Equations that are printed wrong',
   tier='b',
@@ -306,28 +327,8 @@ R16 = Claim(
   parts=_table,
   statements=(
     *(_statement(name) for name in MISPRINTS if name not in JUDGED_IN),
-    Statement(
-      says='Logits of a factorised Synthesizer cost O(n^2), by its equation',
-      source='FL p. 23, eq. 26',
-      printed='O(n^2)',
-      measured=lambda v: 'FLOPs n^{:.2f} as printed, n^{:.2f} corrected'.format(
-        *v['exponents']
-      ),
-      judge=factors_are_quadratic,
-      rule='exponent as printed below 2.1; not well defined if ours is not',
-    ),
-    Statement(
-      says='With the corrections every equation gives what it should',
-      source=f'{OURS}, correcting AS and FL',
-      measured=lambda v: (
-        f'{sum(_right(v, name) for name in MISPRINTS)} of {len(MISPRINTS)}'
-      ),
-      judge=lambda v: (
-        HOLDS if all(_right(v, name) for name in MISPRINTS) else FAILS
-      ),
-      rule='the corrected form and our op within rounding: 1e-12 in float64, '
-      '1e-4 in float32, half a step of 8 bits',
-    ),
+    factors_are_quadratic,
+    corrections_are_right,
   ),
 )
 

@@ -22,12 +22,11 @@ from experiments.errors import relative
 from experiments.exponent import slope
 from experiments.survey import oracles
 from experiments.survey.claim import (
-  FAILS,
-  HOLDS,
-  RESTATED,
   Claim,
   Statement,
   equals,
+  holds,
+  statement,
   within,
 )
 from experiments.survey.seeds import SEEDS, spread
@@ -142,28 +141,41 @@ def _at(values, name, scale) -> float:
   return fmean(values[name][str(scale)])
 
 
-def _near(says, source, name, others=()) -> Statement:
-  """Whether a map stands for softmax at scores of some scale."""
-
-  def judge(values):
-    if _at(values, name, 1) < 0.1:
-      return HOLDS
-    small = SCALES[0]
-    near = _at(values, name, small) < 0.5 * _at(values, EQUAL, small)
-    return RESTATED if near else FAILS
-
-  return Statement(
-    says=says,
-    source=source,
-    measured=lambda values: ', '.join(
-      f'{_at(values, name, s):.2g} at {s} (equal weights '
-      f'{_at(values, EQUAL, s):.2g})'
-      for s in (0.125, 0.5, 1, 2)
-    ),
-    judge=judge,
+def _near(says, source, name) -> Statement:
+  @statement(
+    says,
+    source,
     rule='error of the output below 0.1 where scores have a standard deviation '
     'of 1; restated if half of that of equal weights, or less, at 0.125',
   )
+  def error_is_small(v):
+    text = ', '.join(
+      f'{_at(v, name, s):.2g} at {s} (equal weights {_at(v, EQUAL, s):.2g})'
+      for s in (0.125, 0.5, 1, 2)
+    )
+    small, equal = (_at(v, which, SCALES[0]) for which in (name, EQUAL))
+    return holds(_at(v, name, 1) < 0.1, restated=small < 0.5 * equal), text
+
+  return error_is_small
+
+
+@statement(
+  'Squares of single channels say enough of the squared score',
+  'AS p. 36',
+  'sufficient',
+  rule='correlation above 0.9, of normal queries and keys',
+)
+def squares_are_sufficient(v):
+  found = v['correlation']['1']
+  with_them, without, products = (
+    _at(v, name, 0.5) for name in (SQUARES, NO_SQUARES, 'Taylor, second order')
+  )
+  text = (
+    f'correlation {spread(found)}; error of the output at 0.5: '
+    f'{with_them:.2g} with them, {without:.2g} without, {products:.2g} with '
+    'all products'
+  )
+  return holds(fmean(found) > 0.9), text
 
 
 def _plot(values) -> list:
@@ -234,19 +246,7 @@ R23 = Claim(
       1.7,
       2.05,
     ),
-    Statement(
-      says='Squares of single channels say enough of the squared score',
-      source='AS p. 36',
-      printed='sufficient',
-      measured=lambda v: (
-        f'correlation {spread(v["correlation"]["1"])}; error of the output '
-        f'at 0.5: {_at(v, SQUARES, 0.5):.2g} with them, '
-        f'{_at(v, NO_SQUARES, 0.5):.2g} without, '
-        f'{_at(v, "Taylor, second order", 0.5):.2g} with all products'
-      ),
-      judge=lambda v: HOLDS if fmean(v['correlation']['1']) > 0.9 else FAILS,
-      rule='correlation above 0.9, of normal queries and keys',
-    ),
+    squares_are_sufficient,
     _near(
       'A Taylor series of second order stands for the exponential',
       'AS p. 35-36, eq. 66',

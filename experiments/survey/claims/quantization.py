@@ -14,14 +14,14 @@ from experiments import page
 from experiments.ablations import report
 from experiments.survey.claim import (
   DERIVED,
-  FAILS,
-  HOLDS,
   RESTATED,
   UNDEFINED,
   Claim,
-  Statement,
   elsewhere,
   equals,
+  holds,
+  listed,
+  statement,
   within,
 )
 from experiments.survey.models import SEVEN_B
@@ -205,20 +205,59 @@ def _table(v) -> list:
   ]
 
 
-def _ranges(v, name):
-  return ' and '.join(
-    f'{v[f"{name} {i}"]} for weights in {list(span)}'
-    for i, span in enumerate(RANGES)
+def _ranges(codes) -> str:
+  return listed('{} for weights in {}', codes, map(list, RANGES), by=' and ')
+
+
+@statement(
+  'The equations give codes of N bits',
+  'FL p. 11, eqs. 10-11',
+  '0 to 2^N - 1',
+  rule='all codes in 0 to 255',
+  provenance=DERIVED,
+)
+def printed_codes_have_eight_bits(v):
+  codes = [v[f'printed codes {i}'] for i in range(len(RANGES))]
+  verdict = holds(all(0 <= low <= high < 256 for low, high in codes))
+  return verdict, f'{_ranges(codes)} at 8 bits'
+
+
+@statement(
+  'With the zero point subtracted they do',
+  f'{OURS}, correcting FL p. 11, eqs. 10-11',
+  rule='codes in 0 to 255 and errors of half a step',
+)
+def corrected_codes_have_eight_bits(v):
+  codes, errors, cut = (
+    [v[f'{what} {i}'] for i in range(len(RANGES))]
+    for what in ('codes', 'error', 'cut error')
   )
+  text = (
+    f'{_ranges(codes)}; errors {errors[0]:.3f} and {errors[1]:.3f} steps, '
+    f'where eqs. 10-11 cut to 8 bits give {cut[0]:.0f} and {cut[1]:.0f}'
+  )
+  right = all(span == [0, 255] for span in codes)
+  return holds(right and all(x < 0.501 for x in errors)), text
+
+
+@statement(
+  'INT4 costs about 5 percent of quality',
+  'S003 Quantization',
+  '~5%',
+  rule='no metric, model or data is stated; restated if 5 lies in the interval '
+  f'of a small language model on {TEXTS} texts, its weights rounded to the '
+  'nearest',
+)
+def interval_has_five_percent(v):
+  text = (
+    '{INT4 cost:.2f} ± {INT4 cost +-:.2f} % more bits per byte, with INT8 '
+    '{INT8 cost:.2f} ± {INT8 cost +-:.2f} %'
+  ).format_map(v)
+  near = abs(v['INT4 cost'] - 5) <= v['INT4 cost +-']
+  return RESTATED if near else UNDEFINED, text
 
 
 _size = functools.partial(equals, tolerance=0.05, unit='x')
-
-
-def five_percent(v) -> str:
-  """Whether the interval of what INT4 costs holds 5 percent."""
-  near = abs(v['INT4 cost'] - 5) <= v['INT4 cost +-']
-  return RESTATED if near else UNDEFINED
 
 
 R33 = Claim(
@@ -228,40 +267,8 @@ R33 = Claim(
   seeds=(0,),
   parts=_table,
   statements=(
-    Statement(
-      says='The equations give codes of N bits',
-      provenance=DERIVED,
-      source='FL p. 11, eqs. 10-11',
-      printed='0 to 2^N - 1',
-      measured=lambda v: f'{_ranges(v, "printed codes")} at 8 bits',
-      judge=lambda v: (
-        HOLDS
-        if all(
-          0 <= v[f'printed codes {i}'][0] <= v[f'printed codes {i}'][1] < 256
-          for i in (0, 1)
-        )
-        else FAILS
-      ),
-      rule='all codes in 0 to 255',
-    ),
-    Statement(
-      says='With the zero point subtracted they do',
-      source=f'{OURS}, correcting FL p. 11, eqs. 10-11',
-      measured=lambda v: (
-        f'{_ranges(v, "codes")}; errors {v["error 0"]:.3f} and '
-        f'{v["error 1"]:.3f} steps, where eqs. 10-11 cut to 8 bits give '
-        f'{v["cut error 0"]:.0f} and {v["cut error 1"]:.0f}'
-      ),
-      judge=lambda v: (
-        HOLDS
-        if all(
-          v[f'codes {i}'] == [0, 255] and v[f'error {i}'] < 0.501
-          for i in (0, 1)
-        )
-        else FAILS
-      ),
-      rule='codes in 0 to 255 and errors of half a step',
-    ),
+    printed_codes_have_eight_bits,
+    corrected_codes_have_eight_bits,
     within(
       'Weights come back to half a step, whatever the codes',
       f'{OURS}, on FL p. 11, eq. 10',
@@ -290,19 +297,7 @@ R33 = Claim(
       'FP16 to INT4',
       4,
     ),
-    Statement(
-      says='INT4 costs about 5 percent of quality',
-      source='S003 Quantization',
-      printed='~5%',
-      measured=lambda v: (
-        f'{v["INT4 cost"]:.2f} ± {v["INT4 cost +-"]:.2f} % more bits per byte, '
-        f'with INT8 {v["INT8 cost"]:.2f} ± {v["INT8 cost +-"]:.2f} %'
-      ),
-      judge=five_percent,
-      rule='no metric, model or data is stated; restated if 5 lies in the '
-      f'interval of a small language model on {TEXTS} texts, its weights '
-      'rounded to the nearest',
-    ),
+    interval_has_five_percent,
     elsewhere(
       'INT8 is 2 to 4 times as fast, INT4 4 to 8 times',
       'FLR Quantization',
