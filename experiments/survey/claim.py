@@ -90,12 +90,20 @@ def holds(condition: bool, restated: bool = False) -> str:
 
 def less(*path: str, than: float) -> Callable[[Values], str]:
   """The rule that the figure at a path of keys is less than a number."""
-  return lambda values: holds(functools.reduce(getitem, path, values) < than)
+
+  def judge(values):
+    return holds(functools.reduce(getitem, path, values) < than)
+
+  return judge
 
 
 def more(*path: str, than: float) -> Callable[[Values], str]:
   """The rule that the figure at a path of keys is more than a number."""
-  return lambda values: holds(functools.reduce(getitem, path, values) > than)
+
+  def judge(values):
+    return holds(functools.reduce(getitem, path, values) > than)
+
+  return judge
 
 
 def statement(
@@ -149,19 +157,19 @@ def equals(
 ) -> Statement:
   """A statement that holds if values[key] is `value`, to a relative part."""
 
-  def judge(values):
-    near = math.isclose(values[key], value, rel_tol=tolerance, abs_tol=1e-12)
-    return HOLDS if near else otherwise
-
-  return Statement(
-    says=says,
-    source=source,
-    printed=printed,
-    measured=lambda values: f'{shown(values[key])} {unit}'.strip(),
-    judge=judge,
+  @statement(
+    says,
+    source,
+    printed,
     rule=f'within {tolerance:.1%} of {shown(value)}',
     provenance=provenance,
   )
+  def figure_is_near(values):
+    near = math.isclose(values[key], value, rel_tol=tolerance, abs_tol=1e-12)
+    text = f'{shown(values[key])} {unit}'.strip()
+    return HOLDS if near else otherwise, text
+
+  return figure_is_near
 
 
 def within(
@@ -183,28 +191,25 @@ def within(
   `reason` says why these limits.
   """
 
-  def judge(values):
-    return verdict if low <= values[key] <= high else otherwise
-
-  return Statement(
-    says=says,
-    source=source,
-    printed=printed,
-    measured=lambda values: f'{shown(values[key])} {unit}'.strip(),
-    judge=judge,
+  @statement(
+    says,
+    source,
+    printed,
     rule=f'between {shown(low)} and {shown(high)}' + (reason and f': {reason}'),
     provenance=provenance,
   )
+  def figure_is_inside(values):
+    text = f'{shown(values[key])} {unit}'.strip()
+    return verdict if low <= values[key] <= high else otherwise, text
+
+  return figure_is_inside
 
 
 def elsewhere(says: str, source: str, printed: str, needs: str) -> Statement:
   """A statement that no run of this framework alone can measure."""
-  return Statement(
-    says=says,
-    source=source,
-    printed=printed,
-    measured=lambda values: '',
-    judge=lambda values: NOT_HERE,
-    rule=needs,
-    provenance=UNTESTED,
-  )
+
+  @statement(says, source, printed, rule=needs, provenance=UNTESTED)
+  def not_here(values):
+    return NOT_HERE, ''
+
+  return not_here
