@@ -1,6 +1,7 @@
 """The tables of the surveys, cell by cell: as printed, and as measured."""
 
 from collections.abc import Mapping
+from itertools import chain
 
 from efficient_attn.layers.mixers import MIXERS
 from efficient_attn.ops.softmax.sage_attention import RECIPES
@@ -113,10 +114,10 @@ def few_bits(claims: Mapping) -> page.Table:
       ]
     if isinstance(error, float):
       error = f'{error:.2g}'
-    rows.append([name, phase, formats[0], cells[0], formats[1], cells[1],
-                 error])  # fmt: skip
-  head = ['AS table 2', 'for', 'queries, keys', 'here', 'weights, values',
-          'here', 'error of the output']  # fmt: skip
+    pairs = chain(*zip(formats, cells, strict=True))
+    rows.append([name, phase, *pairs, error])
+  head = ['AS table 2', 'for', 'queries, keys', 'here', 'weights, values']
+  head += ['here', 'error of the output']
   return page.Table(head, rows, kind=kind)
 
 
@@ -141,19 +142,20 @@ def flags(claims: Mapping) -> page.Table:
     trained = f'{own:,}'
     if free != 'no' or own:
       trained = mark(trained, (own == 0) == (free == 'yes'))
-    rows.append([name, ours, text, able(text, decodes), less, share, video,
-                 able(video, sees), free, trained])  # fmt: skip
-  head = ['AS table 4', 'here', 'language', 'here', 'stores less',
-          'of the bytes', 'video', 'here', 'training-free',
-          'own parameters']  # fmt: skip
+    language, frames = able(text, decodes), able(video, sees)
+    row = [name, ours, text, language, less, share]
+    rows.append([*row, video, frames, free, trained])
+  head = ['AS table 4', 'here', 'language', 'here', 'stores less']
+  head += ['of the bytes', 'video', 'here', 'training-free', 'own parameters']
   return page.Table(head, rows, kind=kind)
 
 
 def linear(title: str, rows: Mapping):
   """Makes one of AS tables 5-7."""
-  head = [title, 'forget gate', 'here', 'select gate', 'here', 'training time',
-          'counted', 'training space', 'counted', 'form', 'here',
-          'decoding time', 'counted', 'decoding space', 'counted']  # fmt: skip
+  head = [title, 'forget gate', 'here', 'select gate', 'here']
+  head += ['training time', 'counted', 'training space', 'counted']
+  head += ['form', 'here', 'decoding time', 'counted']
+  head += ['decoding space', 'counted']
 
   def table(claims: Mapping) -> page.Table:
     made = []
@@ -164,16 +166,16 @@ def linear(title: str, rows: Mapping):
       lacks = [
         f for f in form.split(' or ') if printed.FORMS[f] not in spec.forms
       ]
-      made.append([
-        name,
-        gate, mark(spec.gate, spec.gate == printed.GATES[gate]),
-        select, NOT_MEASURED,
-        time, training(claims, ours, form, 'time', time),
-        space, training(claims, ours, form, 'memory', space),
-        form, f'{forms}; {lacks[0]} {GAP}' if lacks else mark(forms, True),
-        slow, compared(decoding(ours), slow),
-        state, compared(value(claims, 'R17', ours, 'state'), state),
-      ])  # fmt: skip
+      pairs = (
+        (gate, mark(spec.gate, spec.gate == printed.GATES[gate])),
+        (select, NOT_MEASURED),
+        (time, training(claims, ours, form, 'time', time)),
+        (space, training(claims, ours, form, 'memory', space)),
+        (form, f'{forms}; {lacks[0]} {GAP}' if lacks else mark(forms, True)),
+        (slow, compared(decoding(ours), slow)),
+        (state, compared(value(claims, 'R17', ours, 'state'), state)),
+      )
+      made.append([name, *chain(*pairs)])
     return page.Table(head, made, kind=kind)
 
   return table
@@ -216,17 +218,17 @@ def master(claims: Mapping) -> page.Table:
     if name == 'Standard':  # all logits, where our row goes by tiles
       counts[1] = value(claims, 'R07', 'reference slope')
     text, arena, recall = printed.TRAINED[name]
-    rows.append([
-      name,
-      time, compared(counts[0], time),
-      memory, compared(counts[1], memory), compared(counts[2], memory),
-      quality,
+    pairs = zip(counts, (time, memory, memory), strict=True)
+    counted, trained, decoded = (compared(*pair) for pair in pairs)
+    costs = [name, time, counted, memory, trained, decoded]
+    qualities = [
       percent('R29', 'mean', text, 'attention'),
       percent('R30', 'average', arena, 'Transformer'),
       percent('R21', 'mean', recall, 'attention'),
-    ])  # fmt: skip
-  head = ['S003, master comparison', 'time', 'counted', 'memory', 'training',
-          'decode state', 'quality', 'text', 'LRA', 'recall']  # fmt: skip
+    ]
+    rows.append([*costs, quality, *qualities])
+  head = ['S003, master comparison', 'time', 'counted', 'memory', 'training']
+  head += ['decode state', 'quality', 'text', 'LRA', 'recall']
   return page.Table(head, rows, kind=kind)
 
 
@@ -243,40 +245,45 @@ GATED = (
 )
 # By table: how it is made, and what is said under it.
 TABLES = {
-  'AS 2': (few_bits, (
+  'AS 2': (
+    few_bits,
     'Errors are of outputs, relative: R07, R13, R14, and R11 with scales of '
     'whole tiles and, in 8 and 4 bits, weights in float16. Of KIVI and KVQuant '
-    'they are of 2-bit keys and values of a trained model (R12).'
-  )),
-  'AS 4': (flags, (
+    'they are of 2-bit keys and values of a trained model (R12).',
+  ),
+  'AS 4': (
+    flags,
     f'Bytes of the decode state after {TOKENS:,} tokens with one kv head, over '
     f'those of attention; policies have a budget of {BUDGET:,}, and selectors '
     'return masks over all keys, which stay. MoA and DuoAttention keep whole '
     'caches here, which their papers do not. Own parameters are those that '
     'attention has not, at width 512; "~" is partly trained. What is possible '
-    'here and not printed has no mark.'
-  )),
+    'here and not printed has no mark.',
+  ),
   'AS 5': (linear('AS table 5', printed.AS5), GATED),
   'AS 6': (linear('AS table 6', printed.AS6), GATED),
-  'AS 7': (linear('AS table 7', printed.AS7), (
+  'AS 7': (
+    linear('AS table 7', printed.AS7),
     f'{GATED} Decoding time is that of N tokens. Gates and forms are fields of '
     'the method table; I - beta k k^T is a product with a matrix (R16) and no '
-    'gate there.'
-  )),
-  'FL 4': (patterns, (
+    'gate there.',
+  ),
+  'FL 4': (
+    patterns,
     f'{RULE} Of a part: pairs of the mask from 256 to 2,048 tokens (R24), and '
-    'hashing by one matrix, as printed (R25).'
-  )),
-  'S003': (master, (
+    'hashing by one matrix, as printed (R25).',
+  ),
+  'S003': (
+    master,
     f'{RULE} Quality is in percent of softmax attention without a metric, so '
     'nothing can agree with it. Text: bits per byte of attention over its own '
     '(R29). LRA: average over '
     'that of the Transformer, from the published accuracies (R30; Longformer, '
     'Reformer). Recall: accuracy over that of attention (R21). Counts of KDA '
     'are of its own layers; the largest array of Linformer is its projection, '
-    'made for the longest input.'
-  )),
-}  # fmt: skip
+    'made for the longest input.',
+  ),
+}
 
 
 def tables(claims: Mapping[str, Mapping]) -> list:
