@@ -141,22 +141,27 @@ def _at(values, name, scale) -> float:
   return fmean(values[name][str(scale)])
 
 
-def _near(says, source, name) -> Statement:
-  @statement(
-    says,
-    source,
-    rule='error of the output below 0.1 where scores have a standard deviation '
-    'of 1; restated if half of that of equal weights, or less, at 0.125',
-  )
-  def error_is_small(v):
-    text = ', '.join(
+def _near(says: str, source: str, name: str) -> Statement:
+  """Whether a map stands for softmax at scores of some scale."""
+
+  def measured(v):
+    return ', '.join(
       f'{_at(v, name, s):.2g} at {s} (equal weights {_at(v, EQUAL, s):.2g})'
       for s in (0.125, 0.5, 1, 2)
     )
-    small, equal = (_at(v, which, SCALES[0]) for which in (name, EQUAL))
-    return holds(_at(v, name, 1) < 0.1, restated=small < 0.5 * equal), text
 
-  return error_is_small
+  def judge(v):
+    small, equal = (_at(v, which, SCALES[0]) for which in (name, EQUAL))
+    return holds(_at(v, name, 1) < 0.1, restated=small < 0.5 * equal)
+
+  return Statement(
+    says=says,
+    source=source,
+    measured=measured,
+    judge=judge,
+    rule='error of the output below 0.1 where scores have a standard deviation '
+    'of 1; restated if half of that of equal weights, or less, at 0.125',
+  )
 
 
 @statement(
