@@ -128,7 +128,7 @@ def blocks() -> dict:
   rule='5 to 20 percent at all three shapes in each of three turns; else it '
   'depends on shape and machine, which the source does not name',
 )
-def norms_differ_everywhere(v):
+def rms_norm_is_faster_everywhere(v):
   gains = [
     [ratio - 1 for ratio in v['norms'][f'{rows}x{width}']]
     for rows, width in SHAPES
@@ -186,7 +186,7 @@ R36 = Claim(
   seeds=(0,),
   parts=_note,
   statements=(
-    norms_differ_everywhere,
+    rms_norm_is_faster_everywhere,
     within(
       'Attention without positions does not see the order of tokens',
       'S003 Positional Encoding',

@@ -245,7 +245,7 @@ def without_overflow(decay: float, length: int = 4096) -> float:
   rule='finite in float32 up to 4096 tokens at a decay of 0.9; where it is '
   'not, our op is, and right to 1e-4',
 )
-def products_overflow(v):
+def printed_form_stays_finite(v):
   text = f'not finite from N = {v["0.9 first"]} (0.9), {v["0.95 first"]} (0.95)'
   if not v['0.9 first']:
     return HOLDS, text
@@ -258,7 +258,7 @@ R19 = Claim(
   measure=overflow,
   seeds=(0,),
   statements=(
-    products_overflow,
+    printed_form_stays_finite,
     within(
       'Chunks with sums of logarithms are right at 4096 tokens',
       f'{OURS}, correcting AS appendix A',
