@@ -19,10 +19,9 @@ from efficient_attn.ops.recurrent import (
   linear_attention,
 )
 from efficient_attn.ops.softmax import attention, paged_attention
-from experiments.survey import errata_linear, run
+from experiments.survey import errata_linear, misprints, run
 from experiments.survey.claims import (
   CLAIMS,
-  errata,
   fast_weights,
   hardware,
   layouts,
@@ -77,7 +76,7 @@ def nothing_erased(query, key, value, beta, **options):
 
 
 def misprint(name):
-  return {name: list(errata.MISPRINTS[name].errors())}
+  return {name: list(misprints.MISPRINTS[name].errors())}
 
 
 def taylor_errors():
