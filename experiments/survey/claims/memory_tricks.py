@@ -68,12 +68,12 @@ def training(function, periods) -> dict[str, float]:
 
 def in_segments(periods, count):
   """Abstract layers [l, ...] as segments [count, l / count, ...]."""
-  return jax.tree.map(
-    lambda p: jax.ShapeDtypeStruct(
-      (count, p.shape[0] // count, *p.shape[1:]), p.dtype
-    ),
-    periods,
-  )
+
+  def cut(p):
+    shape = (count, p.shape[0] // count, *p.shape[1:])
+    return jax.ShapeDtypeStruct(shape, p.dtype)
+
+  return jax.tree.map(cut, periods)
 
 
 def reversal(layers: int, dtype: str, width=64, tokens=32) -> float:
@@ -269,17 +269,13 @@ def reversible_layers_take_two(v):
 
 
 def _table(v) -> list:
-  both = [
-    key for name in METHODS for key in (f'{name} memory', f'{name} passes')
-  ]
-  head = ['layers']
-  for said in METHODS.values():
+  head, columns = ['layers'], [v['depths']]
+  for name, said in METHODS.items():
     head += [said, 'passes']
+    columns += [v[f'{name} memory'], v[f'{name} passes']]
   errors = [f'errors {dtype}' for dtype in DTYPES]
   return [
-    page.Table(
-      head, list(zip(v['depths'], *(v[key] for key in both), strict=True))
-    ),
+    page.Table(head, list(zip(*columns, strict=True))),
     page.Text(
       'Peak of live arrays in inputs of a layer, without the gradients of the '
       f'parameters, and FLOPs in forward passes: blocks of width {WIDTH} on '
