@@ -66,6 +66,8 @@ def endless(
   """Batches the examples of this process out of an endless sequence."""
   # Batch i of process p is global batch i's rows p * size to (p + 1) * size.
   size = len(rows)
+  if size == 1:  # grain counts batches as a float, which endless ones overflow
+    examples = examples[: 2**53]
   own = examples.batch(size)[rows.start // size :: batch_size // size]
   return prefetch(own.to_iter_dataset(READ), workers)
 

@@ -39,7 +39,11 @@ def cross_entropy(
   """
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
   log_z = jax.nn.logsumexp(logits, axis=-1)
-  picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+  if 1 in labels.shape:  # an axis of one has no sharding that a gather takes
+    chosen = jnp.arange(logits.shape[-1]) == labels[..., None]
+    picked = jnp.sum(jnp.where(chosen, logits, 0), axis=-1)
+  else:
+    picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
   nll = log_z - picked
   objective = nll
   if label_smoothing:

@@ -113,6 +113,16 @@ def test_processes_share_every_batch(config, split):
   assert _differ(first, second)
 
 
+def test_a_batch_may_be_one_example():
+  one, four = (
+    data.load(DataConfig(name='digits'), batch_size=size).train
+    for size in (1, 4)
+  )
+  (whole,) = _take(four, 1)
+  rows = [batch['label'][0] for batch in _take(one, 4)]
+  np.testing.assert_array_equal(rows, whole['label'])
+
+
 def test_epochs_are_shuffled_anew():
   loaded = data.load(DataConfig(name='digits'), batch_size=1500)
   first, second = _take(loaded.train, 2)
