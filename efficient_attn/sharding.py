@@ -99,6 +99,14 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   return jax.sharding.reshard(x, activation_spec(names))
 
 
+def like(x: jax.Array, other: jax.Array) -> jax.Array:
+  """Lays `x` out as `other`, an array of as many axes (no mesh: unchanged)."""
+  spec = jax.typeof(other).sharding.spec
+  if off_mesh() or jax.typeof(x).sharding.spec == spec:
+    return x
+  return jax.sharding.reshard(x, spec)
+
+
 def lookup(table: jax.Array, ids: jax.Array, *names: str | None) -> jax.Array:
   """Returns table[ids]; `names` are the logical axes of the result.
 
@@ -112,16 +120,18 @@ def lookup(table: jax.Array, ids: jax.Array, *names: str | None) -> jax.Array:
 LETTERS = {'B': 'batch', 'N': 'heads', 'K': 'heads'}
 
 
-def local_op(op: Callable, inputs: tuple, outputs) -> Callable:
+def local_op(op: Callable, inputs: tuple, outputs, **named: str) -> Callable:
   """Wraps a single-device op so that it runs on each shard of its arguments.
 
   Args:
-    op: a function of positional arrays (or pytrees of them, or None).
+    op: a function of positional arrays (or pytrees of them, or None), and of
+      options by keyword.
     inputs: the layout of each argument as letters, 'BTNH', where B is sharded
       as the batch and N (or K) as heads; for a pytree a function from an array
       leaf to its letters, a dict of letters, or a tree of them.
     outputs: the same for the results, as a pytree prefix; or a function from
       the shapes of the results to it.
+    **named: the layouts of options that are arrays (or None, or a static int).
 
   Returns:
     A function of the same arguments: `op` itself without a mesh, else one
@@ -145,18 +155,30 @@ def local_op(op: Callable, inputs: tuple, outputs) -> Callable:
     return jax.tree.map(leaf, arg, letters)
 
   @functools.wraps(op)
-  def wrapped(*args):
+  def wrapped(*args, **options):
     if off_mesh():
-      return op(*args)
+      return op(*args, **options)
+    traced = {
+      name: letters
+      for name, letters in named.items()
+      if not isinstance(options.get(name), int)
+    }
+    static = {k: v for k, v in options.items() if k not in traced}
+
+    def run(*args):
+      *args, arrays = args
+      return op(*args, **arrays, **static)
+
+    args = (*args, {name: options.get(name) for name in traced})
     results = outputs
     if callable(outputs):
       shapes = [
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arg)
         for arg in args
       ]
-      results = outputs(*jax.eval_shape(op, *shapes))
-    args = [lay_out(i, a) for i, a in zip(inputs, args, strict=True)]
+      results = outputs(*jax.eval_shape(run, *shapes))
+    args = [lay_out(i, a) for i, a in zip((*inputs, traced), args, strict=True)]
     out_specs = jax.tree.map(spec, results)
-    return jax.shard_map(op, out_specs=out_specs, check_vma=False)(*args)
+    return jax.shard_map(run, out_specs=out_specs, check_vma=False)(*args)
 
   return wrapped
