@@ -5,8 +5,8 @@ never a very negative gate: tokens carry the number of boundaries up to them,
 and two tokens belong together when their counts are equal.
 """
 
-import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from efficient_attn.values import ConfigError
@@ -56,7 +56,21 @@ def segment_positions(segment_ids: Int[Array, 'B T']) -> Int[Array, 'B T']:
   """The place of each token in its segment, from 0."""
   index = jnp.arange(segment_ids.shape[1])
   starts = jnp.where(segment_starts(segment_ids), index, 0)
-  return index - jax.lax.cummax(starts, axis=1)
+  return index - lax.cummax(starts, axis=1)
+
+
+def first_tokens(
+  segment_ids: Int[Array, 'B T'],
+  offset: int | Int[Array, ''],
+  before: Int[Array, 'B'],
+) -> Int[Array, 'B T']:
+  """The index of the first token of the segment of each.
+
+  Token 0 has index `offset`, and its segment began at `before`.
+  """
+  index = offset + jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+  starts = jnp.where(segment_starts(segment_ids), index, before[:, None])
+  return lax.cummax(starts, axis=1)
 
 
 def counts_before(counts: Int[Array, 'n B C']) -> Int[Array, 'n B']:

@@ -200,6 +200,23 @@ def test_packed_equals_separate():
         close(gradient[:, a:b], expected[name], 1e-12)
 
 
+@pytest.mark.parametrize('form', ['blockwise', 'recurrent'])
+def test_packed_rows_continue(form):
+  arrays = make(12)
+  # Across the cut, 6, goes on what began at 4, or at 0.
+  ids = np.repeat([[5, 1, 2], [0, 0, 3]], [4, 5, 3], axis=1)
+  with jax.enable_x64(True):
+    expected, *_ = call('parallel')(arrays, arrays['v'], ids)
+    empty = jax.tree.map(jnp.zeros_like, make_past(arrays, 12, 12)[0])
+    state, parts = empty, []
+    for part in CUT:
+      piece = {n: x[:, part] for n, x in arrays.items()}
+      out, _, state = call(form)(piece, piece['v'], ids[:, part], state)
+      parts.append(out)
+  close(jnp.concatenate(parts, 1), expected, 1e-12)
+  np.testing.assert_array_equal(state.start, [9, 9])
+
+
 @every_form
 def test_causality_is_bitwise(form):
   T = 13
@@ -288,10 +305,6 @@ def test_wrong_calls(unchecked):
     path_attention(**arrays, form='chunkwise')
   with pytest.raises(NotImplementedError, match="'pallas'"):
     path_attention(**arrays, implementation='pallas')
-  with pytest.raises(NotImplementedError, match='packed'):
-    path_attention(
-      **arrays, initial_state=past, segment_ids=jnp.ones((B, 4), jnp.int32)
-    )
   with pytest.raises(ValueError, match='room for 3 tokens'):
     short = jax.tree.map(lambda x: x[:, :3] if x.ndim else x, past)
     path_attention(**arrays, initial_state=short)

@@ -40,6 +40,7 @@ def dsa_attention(
   causal: bool = True,
   offset: int | Int[Array, ''] = 0,
   segment_ids: Int[Array, 'B S'] | None = None,
+  starts: Int[Array, 'B T'] | None = None,
 ) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B T 1']]:
   """Attention to the tokens that the indexer scores highest.
 
@@ -55,6 +56,7 @@ def dsa_attention(
     offset: the index of the first query among the keys.
     segment_ids: of all tokens, where T = S; a segment ends where the id
       changes, and segments do not see each other.
+    starts: the first key that each query may see.
 
   Returns:
     The output, in the query's dtype, and the loss of the indexer,
@@ -66,19 +68,21 @@ def dsa_attention(
   place = jnp.broadcast_to(offset + jnp.arange(T), (B, T))
 
   def score(marks):
-    index_query, index_weights, place, segment = marks
+    index_query, index_weights, *where = marks
     scores = index_scores(index_query, index_key, index_weights)
-    seen = visible(place, segment, key.shape[1], causal, segment_ids)
+    seen = visible(*where, causal, key.shape[1], segment_ids)
     return jnp.where(seen, scores, -jnp.inf)[:, None]
 
-  marks = index_query, index_weights, place, segment_ids
+  marks = index_query, index_weights, place, starts, segment_ids
   return token_attention(query, key, value, score, marks, top_k=top_k)
 
 
-def visible(place, segment, length, causal, segment_ids):
+def visible(place, start, segment, causal, length, segment_ids):
   """Which of `length` keys queries at `place` [B, C] of `segment` may see."""
   index = jnp.arange(length)
   seen = (index <= place[..., None]) | (not causal)
+  if start is not None:
+    seen &= index >= start[..., None]
   if segment_ids is not None:
     seen &= segment[..., None] == segment_ids[:, None]
   return seen

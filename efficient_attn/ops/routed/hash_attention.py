@@ -29,6 +29,7 @@ def hash_attention(
   causal: bool = True,
   offset: int | Int[Array, ''] = 0,
   segment_ids: Int[Array, 'B S'] | None = None,
+  starts: Int[Array, 'B T'] | None = None,
 ) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B T N']]:
   """Attention to the tokens whose signs agree best with the query's.
 
@@ -43,6 +44,7 @@ def hash_attention(
     offset: the index of the first query among the keys.
     segment_ids: of all tokens, where T = S; a segment ends where the id
       changes, and segments do not see each other.
+    starts: the first key that each query may see.
 
   Returns:
     The output, in the query's dtype, and the loss of the signs,
@@ -55,15 +57,15 @@ def hash_attention(
   place = jnp.broadcast_to(offset + jnp.arange(T), (B, T))
 
   def score(marks):
-    query_signs, place, segment = marks
-    C = place.shape[1]
+    query_signs, *where = marks
+    C = query_signs.shape[1]
     grouped = query_signs.reshape(B, C, K, N // K, L)
     scores = L**-0.5 * jnp.einsum('bckgl,bskl->bkgcs', grouped, key_signs)
-    seen = visible(place, segment, key.shape[1], causal, segment_ids)
+    seen = visible(*where, causal, key.shape[1], segment_ids)
     scores = scores.reshape(B, N, C, -1).astype(jnp.float32)
     return jnp.where(seen[:, None], scores, -jnp.inf)
 
-  marks = query_signs, place, segment_ids
+  marks = query_signs, place, starts, segment_ids
   return token_attention(query, key, value, score, marks, top_k=top_k)
 
 

@@ -38,12 +38,14 @@ class Past(NamedTuple):
     value: [B, S, N, V].
     forget: [B, S, N], the log forget gates since the key; float32.
     length: [], how many of the S tokens there are.
+    start: [B], where the segment of the last one began; None: at 0.
   """
 
   key: Float[Array, 'B S N H']
   value: Float[Array, 'B S N V']
   forget: Float[Array, 'B S N']
   length: Int[Array, '']
+  start: Int[Array, 'B'] | None = None
 
 
 def path_attention(
@@ -72,9 +74,9 @@ def path_attention(
     log_forget: <= 0, what each token subtracts from the logits of the keys
       before it. -inf hides them.
     scale: factor of the logits before the forget gates; None is H ** -0.5.
-    initial_state: past tokens, with room for T more; not with segment_ids.
+    initial_state: past tokens, with room for T more.
     segment_ids: a token reads only back to the last token whose id differs
-      from the id of the token before it.
+      from the id of the token before it. Token 0 continues `initial_state`.
     form: 'blockwise', 'recurrent' (token by token) or 'parallel' (one block);
       None is 'recurrent' for one token and 'blockwise' otherwise.
     chunk_size: tokens per block, a power of two.
@@ -102,9 +104,14 @@ def path_attention(
   gate = jnp.zeros(beta.shape, dtype) if log_forget is None else log_forget
   gate = jnp.maximum(gate.astype(dtype), scores.HARDEST)
   tokens = (scale * q.astype(dtype), *(x.astype(dtype) for x in (k, w, beta)))
-  counts = None
+  offset = past.length if past else 0
+  starts = start = past and past.start
   if segment_ids is not None:
-    counts = chunks.segment_counts(segment_ids)
+    before = jnp.zeros(batch, jnp.int32) if start is None else start
+    starts = chunks.first_tokens(segment_ids, offset, before)
+    start = starts[:, -1]
+  elif start is not None:
+    starts = jnp.broadcast_to(start[:, None], (batch, length))
 
   if form == 'recurrent' or (form is None and length == 1):
     empty = Past(
@@ -113,14 +120,14 @@ def path_attention(
       jnp.zeros((batch, length, heads), dtype),
       jnp.zeros((), jnp.int32),
     )
-    out, state = _recurrent(*tokens, v, gate, past or empty, counts)
-    return out.astype(v.dtype), state if past else None
+    out, state = _recurrent(*tokens, v, gate, past or empty, starts)
+    return out.astype(v.dtype), state._replace(start=start) if past else None
   if form == 'parallel':
     chunk_size = 1 << (length - 1).bit_length()
   size = chunks.chunk_length(length, chunk_size)
   # A bias that is known to be zero is not computed.
   bias = gate if log_forget is not None or past else None
-  out, turned = _blockwise(*tokens, v, bias, past, counts, size)
+  out, turned = _blockwise(*tokens, v, bias, past, starts, size)
   if past is None:
     return out.astype(v.dtype), None
 
@@ -135,6 +142,7 @@ def path_attention(
     value=put(past.value, v),
     forget=put(past.forget + since[:, :1], later),
     length=past.length + length,
+    start=start,
   )
   return out.astype(v.dtype), state
 
@@ -143,39 +151,39 @@ def _dot(spec, *operands):
   return jnp.einsum(spec, *operands, precision=lax.Precision.HIGHEST)
 
 
-def _recurrent(q, k, w, beta, v, gate, past, counts):
+def _recurrent(q, k, w, beta, v, gate, past, starts):
   slots = jnp.arange(past.key.shape[1])
 
   def step(past, token):
-    q, k, w, beta, v, gate, count = token
+    q, k, w, beta, v, gate, start = token
     along = _dot('bsnh,bnh->bsn', past.key, w) * beta[:, None]
 
     def put(old, new):
       new = new[:, None].astype(old.dtype)
       return lax.dynamic_update_slice_in_dim(old, new, past.length, 1)
 
-    here = Past(
+    here = past._replace(
       key=put(past.key - along[..., None] * w[:, None], k),
       value=put(past.value, v),
       forget=put(past.forget + gate[:, None], jnp.zeros_like(gate)),
       length=past.length + 1,
     )
     mask = (slots <= past.length)[None]
-    if counts is not None:
-      mask &= counts == count[:, None]
+    if start is not None:
+      mask &= slots >= start[:, None]
     logits = _dot('bnh,bsnh->bsn', q, here.key) + here.forget
     logits = jnp.where(mask[..., None], logits, -jnp.inf)
     weights = jax.nn.softmax(logits, axis=1)
     value = here.value.astype(weights.dtype)
     return here, _dot('bsn,bsnv->bnv', weights, value)
 
-  tokens = q, k, w, beta, v, gate, counts
+  tokens = q, k, w, beta, v, gate, starts
   tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)
   past, out = lax.scan(step, past, tokens)
   return jnp.moveaxis(out, 0, 1), past
 
 
-def _blockwise(q, k, w, beta, v, gate, past, counts, size):
+def _blockwise(q, k, w, beta, v, gate, past, starts, size):
   """Returns out, and the keys of the past and of the tokens, turned."""
   batch, length, heads, channels = q.shape
 
@@ -188,8 +196,8 @@ def _blockwise(q, k, w, beta, v, gate, past, counts, size):
   number = q.shape[0]
   total = number * size
   index = np.arange(total)
-  if counts is not None:
-    counts = jnp.pad(counts, ((0, 0), (0, total - length)), mode='edge')
+  if starts is not None:
+    starts = jnp.pad(starts, ((0, 0), (0, total - length)), mode='edge')
   bias = before = None
   if gate is not None:
     padded = jnp.pad(gate, ((0, 0), (0, total - length), (0, 0)))
@@ -216,14 +224,18 @@ def _blockwise(q, k, w, beta, v, gate, past, counts, size):
     if bias is not None:
       logits = logits + bias.tile(rows, jnp.arange(total))
     mask = (rows[:, None] >= index)[None, None]
-    if counts is not None:
-      mask &= (counts[:, rows, None] == counts[:, None])[:, None]
+    if starts is not None:
+      begun = starts[:, None, rows, None]
+      mask &= index + (past.length if past else 0) >= begun
     logits = jnp.where(mask, logits, -jnp.inf)
     if past is not None:
       old = _dot('bnch,bsnh->bncs', first, past.key)
       old = old + jnp.swapaxes(past.forget, 1, 2)[:, :, None]
       old = old + jnp.swapaxes(before[:, rows], 1, 2)[..., None]
-      there = jnp.arange(old.shape[-1]) < past.length
+      slots = jnp.arange(old.shape[-1])
+      there = slots < past.length
+      if starts is not None:
+        there &= slots >= begun
       logits = jnp.concatenate([jnp.where(there, old, -jnp.inf), logits], -1)
     weights = jax.nn.softmax(logits, axis=-1)
     new = weights[..., -total:].reshape(batch, heads, size, number, size)
@@ -312,11 +324,6 @@ def _check(q, k, v, w, beta, log_forget, past, segment_ids):
     shapes.check_log_decay(log_forget)
   if past is None:
     return
-  if segment_ids is not None:
-    raise NotImplementedError(
-      'path_attention has no past of packed sequences: pass initial_state or '
-      'segment_ids, not both.'
-    )
   batch, length, heads, channels = q.shape
   room = past.key.shape[1]
   lead = (batch, room, heads)
@@ -325,6 +332,7 @@ def _check(q, k, v, w, beta, log_forget, past, segment_ids):
     'initial_state.value': (past.value, (*lead, v.shape[-1])),
     'initial_state.forget': (past.forget, lead),
     'initial_state.length': (past.length, ()),
+    'initial_state.start': (past.start, (batch,)),
   }
   shapes.check_shapes(wanted)
   if room < length:
