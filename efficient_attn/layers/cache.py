@@ -9,14 +9,16 @@ scalars have the rows of the batch as their first axis.
   RecurrentCache  a state of fixed size
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 
+from efficient_attn import sharding
 from efficient_attn.layers.context import Context
-from efficient_attn.ops import masks
+from efficient_attn.ops import chunks, masks
 
 
 @chex.dataclass(frozen=True)
@@ -25,8 +27,8 @@ class Cursor:
 
   Attributes:
     length: [] int32, how many tokens it has seen, with what was padding.
-    start: [B] int32, how many of them were padding in front of each row; None
-      for none. So rows of unequal length end together.
+    start: [B] int32, how many of them were padding in front of each row, or in
+      earlier segments; None for none. So rows of unequal length end together.
   """
 
   length: jax.Array
@@ -40,15 +42,32 @@ class Cursor:
     new = self.length + jnp.arange(*span)
     return new if self.start is None else new - self.start[:, None]
 
+  def starts(self, context: Context, count: int) -> jax.Array | None:
+    """Returns the first token that each of `count` new ones may see, [B, T].
+
+    That is where its segment began; None: token 0.
+    """
+    ids, start = context.segment_ids, self.start
+    if ids is None:
+      if start is None:
+        return None
+      return jnp.broadcast_to(start[:, None], (start.size, count))
+    start = jnp.zeros_like(ids[:, 0]) if start is None else start
+    return chunks.first_tokens(ids, self.length, start)
+
   def advance(self, count: int, context: Context) -> 'Cursor':
-    """Moves on by `count` tokens, of which leading ones of id 0 are padding."""
-    start = self.start
+    """Moves on by `count` tokens, of which those of id 0 are padding.
+
+    What comes behind padding begins anew.
+    """
+    length, start = self.length + count, self.start
     if context.segment_ids is not None:
-      leading = jnp.cumprod(context.segment_ids == 0, axis=1).sum(1)
-      before = 0 if start is None else start
-      start = before + jnp.where(before == self.length, leading, 0)
-      start = start.astype(jnp.int32)
-    return Cursor(length=self.length + count, start=start)
+      start = jnp.where(
+        context.segment_ids[:, -1] == 0,
+        length,
+        self.starts(context, count)[:, -1],
+      )
+    return Cursor(length=length, start=start)
 
   def hides_padding(self, count: int) -> masks.Mask | None:
     """Returns the mask that admits what is no padding among `count` keys."""
@@ -71,7 +90,11 @@ def positions_of(context: Context, cursor: Cursor | None, count: int):
   """
   if context.positions is not None:
     return context.positions
-  return jnp.arange(count) if cursor is None else cursor.positions(count)
+  if cursor is None:
+    return jnp.arange(count)
+  starts = cursor.starts(context, count)
+  new = cursor.length + jnp.arange(count)
+  return new if starts is None else new - starts
 
 
 @chex.dataclass(frozen=True)
@@ -96,7 +119,10 @@ class TokenCache:
       raise ValueError(f'{count} tokens but a cache of {room}; make it larger')
     buffers = {
       name: jax.lax.dynamic_update_slice_in_dim(
-        buffer, new[name].astype(buffer.dtype), at, axis=1
+        sharding.like(buffer, new[name]),
+        new[name].astype(buffer.dtype),
+        at,
+        axis=1,
       )
       for name, buffer in self.buffers.items()
     }
@@ -105,14 +131,53 @@ class TokenCache:
 
 
 def token_cache(
-  batch: int, max_len: int, dtype, state: Any = None, **widths: tuple[int, ...]
+  batch: int,
+  max_len: int,
+  dtype,
+  state: Any = None,
+  dtypes: Mapping[str, Any] = {},
+  **widths: tuple[int, ...],
 ) -> TokenCache:
-  """Returns room for `max_len` tokens, of `widths` by name."""
+  """Returns room for `max_len` tokens, of `widths` by name.
+
+  Buffers have `dtype`, except those named in `dtypes`.
+  """
   buffers = {
-    name: jnp.zeros((batch, max_len, *width), dtype)
+    name: jnp.zeros((batch, max_len, *width), dtypes.get(name, dtype))
     for name, width in widths.items()
   }
   return TokenCache(buffers=buffers, cursor=new_cursor(), state=state)
+
+
+def recall(context: Context, cache: TokenCache | None, **new: jax.Array):
+  """Returns a tuple of arrays of all tokens, the next cache, and an offset.
+
+  The offset is the index of the first of the `new` tokens [B, T, ...], which
+  are all that there are without a cache.
+  """
+  if cache is None:
+    return tuple(new.values()), None, 0
+  offset, cache = cache.cursor.length, cache.append(context, **new)
+  return tuple(cache.buffers[name] for name in new), cache, offset
+
+
+def restrict(
+  mask: masks.Mask | None, context: Context, cache: TokenCache | None, count
+) -> masks.Mask | None:
+  """Restricts the mask of `count` new tokens to the segment of each.
+
+  `cache` is the one before them, whose padding in front is hidden too. `mask`
+  is causal where there is one, and counts tokens from the first that it holds.
+  """
+  if cache is None:
+    ids = context.segment_ids
+    return mask if ids is None else masks.packed(mask, ids)
+  starts = cache.cursor.starts(context, count)
+  if starts is None:
+    return mask
+  room = next(iter(cache.buffers.values())).shape[1]
+  begun = masks.At(~masks.Causal(-1), starts, jnp.arange(room)[None])
+  return mask & begun
 
 
 @chex.dataclass(frozen=True)
@@ -134,7 +199,10 @@ class WindowCache:
     """
     count = next(iter(new.values())).shape[1]
     joined = {
-      name: jnp.concatenate([buffer, new[name].astype(buffer.dtype)], axis=1)
+      name: jnp.concatenate(
+        [sharding.like(buffer, new[name]), new[name].astype(buffer.dtype)],
+        axis=1,
+      )
       for name, buffer in self.buffers.items()
     }
     buffers = {name: array[:, count:] for name, array in joined.items()}

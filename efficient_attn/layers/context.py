@@ -32,15 +32,19 @@ class Context:
   memory: jax.Array | None = None
   memory_mask: jax.Array | None = None
 
-  def without_padding(self, x: jax.Array) -> jax.Array:
+  def without_padding(self, x: jax.Array, entirely: bool = False) -> jax.Array:
     """Zeroes what padding holds of x [B, T, D] that no product survives.
 
     Padding is a segment of its own, so that no weight and no state leads from
     it to another token. Yet 0 NaN is NaN, in the products of a tile and in the
     gradients of the parameters: NaN, infinities and numbers past 1e18 end here.
-    Other numbers stay, and with them a sequence whose id happens to be 0.
+    Other numbers stay, and with them a sequence whose id happens to be 0;
+    unless `entirely`, so that a call that ends in padding leaves nothing to
+    the next one.
     """
     if self.segment_ids is None:
       return x
+    if entirely:
+      return jnp.where((self.segment_ids == 0)[..., None], 0, x)
     usual = jnp.abs(x.astype(jnp.float32)) <= LARGEST
     return jnp.where((self.segment_ids == 0)[..., None] & ~usual, 0, x)

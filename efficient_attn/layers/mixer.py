@@ -22,16 +22,36 @@ class Mixer(nnx.Module):
   """Token mixer [B, T, D] -> [B, T, D]; a subclass has the other methods.
 
   Attributes:
+    causal: whether no token sees a later one, without which there is no cache.
+    packing: whether it keeps the segments of a packed row apart.
     left_padding: whether a cache may begin with padding, as rows of unequal
       length have it.
   """
 
+  causal = True
+  packing = True
   left_padding = True
 
   def __call__(self, x: jax.Array, context: Context | None = None, cache=None):
     """Returns y [B, T, D] and the next cache (None without one)."""
     context = Context() if context is None else context
-    return self.mix_tokens(context.without_padding(x), context, cache)
+    self.check_rows(context, cache)
+    x = context.without_padding(x, entirely=cache is not None)
+    return self.mix_tokens(x, context, cache)
+
+  def check_rows(self, context: Context, cache) -> None:
+    """Raises where it cannot mix such rows."""
+    name, segments = type(self).__name__, context.segment_ids is not None
+    if cache is not None and not self.causal:
+      refuse_cache(name)
+    if cache is not None and segments and not self.left_padding:
+      raise NotImplementedError(
+        f'{name} cannot begin a cache with padding or continue packed'
+        ' sequences, because it counts tokens from the start of the row; make'
+        ' prompts of one length, or decode them one by one'
+      )
+    if segments and not self.packing:
+      refuse_segments(name, context)
 
   def mix_tokens(self, x: jax.Array, context: Context, cache):
     """Mixes x [B, T, D], whose padding is finite."""
@@ -48,11 +68,10 @@ class WholeMixer(Mixer):
   A subclass has `mix_whole`.
   """
 
+  causal = packing = left_padding = False
+
   def mix_tokens(self, x, context, cache):
-    """Refuses a cache and packed rows."""
-    refuse_segments(type(self).__name__, context)
-    if cache is not None:
-      self.init_cache(*x.shape[:2], x.dtype)
+    """Mixes whole rows, without a cache."""
     return self.mix_whole(x, context), None
 
   def mix_whole(self, x: jax.Array, context: Context) -> jax.Array:
@@ -100,21 +119,11 @@ class SharesKeys(Protocol):
   Attributes:
     shared_kv: whether it has none of its own and reads those of the nearest
       such layer before it in the pattern.
-    shares_keys: whether its options leave all its keys for another to read.
     kv_heads: their number and width.
   """
 
   shared_kv: bool
-  shares_keys: bool
   kv_heads: tuple[int, int]
 
   def mix_sharing(self, x, context, cache, shared):
     """Returns y, the cache, and what the next layer finds in `shared`."""
-
-
-@runtime_checkable
-class OnGrid(Protocol):
-  """A mixer whose tokens are the places of a grid."""
-
-  def check_grid(self, grid: tuple[int, ...]) -> None:
-    """Raises a ConfigError for () and for a grid that it cannot use."""
