@@ -7,13 +7,12 @@ Only c is kept of past tokens; `attend` expands it, or does without.
 
 from collections.abc import Mapping
 
-import jax
-import jax.numpy as jnp
-
 from efficient_attn.layers.cache import (
-  append,
-  check_cacheable,
-  next_positions,
+  TokenCache,
+  positions_of,
+  recall,
+  restrict,
+  token_cache,
 )
 from efficient_attn.layers.mixer import Mixer
 from efficient_attn.ops import masks
@@ -22,29 +21,22 @@ from efficient_attn.ops import masks
 class Compact(Mixer):
   """Token mixer [B, T, D] -> [B, T, D] that remembers `widths` of a token.
 
-  A subclass sets both attributes, maps tokens to queries and what is remembered
-  (`project`), and attends over what was (`attend`).
+  A subclass sets `causal` and `widths`, maps tokens to queries and what is
+  remembered (`project`), and attends over what was (`attend`).
   """
 
-  causal: bool
   widths: Mapping[str, tuple[int, ...]]
 
   def mix_tokens(self, x, context, cache):
     """Mixes tokens; see `layers.mixer` for the contract."""
-    positions = context.positions
-    if positions is None:
-      positions = next_positions(cache, x.shape[1])
+    T = x.shape[1]
+    positions = positions_of(context, cache and cache.cursor, T)
     query, memory = self.project(x, positions)
-    offset = 0
-    if cache is not None:
-      check_cacheable(self.causal, context.segment_ids)
-      offset = cache['length']
-      memory = {k: append(cache[k], new, offset) for k, new in memory.items()}
-      cache = memory | dict(length=offset + x.shape[1])
+    seen, after, offset = recall(context, cache, **memory)
     mask = masks.Causal(offset) if self.causal else None
-    if context.segment_ids is not None:
-      mask = masks.packed(mask, context.segment_ids)
-    return self.attend(query, memory, mask), cache
+    mask = restrict(mask, context, cache, T)
+    memory = dict(zip(memory, seen, strict=True))
+    return self.attend(query, memory, mask), after
 
   def project(self, x, positions):
     """Returns queries [B, T, N, H] and the memory of the new tokens."""
@@ -54,10 +46,6 @@ class Compact(Mixer):
     """Attends over the memory [B, S, ...] and projects to [B, T, D]."""
     raise NotImplementedError
 
-  def init_cache(self, batch: int, max_len: int, dtype) -> dict[str, jax.Array]:
+  def init_cache(self, batch: int, max_len: int, dtype) -> TokenCache:
     """Returns room for `max_len` tokens; writing past it is wrong."""
-    empty = {
-      name: jnp.zeros((batch, max_len, *width), dtype)
-      for name, width in self.widths.items()
-    }
-    return empty | dict(length=jnp.zeros((), jnp.int32))
+    return token_cache(batch, max_len, dtype, **self.widths)

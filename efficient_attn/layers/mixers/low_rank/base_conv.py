@@ -8,6 +8,7 @@ which is what recall needs beside a memory: pairs (key, value) become one token.
 
 from flax import nnx
 
+from efficient_attn.layers.cache import RecurrentCache
 from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.param import Projection
@@ -36,12 +37,12 @@ class BaseConv(Mixer):
   def mix_tokens(self, x, context, cache):
     """Mixes tokens; see `layers.mixer` for the contract."""
     mixed, tail = self.conv(
-      x, segment_ids=context.segment_ids, state=cache and cache['conv']
+      x, segment_ids=context.segment_ids, state=cache and cache.tails
     )
-    cache = None if cache is None else dict(conv=tail)
+    cache = cache and cache.replace(tails=tail)
     return self.project(x) * mixed, cache
 
   def init_cache(self, batch: int, max_len: int, dtype):
     """Returns the inputs before the first token, zeros."""
     del max_len
-    return dict(conv=self.conv.init_state(batch, dtype))
+    return RecurrentCache(state=None, tails=self.conv.init_state(batch, dtype))

@@ -18,7 +18,8 @@ from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError, choose
-from efficient_attn.layers.mixer import Mixer, refuse_segments
+from efficient_attn.layers.cache import RecurrentCache
+from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.mixers.low_rank.transformer_xl import (
   RELATIVE,
   Relative,
@@ -40,6 +41,8 @@ MEMORY = {0: '', 4: 'BSNH'}
 
 class Compressive(Mixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  packing = left_padding = False
 
   def __init__(
     self,
@@ -80,9 +83,8 @@ class Compressive(Mixer):
 
   def mix_tokens(self, x, context, cache):
     """Mixes tokens; see `layers.mixer` for the contract."""
-    refuse_segments('compressive', context)
     heads, _ = self.qkv(x)
-    state, tail = (None, None) if cache is None else cache
+    state, tail = cache and cache.state, cache and cache.tails
 
     def compress(x, taps, tail, length):
       rate = self.sizes['rate']
@@ -119,10 +121,11 @@ class Compressive(Mixer):
     op = sharding.local_op(op, (*['BTNH'] * 5, RELATIVE, memory), lay_out)
     entries = self.qkv.key(slots), self.qkv.value(slots)
     o, state = op(*heads, *entries, self.relative(x.dtype), state)
-    return self.out(o), None if cache is None else (state, tail)
+    return self.out(o), cache and cache.replace(state=state, tails=tail)
 
   def init_cache(self, batch: int, max_len: int, dtype):
     """Returns two empty memories; `max_len` does not matter."""
     state = ops.init_memory(batch, self.heads, dtype, **self.sizes)
     width = self.relative.weight.shape[0]
-    return state, jnp.zeros((batch, self.sizes['rate'] - 1, width), dtype)
+    tail = jnp.zeros((batch, self.sizes['rate'] - 1, width), dtype)
+    return RecurrentCache(state=state, tails=tail)

@@ -11,9 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn import sharding
-from efficient_attn.layers.mixer import (
-  WholeMixer,
-)
+from efficient_attn.layers.mixer import WholeMixer
 
 
 class FNet(WholeMixer):

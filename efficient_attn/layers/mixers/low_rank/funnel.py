@@ -20,9 +20,7 @@ from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.config import choose
-from efficient_attn.layers.mixer import (
-  WholeMixer,
-)
+from efficient_attn.layers.mixer import WholeMixer
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.ops.pooling import mean_pool, repeat

@@ -15,9 +15,7 @@ from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError
-from efficient_attn.layers.mixer import (
-  WholeMixer,
-)
+from efficient_attn.layers.mixer import WholeMixer
 from efficient_attn.layers.norm import RMSNorm
 from efficient_attn.layers.param import Projection, fan_in_normal, param, use
 from efficient_attn.ops.low_rank.lambda_layer import lambda_layer

@@ -23,9 +23,7 @@ from efficient_attn import sharding
 from efficient_attn.layers.context import Context
 from efficient_attn.layers.cross_attention import CrossAttention
 from efficient_attn.layers.ffn import MLP
-from efficient_attn.layers.mixer import (
-  WholeMixer,
-)
+from efficient_attn.layers.mixer import WholeMixer
 from efficient_attn.layers.norm import LayerNorm
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.values import Positive

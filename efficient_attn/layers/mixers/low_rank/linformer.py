@@ -15,9 +15,7 @@ from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError
-from efficient_attn.layers.mixer import (
-  WholeMixer,
-)
+from efficient_attn.layers.mixer import WholeMixer
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.ops.softmax.attention import attention

@@ -18,8 +18,8 @@ from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError, choose
-from efficient_attn.layers.cache import append
-from efficient_attn.layers.mixer import Mixer, refuse_segments
+from efficient_attn.layers.cache import TokenCache, recall, token_cache
+from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.param import Projection, fan_in_normal, param, use
 from efficient_attn.ops.low_rank import synthesizer as ops
 from efficient_attn.ops.softmax.logits import attend_logits, heads_first
@@ -30,6 +30,8 @@ KINDS = ('dense', 'factorized_dense', 'random', 'factorized_random')
 
 class Synthesizer(Mixer):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  packing = left_padding = False
 
   def __init__(
     self,
@@ -81,17 +83,10 @@ class Synthesizer(Mixer):
 
   def mix_tokens(self, x, context, cache):
     """Mixes tokens; see `layers.mixer` for the contract."""
-    refuse_segments('synthesizer', context)
-    value, offset = self.value(x), 0
-    if cache is not None:
-      if not self.causal:
-        raise NotImplementedError('an encoder has no cache; use causal=True')
-      offset = cache['length']
-      value = append(cache['value'], value, offset)
-      cache = dict(value=value, length=offset + x.shape[1])
+    (value,), cache, offset = recall(context, cache, value=self.value(x))
     self._check(value.shape[1])
 
-    def op(hidden, tables, biases, value, offset):
+    def op(hidden, tables, biases, value, *, offset):
       rows, columns = x.shape[1], value.shape[1]
       logits = self.logits(hidden, tables, biases, offset, rows, columns)
       mask = None
@@ -103,13 +98,13 @@ class Synthesizer(Mixer):
     def ranks(leaf):
       return {2: 'NL', 3: 'NHL', 4: 'BTNH'}[leaf.ndim]
 
-    op = sharding.local_op(op, (*[ranks] * 3, 'BSNV', ''), 'BTNV')
+    op = sharding.local_op(op, (*[ranks] * 3, 'BSNV'), 'BTNV', offset='')
     o = op(
       [jax.nn.relu(hidden(x)) for hidden in self.hidden],
       [use(p, x.dtype) for p in self.tables],
       [use(p, x.dtype) for p in self.biases],
       value,
-      jnp.asarray(offset),
+      offset=offset,
     )
     return self.out(o), cache
 
@@ -132,13 +127,11 @@ class Synthesizer(Mixer):
       return first[None, ..., :columns]
     return ops.factorized_random(first, tables[1][:, :columns])
 
-  def init_cache(self, batch: int, max_len: int, dtype) -> dict[str, jax.Array]:
+  def init_cache(self, batch: int, max_len: int, dtype) -> TokenCache:
     """Returns room for `max_len` values; writing past it is wrong."""
     self._check(max_len)
-    if not self.causal:
-      raise NotImplementedError('an encoder has no cache; use causal=True')
-    empty = jnp.zeros((batch, max_len, *self.out.weight.shape[:2]), dtype)
-    return dict(value=empty, length=jnp.zeros((), jnp.int32))
+    heads = self.out.weight.shape[:2]
+    return token_cache(batch, max_len, dtype, value=heads)
 
   def _check(self, length):
     if length > self.max_len:

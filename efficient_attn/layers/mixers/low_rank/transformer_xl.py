@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn import sharding
+from efficient_attn.layers.cache import WindowCache, window_cache
 from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.param import Projection, fan_in_normal, param, use
 from efficient_attn.layers.qkv import QKV
@@ -49,12 +50,9 @@ class TransformerXL(Mixer):
 
   def mix_tokens(self, x, context, cache):
     """Mixes tokens; see `layers.mixer` for the contract."""
-    segment_ids = context.segment_ids
-    if cache is not None and not self.causal:
-      raise NotImplementedError('an encoder has no cache; use causal=True')
 
     def op(query, key, value, relative, segment_ids, state):
-      return ops.transformer_xl(
+      out, _ = ops.transformer_xl(
         query,
         key,
         value,
@@ -64,26 +62,25 @@ class TransformerXL(Mixer):
         initial_state=state,
         bidirectional=not self.causal,
       )
+      return out
 
-    def lay_out(out, state):
-      return 'BTNV', jax.tree.map(memory, state)
+    (query, key, value), _ = self.qkv(x)
+    state = None
+    if cache is not None:
+      length = jnp.sum(cache.real(), 1, dtype=jnp.int32)
+      length = jnp.broadcast_to(length, x.shape[:1])
+      state = ops.Memory(**cache.buffers, length=length)
+      _, cache = cache.append(context, key=key, value=value)
+    layouts = (*['BTNH'] * 3, RELATIVE, 'BT', lambda x: MEMORY[x.ndim])
+    op = sharding.local_op(op, layouts, 'BTNV')
+    relative, ids = self.relative(x.dtype), context.segment_ids
+    return self.out(op(query, key, value, relative, ids, state)), cache
 
-    def memory(leaf):
-      return MEMORY[leaf.ndim]
-
-    layouts = (*['BTNH'] * 3, RELATIVE, 'BT', memory)
-    op = sharding.local_op(op, layouts, lay_out)
-    heads, _ = self.qkv(x)
-    o, state = op(*heads, self.relative(x.dtype), segment_ids, cache)
-    return self.out(o), None if cache is None else state
-
-  def init_cache(self, batch: int, max_len: int, dtype) -> ops.Memory:
+  def init_cache(self, batch: int, max_len: int, dtype) -> WindowCache:
     """Returns an empty memory; `max_len` does not matter."""
-    if not self.causal:
-      raise NotImplementedError('an encoder has no cache; use causal=True')
-    shape = (batch, self.mem_len, *self.heads)
-    key, value = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
-    return ops.Memory(key, value, jnp.zeros(batch, jnp.int32))
+    return window_cache(
+      batch, self.mem_len, dtype, key=self.heads, value=self.heads
+    )
 
 
 class Relative(nnx.Module):

@@ -59,5 +59,5 @@ class Clustered(WholeMixer, GroupedHeads):
     shape = (*self.heads, self.num_bits)
     projections = jax.random.normal(jax.random.key(self.seed), shape)
     op = sharding.local_op(op, ('BTNH', 'BTKH', 'BTKV', 'N__'), 'BTNV')
-    heads = self.project(x, context.positions, None)
+    heads = self.project(x, context, None)
     return self.out(op(*heads, projections))

@@ -17,11 +17,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from efficient_attn.layers.cache import append, extend, next_positions
+from efficient_attn.layers.cache import positions_of, recall
 from efficient_attn.layers.mixers.routed.heads import (
   GroupedHeads,
   attach,
-  shard,
+  spans,
+  token_op,
 )
 from efficient_attn.layers.norm import LayerNorm
 from efficient_attn.layers.param import Projection
@@ -32,6 +33,8 @@ from efficient_attn.values import Positive
 
 class DSA(GroupedHeads):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  packing = left_padding = True
 
   def __init__(
     self,
@@ -56,36 +59,30 @@ class DSA(GroupedHeads):
 
   def mix_tokens(self, x, context, cache):
     """Mixes tokens; see `layers.mixer` for the contract."""
-    self.check_cacheable(cache, context.segment_ids)
-    attend = functools.partial(
-      dsa_attention, top_k=self.top_k, causal=self.causal
+    query, key, value = self.project(x, context, cache)
+    index_query, index_key, weight = self.index(
+      jax.lax.stop_gradient(x), context, cache
     )
-
-    def op(query, key, value, index_query, index_key, weight, ids, cache):
-      old, new = cache, index_key
-      key, value, cache, offset = extend(cache, key, value)
-      if cache is not None:
-        new = append(old['index'], new, offset)
-        cache['index'] = new
-      options = dict(offset=offset, segment_ids=ids)
-      return attend(
-        query, key, value, index_query, new, weight, **options
-      ), cache
-
-    heads = 'BTNH', 'BTKH', 'BTKV', 'BTJI', 'BTI', 'BTJ', 'BT'
-    op = shard(op, heads, ('BTNV', 'BTN'))
-    projected = self.project(x, context.positions, cache)
-    index = self.index(jax.lax.stop_gradient(x), context.positions, cache)
-    (o, loss), cache = op(*projected, *index, context.segment_ids, cache)
+    (key, value, index_key), after, offset = recall(
+      context, cache, key=key, value=value, index=index_key
+    )
+    op = token_op(dsa_attention, 'BTJI', 'BSI', 'BTJ')
+    o, loss = op(
+      *(query, key, value, index_query, index_key, weight),
+      top_k=self.top_k,
+      causal=self.causal,
+      **spans(context, cache, offset, x.shape[1]),
+    )
     # The loss of every shard of heads: only its gradient matters.
-    return attach(self.out(o), jnp.mean(loss, -1)), cache
+    return attach(self.out(o), jnp.mean(loss, -1)), after
 
-  def index(self, x, positions, cache):
+  def index(self, x, context, cache):
     """The indexer's queries, keys and weights."""
-    if positions is None:
-      positions = next_positions(cache, x.shape[1])
     rotate = functools.partial(
-      rotary, positions=positions, base=self.rotary_base, fraction=0.5
+      rotary,
+      positions=positions_of(context, cache and cache.cursor, x.shape[1]),
+      base=self.rotary_base,
+      fraction=0.5,
     )
     key = self.index_norm(self.index_key(x))
     return (
@@ -96,5 +93,5 @@ class DSA(GroupedHeads):
 
   def init_cache(self, batch: int, max_len: int, dtype):
     """Returns room for `max_len` tokens; writing past it is wrong."""
-    index = jnp.zeros((batch, max_len, self.index_norm.scale.shape[0]), dtype)
-    return super().init_cache(batch, max_len, dtype) | dict(index=index)
+    index = self.index_norm.scale.shape
+    return super().init_cache(batch, max_len, dtype, index=index)

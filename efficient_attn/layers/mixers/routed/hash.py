@@ -12,17 +12,17 @@ O(T^2 num_bits) for the distances. The cache holds every past key and value, and
 the bits of every key. In an encoder every token may be chosen.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_attn.layers.cache import append, extend
+from efficient_attn import sharding
+from efficient_attn.layers.cache import recall
 from efficient_attn.layers.mixers.routed.heads import (
   GroupedHeads,
   attach,
-  shard,
+  spans,
+  token_op,
 )
 from efficient_attn.layers.param import fan_in_normal, param, use
 from efficient_attn.ops.routed import hash_attention as ops
@@ -56,6 +56,8 @@ def signature(x, matrices):
 class Hash(GroupedHeads):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
+  packing = left_padding = True
+
   def __init__(
     self, *, top_k: Positive = 512, num_bits: Positive = 32, **options
   ):
@@ -69,32 +71,29 @@ class Hash(GroupedHeads):
 
   def mix_tokens(self, x, context, cache):
     """Mixes tokens; see `layers.mixer` for the contract."""
-    segment_ids = context.segment_ids
-    self.check_cacheable(cache, segment_ids)
-    attend = functools.partial(
-      ops.hash_attention, top_k=self.top_k, causal=self.causal
+    query, key, value = self.project(x, context, cache)
+    sign = sharding.local_op(signature, ('BTNH', 'N__'), 'BTNL')
+    query_signs = sign(query, self.query_bits.weights())
+    bits = sign(key, self.key_bits.weights())
+    if cache is not None:
+      bits = ops.pack(bits)
+    (key, value, bits), after, offset = recall(
+      context, cache, key=key, value=value, bits=bits
     )
-
-    def op(query, key, value, query_mlp, key_mlp, segment_ids, cache):
-      old, new = cache, signature(key, key_mlp)
-      key, value, cache, offset = extend(cache, key, value)
-      if cache is not None:
-        words = append(old['bits'], ops.pack(new), offset)
-        new = ops.unpack(words, self.num_bits, new.dtype)
-        cache['bits'] = words
-      options = dict(offset=offset, segment_ids=segment_ids)
-      query_signs = signature(query, query_mlp)
-      return attend(query, key, value, query_signs, new, **options), cache
-
-    heads = 'BTNH', 'BTKH', 'BTKV', 'N__', 'N__', 'BT'
-    op = shard(op, heads, ('BTNV', 'BTN'))
-    projected = self.project(x, context.positions, cache)
-    mlps = (mlp.weights() for mlp in (self.query_bits, self.key_bits))
-    (o, loss), cache = op(*projected, *mlps, segment_ids, cache)
-    return attach(self.out(o), jnp.sum(loss, -1)), cache
+    if cache is not None:
+      bits = ops.unpack(bits, self.num_bits, query_signs.dtype)
+    op = token_op(ops.hash_attention, 'BTNL', 'BSKL')
+    o, loss = op(
+      *(query, key, value, query_signs, bits),
+      top_k=self.top_k,
+      causal=self.causal,
+      **spans(context, cache, offset, x.shape[1]),
+    )
+    return attach(self.out(o), jnp.sum(loss, -1)), after
 
   def init_cache(self, batch: int, max_len: int, dtype):
     """Returns room for `max_len` tokens; writing past it is wrong."""
-    shape = (batch, max_len, self.kv_heads[0], -(-self.num_bits // 32))
-    bits = jnp.zeros(shape, jnp.uint32)
-    return super().init_cache(batch, max_len, dtype) | dict(bits=bits)
+    bits = (self.kv_heads[0], -(-self.num_bits // 32))
+    return super().init_cache(
+      batch, max_len, dtype, bits=bits, dtypes={'bits': jnp.uint32}
+    )

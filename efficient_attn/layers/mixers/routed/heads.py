@@ -9,11 +9,7 @@ from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError, choose
-from efficient_attn.layers.cache import (
-  check_cacheable,
-  empty_keys,
-  next_positions,
-)
+from efficient_attn.layers.cache import TokenCache, positions_of, token_cache
 from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.qkv import QKV
@@ -26,6 +22,9 @@ POSITIONS = {'none': False, 'rotary': True}
 class Routed(Mixer):
   """Rotation of heads, the way back to the model, and a cache of heads."""
 
+  # Most cut a row into blocks or buckets.
+  packing = left_padding = False
+
   def __init__(
     self,
     *,
@@ -37,29 +36,27 @@ class Routed(Mixer):
     rotary_base: PositiveFloat = 10_000.0,
   ):
     choose('position', position, POSITIONS)
-    self.heads = num_heads, d_model // num_heads
+    self.heads = self.kv_heads = num_heads, d_model // num_heads
     axes = dict(zip(('heads', 'head_dim'), self.heads, strict=True))
     self.out = Projection(axes, {'embed': d_model}, rngs=rngs)
     self.causal = causal
     self.position = position
     self.rotary_base = rotary_base
 
-  def rotation(self, x, positions, cache) -> Callable:
+  def rotation(self, x, context, cache) -> Callable:
     """How the heads of the new tokens are rotated."""
     if not POSITIONS[self.position]:
       return lambda heads: heads
-    if positions is None:
-      positions = next_positions(cache, x.shape[1])
+    positions = positions_of(context, cache and cache.cursor, x.shape[1])
     return lambda heads: rotary(heads, positions, base=self.rotary_base)
 
-  def check_cacheable(self, cache, segment_ids=None) -> None:
-    """Raises where past keys and values cannot be continued."""
-    if cache is not None:
-      check_cacheable(self.causal, segment_ids)
+  def init_cache(self, batch: int, max_len: int, dtype, **more) -> TokenCache:
+    """Returns room for `max_len` tokens; writing past it is wrong.
 
-  def init_cache(self, batch: int, max_len: int, dtype) -> dict[str, jax.Array]:
-    """Returns room for `max_len` keys and values; writing past it is wrong."""
-    return empty_keys(batch, max_len, self.heads, dtype)
+    A token has a key, a value and what `more` says, as `token_cache` takes it.
+    """
+    heads = self.kv_heads
+    return token_cache(batch, max_len, dtype, key=heads, value=heads, **more)
 
 
 class GroupedHeads(Routed):
@@ -82,15 +79,11 @@ class GroupedHeads(Routed):
       rngs=options['rngs'],
     )
 
-  def project(self, x, positions, cache):
+  def project(self, x, context, cache):
     """Returns query, key and value of the new tokens, rotated."""
     (query, key, value), _ = self.qkv(x)
-    rotate = self.rotation(x, positions, cache)
+    rotate = self.rotation(x, context, cache)
     return rotate(query), rotate(key), value
-
-  def init_cache(self, batch: int, max_len: int, dtype) -> dict[str, jax.Array]:
-    """Returns room for `max_len` keys and values; writing past it is wrong."""
-    return empty_keys(batch, max_len, self.kv_heads, dtype)
 
 
 @jax.custom_vjp
@@ -117,16 +110,20 @@ def _attach_backward(zero, dy):
 attach.defvjp(_attach_forward, _attach_backward)
 
 
-# The leaves of a cache by rank: what heads have is sharded over them.
-LEAVES = ('', 'B', 'B_', 'BS_', 'BSK_', 'BSK__')
-
-
-def shard(op: Callable, layouts: tuple, out: Any = 'BTNV') -> Callable:
-  """Runs op(*arrays, cache) -> (out, cache) on the shards of the heads."""
-
-  def leaf(x):
-    return LEAVES[x.ndim]
-
+def token_op(op: Callable, *layouts: str) -> Callable:
+  """Shards the choice of single tokens: (out, loss) of heads and `layouts`."""
   return sharding.local_op(
-    op, (*layouts, leaf), lambda _, cache: (out, jax.tree.map(leaf, cache))
+    op,
+    ('BTNH', 'BSKH', 'BSKV', *layouts),
+    ('BTNV', 'BTN'),
+    offset='',
+    segment_ids='BT',
+    starts='BT',
   )
+
+
+def spans(context, cache, offset, count: int) -> dict[str, Any]:
+  """Returns the options of such an op that say what a token may see."""
+  if cache is None:
+    return dict(offset=offset, segment_ids=context.segment_ids)
+  return dict(offset=offset, starts=cache.cursor.starts(context, count))

@@ -9,13 +9,11 @@ every past key and value, and the sum of the keys of every block. In an encoder
 all blocks and all keys of the own one are open.
 """
 
-import functools
-
 import jax.numpy as jnp
 
-from efficient_attn.layers.cache import extend
-from efficient_attn.layers.mixer import refuse_segments
-from efficient_attn.layers.mixers.routed.heads import GroupedHeads, shard
+from efficient_attn import sharding
+from efficient_attn.layers.cache import recall
+from efficient_attn.layers.mixers.routed.heads import GroupedHeads
 from efficient_attn.ops.routed.moba import moba_attention
 from efficient_attn.values import Positive
 
@@ -32,31 +30,31 @@ class MoBA(GroupedHeads):
 
   def mix_tokens(self, x, context, cache):
     """Mixes tokens; see `layers.mixer` for the contract."""
-    refuse_segments('moba', context)
-    self.check_cacheable(cache)
-    attend = functools.partial(
-      moba_attention,
-      block_size=self.block_size,
-      top_k=self.top_k,
-      causal=self.causal,
-    )
+    query, new, value = self.project(x, context, cache)
+    (key, value), after, offset = recall(context, cache, key=new, value=value)
 
-    def op(query, key, value, cache):
-      new = key
-      key, value, cache, offset = extend(cache, key, value)
-      sums = None
-      if cache is not None:
+    def op(query, key, value, new, sums, *, offset):
+      if sums is not None:
         blocks = (offset + jnp.arange(new.shape[1])) // self.block_size
-        sums = cache['sums'].at[:, blocks].add(new.astype(jnp.float32))
-        cache['sums'] = sums
-      return attend(query, key, value, offset=offset, sums=sums), cache
+        sums = sums.at[:, blocks].add(new.astype(jnp.float32))
+      out = moba_attention(
+        *(query, key, value),
+        block_size=self.block_size,
+        top_k=self.top_k,
+        causal=self.causal,
+        offset=offset,
+        sums=sums,
+      )
+      return out, sums
 
-    op = shard(op, ('BTNH', 'BTKH', 'BTKV'))
-    o, cache = op(*self.project(x, context.positions, cache), cache)
-    return self.out(o), cache
+    layouts = ('BTNH', 'BSKH', 'BSKV', 'BTKH', 'BIKH')
+    op = sharding.local_op(op, layouts, ('BTNV', 'BIKH'), offset='')
+    sums = cache and cache.state
+    o, sums = op(query, key, value, new, sums, offset=offset)
+    return self.out(o), after and after.replace(state=sums)
 
   def init_cache(self, batch: int, max_len: int, dtype):
     """Returns room for `max_len` tokens; writing past it is wrong."""
     number = -(-max_len // self.block_size)
     sums = jnp.zeros((batch, number, *self.kv_heads))
-    return super().init_cache(batch, max_len, dtype) | dict(sums=sums)
+    return super().init_cache(batch, max_len, dtype, state=sums)

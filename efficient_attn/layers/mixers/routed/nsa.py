@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_attn.layers.cache import extend
-from efficient_attn.layers.mixer import refuse_segments
-from efficient_attn.layers.mixers.routed.heads import GroupedHeads, shard
+from efficient_attn import sharding
+from efficient_attn.layers.cache import recall
+from efficient_attn.layers.mixers.routed.heads import GroupedHeads
 from efficient_attn.layers.param import Projection, fan_in_normal, param, use
 from efficient_attn.ops.routed import nsa
 from efficient_attn.values import Positive
@@ -77,40 +77,45 @@ class NSA(GroupedHeads):
 
   def mix_tokens(self, x, context, cache):
     """Mixes tokens; see `layers.mixer` for the contract."""
-    refuse_segments('nsa', context)
-    rotate = self.rotation(x, context.positions, cache)
+    rotate = self.rotation(x, context, cache)
     (plain_query, key, value), _ = self.qkv(x)
     near = self.window(x)
     near = jnp.stack([rotate(near[..., 0, :]), near[..., 1, :]], -2)
     gates = jax.nn.sigmoid(self.gate(x).astype(jnp.float32))
     mlps = [mlp.weights(x.dtype) for mlp in self.compress]
-    heads = 'BTNH', 'BTNH', 'BTKH', 'BTKV', 'BTK__', 'BTK__', 'BTN_'
-    op = shard(self.attend, (*heads, lambda leaf: '_' * leaf.ndim))
-    query, key = rotate(plain_query), rotate(key)
-    o, cache = op(
-      *(query, plain_query, key, value, self.compressed(x), near, gates),
-      *(mlps, cache),
+    (key, value), after, offset = recall(
+      context, cache, key=rotate(key), value=value
     )
-    return self.out(o), cache
+    heads = 'BTNH', 'BTNH', 'BSKH', 'BSKV', 'BTK__', 'BTK__', 'BTN_'
+    layouts = (*heads, lambda leaf: '_' * leaf.ndim, 'BSK__')
+    op = sharding.local_op(self.attend, layouts, ('BTNV', 'BSK__'), offset='')
+    query, state = rotate(plain_query), cache and cache.state
+    o, state = op(
+      *(query, plain_query, key, value, self.compressed(x), near, gates),
+      *(mlps, state),
+      offset=offset,
+    )
+    return self.out(o), after and after.replace(state=state)
 
-  def attend(self, query, plain, key, value, tokens, near, gates, mlps, cache):
+  def attend(
+    self, query, plain, key, value, tokens, near, gates, mlps, state, *, offset
+  ):
     """One shard of heads; `tokens` and `near` are pairs [B, T, K, 2, H]."""
     length, sizes, behind = query.shape[1], self.sizes, 0
-    key, value, cache, offset = extend(cache, key, value)
-    if cache is None:
+    if state is None:
       short = compress_pairs(nsa.frames(tokens, sizes), mlps)
     else:
       behind = sizes.window - 1
       tokens, near = (
-        jnp.concatenate([cache[name], new.astype(cache[name].dtype)], 1)
+        jnp.concatenate([state[name], new.astype(state[name].dtype)], 1)
         for name, new in (('tokens', tokens), ('near', near))
       )
       found, index, there = nsa.new_frames(tokens, length, offset, sizes)
-      short = cache['short']
+      short = state['short']
       short = short.at[:, jnp.where(there, index, short.shape[1])].set(
         compress_pairs(found, mlps).astype(short.dtype), mode='drop'
       )
-      cache |= dict(
+      state = dict(
         tokens=tokens[:, length:], near=near[:, length:], short=short
       )
     out = nsa.nsa_attention(
@@ -124,7 +129,7 @@ class NSA(GroupedHeads):
       offset=offset,
       behind=behind,
     )
-    return out, cache
+    return out, state
 
   def init_cache(self, batch: int, max_len: int, dtype):
     """Returns room for `max_len` tokens; writing past it is wrong."""
@@ -134,10 +139,11 @@ class NSA(GroupedHeads):
       near=sizes.window - 1,
       short=-(-max_len // sizes.compress_stride),
     )
-    return super().init_cache(batch, max_len, dtype) | {
+    state = {
       name: jnp.zeros((batch, length, heads, 2, dim), dtype)
       for name, length in lengths.items()
     }
+    return super().init_cache(batch, max_len, dtype, state=state)
 
 
 def compress_pairs(frames, mlps):

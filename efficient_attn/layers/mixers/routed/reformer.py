@@ -13,16 +13,15 @@ every batch. Tokens are hashed without their positions, which are rotary here
 the value and the buckets of every past token.
 """
 
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
+from efficient_attn import sharding
 from efficient_attn.config import ConfigError
-from efficient_attn.layers.cache import append, extend
-from efficient_attn.layers.mixer import refuse_segments
-from efficient_attn.layers.mixers.routed.heads import Routed, shard
+from efficient_attn.layers.cache import recall
+from efficient_attn.layers.mixers.routed.heads import Routed
 from efficient_attn.layers.norm import l2_normalize
 from efficient_attn.layers.param import Projection
 from efficient_attn.ops.routed.lsh_attention import lsh_attention, lsh_buckets
@@ -58,28 +57,25 @@ class Reformer(Routed):
 
   def mix_tokens(self, x, context, cache):
     """Mixes tokens; see `layers.mixer` for the contract."""
-    refuse_segments('reformer', context)
-    self.check_cacheable(cache)
-    attend = functools.partial(
-      lsh_attention,
+    plain = self.query(x)
+    query = self.rotation(x, context, cache)(plain)
+    bucket = sharding.local_op(lsh_buckets, ('BTNH', 'N___'), 'BTN_')
+    (key, value, buckets), cache, offset = recall(
+      context,
+      cache,
+      key=l2_normalize(query),
+      value=self.value(x),
+      buckets=bucket(plain, self.rotations()),
+    )
+
+    layouts = ('BTNH', 'BSNH', 'BSNV', 'BSN_')
+    o = sharding.local_op(lsh_attention, layouts, 'BTNV', offset='')(
+      *(query, key, value, buckets),
       num_buckets=math.prod(self.factors),
       chunk_size=self.chunk_size,
       causal=self.causal,
+      offset=offset,
     )
-
-    def op(plain, query, value, rotations, cache):
-      buckets = lsh_buckets(plain, rotations)
-      old, key = cache, l2_normalize(query)
-      key, value, cache, offset = extend(cache, key, value)
-      if cache is not None:
-        buckets = append(old['buckets'], buckets, offset)
-        cache['buckets'] = buckets
-      return attend(query, key, value, buckets, offset=offset), cache
-
-    plain = self.query(x)
-    query = self.rotation(x, context.positions, cache)(plain)
-    op = shard(op, ('BTNH', 'BTNH', 'BTNV', 'N___'))
-    o, cache = op(plain, query, self.value(x), self.rotations(), cache)
     return self.out(o), cache
 
   def rotations(self) -> list[jax.Array]:
@@ -93,6 +89,7 @@ class Reformer(Routed):
 
   def init_cache(self, batch: int, max_len: int, dtype):
     """Returns room for `max_len` tokens; writing past it is wrong."""
-    shape = (batch, max_len, self.heads[0], self.num_hashes)
-    buckets = jnp.zeros(shape, jnp.int32)
-    return super().init_cache(batch, max_len, dtype) | dict(buckets=buckets)
+    buckets = (self.heads[0], self.num_hashes)
+    return super().init_cache(
+      batch, max_len, dtype, buckets=buckets, dtypes={'buckets': jnp.int32}
+    )

@@ -21,9 +21,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from efficient_attn.layers.cache import append, extend
-from efficient_attn.layers.mixer import refuse_segments
-from efficient_attn.layers.mixers.routed.heads import Routed, attach, shard
+from efficient_attn import sharding
+from efficient_attn.layers.cache import recall
+from efficient_attn.layers.mixers.routed.heads import Routed, attach
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.ops.routed import routing_attention as ops
 from efficient_attn.ops.routed.lsh_attention import bucket_attention
@@ -63,57 +63,51 @@ class Routing(Routed):
 
   def mix_tokens(self, x, context, cache):
     """Mixes tokens; see `layers.mixer` for the contract."""
-    refuse_segments('routing', context)
-    self.check_cacheable(cache)
-    rotate = self.rotation(x, context.positions, cache)
-    query = ops.normalize(self.query(x))
-    key = query if self.key is None else ops.normalize(self.key(x))
-    op = shard(
-      self.decode if self.causal else self.encode,
-      ('BTNH', 'BTNH', 'BTNH', 'BTNH', 'BTNV', 'NCH'),
-      ('BTNV', 'BTN'),
-    )
-    (o, loss), cache = op(
-      rotate(query),
-      rotate(key),
-      query,
-      key,
-      self.value(x),
-      use(self.centroids, jnp.float32),
-      cache,
-    )
+    rotate = self.rotation(x, context, cache)
+    centroids = use(self.centroids, jnp.float32)
+    plain, value = ops.normalize(self.query(x)), self.value(x)
+    layouts = ('BTNH', 'NCH')
+    losses = sharding.local_op(ops.clustering_loss, layouts, 'BTN')
+    loss = losses(plain, centroids)
+    if self.causal:  # keys are queries
+      clusters = sharding.local_op(ops.nearest, layouts, 'BTN')
+      (key, value, clusters), cache, offset = recall(
+        context,
+        cache,
+        key=rotate(plain),
+        value=value,
+        clusters=clusters(plain, centroids)[..., None],
+      )
+      layouts = ('BTNH', 'BSNH', 'BSNV', 'BSN_')
+      op = sharding.local_op(
+        bucket_attention, layouts, ('BTNV', 'BTN'), offset=''
+      )
+      o, _ = op(
+        *(rotate(plain), key, value, clusters),
+        num_buckets=self.num_clusters,
+        chunk_size=self.cluster_size,
+        offset=offset,
+      )
+    else:
+      key = ops.normalize(self.key(x))
+      loss += losses(key, centroids)
+      layouts = (*['BTNH'] * 4, 'BTNV', 'NCH')
+      op = sharding.local_op(self.encode, layouts, 'BTNV')
+      o = op(rotate(plain), rotate(key), plain, key, value, centroids)
     return attach(self.out(o), jnp.sum(loss, -1)), cache
 
-  def decode(self, query, key, plain, _, value, centroids, cache):
-    """One shard of heads, whose keys are their queries."""
-    old, clusters = cache, ops.nearest(plain, centroids)[..., None]
-    key, value, cache, offset = extend(cache, key, value)
-    if cache is not None:
-      clusters = append(old['clusters'], clusters, offset)
-      cache['clusters'] = clusters
-    out, _ = bucket_attention(
-      query,
-      key,
-      value,
-      clusters,
-      num_buckets=self.num_clusters,
-      chunk_size=self.cluster_size,
-      offset=offset,
-    )
-    return (out, ops.clustering_loss(plain, centroids)), cache
-
-  def encode(self, query, key, plain, plain_key, value, centroids, cache):
+  def encode(self, query, key, plain, plain_key, value, centroids):
     """One shard of heads; every token may see every other."""
     members = functools.partial(
       ops.balanced_members, centroids=centroids, size=self.cluster_size
     )
-    out = ops.balanced_attention(
+    return ops.balanced_attention(
       query, key, value, members(plain), members(plain_key)
     )
-    losses = (ops.clustering_loss(x, centroids) for x in (plain, plain_key))
-    return (out, sum(losses)), cache
 
   def init_cache(self, batch: int, max_len: int, dtype):
     """Returns room for `max_len` tokens; writing past it is wrong."""
-    clusters = jnp.zeros((batch, max_len, self.heads[0], 1), jnp.int32)
-    return super().init_cache(batch, max_len, dtype) | dict(clusters=clusters)
+    clusters = (self.heads[0], 1)
+    return super().init_cache(
+      batch, max_len, dtype, clusters=clusters, dtypes={'clusters': jnp.int32}
+    )

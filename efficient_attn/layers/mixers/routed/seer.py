@@ -17,13 +17,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from efficient_attn.layers.cache import extend
-from efficient_attn.layers.mixer import refuse_segments
-from efficient_attn.layers.mixers.routed.heads import (
-  GroupedHeads,
-  attach,
-  shard,
-)
+from efficient_attn import sharding
+from efficient_attn.layers.cache import recall
+from efficient_attn.layers.mixers.routed.heads import GroupedHeads, attach
 from efficient_attn.layers.param import fan_in_normal, param, use
 from efficient_attn.ops.pooling import block_means
 from efficient_attn.ops.positions import rotary
@@ -52,29 +48,34 @@ class Seer(GroupedHeads):
 
   def mix_tokens(self, x, context, cache):
     """Mixes tokens; see `layers.mixer` for the contract."""
-    refuse_segments('seer', context)
-    self.check_cacheable(cache)
-    (query, key, value), _ = self.qkv(x)
-    rotate = self.rotation(x, context.positions, cache)
-    gates = (use(p, x.dtype) for p in (self.gate_query, self.gate_key))
-    heads = 'BTNH', 'BTNH', 'BTKH', 'BTKH', 'BTKV', 'N__', 'N__'
-    op = shard(self.attend, heads, ('BTNV', 'BTN'))
-    (o, loss), cache = op(
-      rotate(query), query, rotate(key), key, value, *gates, cache
+    (plain, plain_key, value), _ = self.qkv(x)
+    rotate = self.rotation(x, context, cache)
+    (key, value), after, offset = recall(
+      context, cache, key=rotate(plain_key), value=value
     )
-    return attach(self.out(o), jnp.sum(loss, -1)), cache
+    gates = (use(p, x.dtype) for p in (self.gate_query, self.gate_key))
+    heads = 'BTNH', 'BTNH', 'BSKH', 'BTKH', 'BSKV', 'N__', 'N__', 'BIK__'
+    out = 'BTNV', 'BTN', 'BIK__'
+    op = sharding.local_op(self.attend, heads, out, offset='')
+    old = cache and cache.state
+    o, loss, state = op(
+      rotate(plain), plain, key, plain_key, value, *gates, old, offset=offset
+    )
+    y = attach(self.out(o), jnp.sum(loss, -1))
+    return y, after and after.replace(state=state)
 
-  def attend(self, query, plain, key, plain_key, value, w_query, w_key, cache):
+  def attend(
+    self, query, plain, key, plain_key, value, w_query, w_key, state, *, offset
+  ):
     """One shard of heads."""
-    length, old = plain.shape[1], cache
+    length = plain.shape[1]
     plain, plain_key = map(jax.lax.stop_gradient, (plain, plain_key))
-    key, value, cache, offset = extend(cache, key, value)
-    if cache is None:
+    if state is None:
       pooled = pools(plain_key, self.block_size)
     else:
       blocks = (offset + jnp.arange(length)) // self.block_size
-      pooled, cache['pools'] = pool_on(
-        old['pools'], plain_key, blocks, offset + length, self.block_size
+      pooled, state = pool_on(
+        state, plain_key, blocks, offset + length, self.block_size
       )
     places = offset + jnp.arange(length)
     starts = jnp.arange(pooled.shape[1]) * self.block_size
@@ -92,7 +93,7 @@ class Seer(GroupedHeads):
     )
     if not self.causal:
       gate_query = jnp.repeat(gate_query, self.block_size, 1)[:, :length]
-    return seer_attention(
+    out, loss = seer_attention(
       query,
       key,
       value,
@@ -102,7 +103,8 @@ class Seer(GroupedHeads):
       top_k=self.top_k,
       causal=self.causal,
       offset=offset,
-    ), cache
+    )
+    return out, loss, state
 
   def init_cache(self, batch: int, max_len: int, dtype):
     """Returns room for `max_len` tokens; writing past it is wrong."""
@@ -110,7 +112,7 @@ class Seer(GroupedHeads):
     number = -(-max_len // self.block_size)
     empty = jnp.zeros((batch, number, heads, 3, dim))
     empty = empty.at[..., 0, :].set(-jnp.inf).at[..., 1, :].set(jnp.inf)
-    return super().init_cache(batch, max_len, dtype) | dict(pools=empty)
+    return super().init_cache(batch, max_len, dtype, state=empty)
 
 
 def pool_on(old, key, blocks, length, block_size):

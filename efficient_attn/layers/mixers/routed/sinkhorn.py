@@ -22,13 +22,8 @@ import jax.numpy as jnp
 
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError
-from efficient_attn.layers.cache import extend
-from efficient_attn.layers.mixer import refuse_segments
-from efficient_attn.layers.mixers.routed.heads import (
-  LEAVES,
-  GroupedHeads,
-  shard,
-)
+from efficient_attn.layers.cache import recall
+from efficient_attn.layers.mixers.routed.heads import GroupedHeads
 from efficient_attn.layers.param import Projection
 from efficient_attn.ops.pooling import block_means
 from efficient_attn.ops.routed.sinkhorn_attention import (
@@ -69,54 +64,54 @@ class Sinkhorn(GroupedHeads):
 
   def mix_tokens(self, x, context, cache):
     """Mixes tokens; see `layers.mixer` for the contract."""
-    refuse_segments('sinkhorn', context)
-    self.check_cacheable(cache)
-    length = x.shape[1] if cache is None else cache['key'].shape[1]
+    old, total = cache.state if cache else (None, None)
+    summarize = sharding.local_op(
+      self.summarize, ('BTD', 'BD'), ('BTD', 'BD'), offset=''
+    )
+    offset = cache.cursor.length if cache else 0
+    means, total = summarize(x, total, offset=offset)
+    logits = jax.nn.relu(self.sort(jax.nn.relu(self.hidden(means))))
+    query, key, value = self.project(x, context, cache)
+    (key, value), after, _ = recall(context, cache, key=key, value=value)
+    length = key.shape[1]
     number = -(-length // self.block_size)
     if number > self.max_blocks:
       raise ConfigError(
         f'a sequence of {length} has {number} blocks of {self.block_size}, more'
         f' than max_blocks={self.max_blocks}; set max_blocks or block_size'
       )
-    summarize = sharding.local_op(
-      self.summarize, ('BTD', lambda leaf: LEAVES[leaf.ndim]), ('BTD', 'B_')
-    )
-    means, total = summarize(x, cache)
-    logits = jax.nn.relu(self.sort(jax.nn.relu(self.hidden(means))))
     attend = functools.partial(
       sinkhorn_attention, block_size=self.block_size, causal=self.causal
     )
 
-    def op(query, key, value, logits, total, cache):
-      old, tokens = cache, query.shape[1]
-      key, value, cache, offset = extend(cache, key, value)
+    def op(query, key, value, logits, row, *, offset):
       first = offset // self.block_size
-      if cache is not None:
+      if row is not None:
         started = offset % self.block_size > 0
-        row = jnp.where(started, old['row'], logits[:, :1])
-        logits = logits.at[:, :1].set(row.astype(logits.dtype))
-        last = (offset + tokens - 1) // self.block_size - first
-        row = jax.lax.dynamic_slice_in_dim(logits, last, 1, 1)
-        cache |= dict(row=row.astype(old['row'].dtype), total=total)
+        here = jnp.where(started, row, logits[:, :1])
+        logits = logits.at[:, :1].set(here.astype(logits.dtype))
+        last = (offset + query.shape[1] - 1) // self.block_size - first
+        here = jax.lax.dynamic_slice_in_dim(logits, last, 1, 1)
+        row = here.astype(row.dtype)
       rows = logits[..., :number].swapaxes(1, 2).astype(jnp.float32)
       rows = rows / self.temperature
       if self.causal:
         order = earlier(rows, first)
       else:
         order = sinkhorn(rows, self.iterations)
-      return attend(query, key, value, order, offset=offset), cache
+      return attend(query, key, value, order, offset=offset), row
 
-    op = shard(op, ('BTNH', 'BTKH', 'BTKV', 'BTK_', 'B_'))
-    projected = self.project(x, context.positions, cache)
-    o, cache = op(*projected, logits, total, cache)
-    return self.out(o), cache
+    layouts = ('BTNH', 'BSKH', 'BSKV', 'BTK_', 'BTK_')
+    op = sharding.local_op(op, layouts, ('BTNV', 'BTK_'), offset='')
+    o, row = op(query, key, value, logits, old, offset=offset)
+    return self.out(o), after and after.replace(state=(row, total))
 
-  def summarize(self, x, cache):
+  def summarize(self, x, total, *, offset):
     """The z of the blocks that hold new tokens, and the sum of all inputs."""
-    x32, offset, total = x.astype(jnp.float32), 0, 0
-    if cache is not None:
-      offset, total = cache['length'], cache['total'][:, None]
-    sums = total + jnp.cumsum(x32, 1)
+    x32 = x.astype(jnp.float32)
+    sums = jnp.cumsum(x32, 1)
+    if total is not None:
+      sums = total[:, None] + sums
     if self.causal:
       rows = (x.shape[1] - 2) // self.block_size + 2
       first = offset // self.block_size
@@ -130,7 +125,6 @@ class Sinkhorn(GroupedHeads):
   def init_cache(self, batch: int, max_len: int, dtype):
     """Returns room for `max_len` tokens; writing past it is wrong."""
     shape = (batch, 1, self.kv_heads[0], self.max_blocks)
-    return super().init_cache(batch, max_len, dtype) | dict(
-      row=jnp.zeros(shape, dtype),
-      total=jnp.zeros((batch, self.hidden.weight.shape[0])),
-    )
+    row = jnp.zeros(shape, dtype)
+    total = jnp.zeros((batch, self.hidden.weight.shape[0]))
+    return super().init_cache(batch, max_len, dtype, state=(row, total))

@@ -50,5 +50,5 @@ class VSA(WholeMixer, GroupedHeads):
     )
     layouts = ('BTNH', 'BTKH', 'BTKV', 'BTNV', 'BTNV')
     op = sharding.local_op(attend, layouts, 'BTNV')
-    heads = self.project(x, context.positions, None)
+    heads = self.project(x, context, None)
     return self.out(op(*heads, self.coarse_gate(x), self.fine_gate(x)))

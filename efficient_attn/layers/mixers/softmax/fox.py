@@ -15,7 +15,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn import sharding
-from efficient_attn.layers.cache import append, empty_keys
+from efficient_attn.layers.cache import (
+  TokenCache,
+  recall,
+  restrict,
+  token_cache,
+)
 from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.norm import RMSNorm
 from efficient_attn.layers.param import Projection
@@ -55,33 +60,21 @@ class FoX(Mixer):
   def mix_tokens(self, x, context, cache):
     """Mixes tokens; see `layers.mixer` for the contract."""
     (query, key, value), _ = self.qkv(x)
-    past = cache or {}
-    key, last_key = shift(
-      key, self.key_shift(x), context.segment_ids, past.get('last_key')
-    )
-    value, last_value = shift(
-      value, self.value_shift(x), context.segment_ids, past.get('last_value')
+    gates = self.key_shift(x), self.value_shift(x)
+    (key, last_key), (value, last_value) = (
+      shift(heads, gate, context.segment_ids, last)
+      for heads, gate, last in zip(
+        (key, value), gates, cache.state if cache else (None, None), strict=True
+      )
     )
     query, key = self.query_norm(query), self.key_norm(key)
     log_forget = jax.nn.log_sigmoid(self.forget(x).astype(jnp.float32))
-    offset = 0
-    if cache is not None:
-      if context.segment_ids is not None:
-        raise NotImplementedError('a cache needs unpacked sequences')
-      offset = cache['length']
-      key = append(cache['key'], key, offset)
-      value = append(cache['value'], value, offset)
-      log_forget = append(cache['log_forget'], log_forget, offset)
-      cache = dict(
-        key=key,
-        value=value,
-        log_forget=log_forget,
-        last_key=last_key,
-        last_value=last_value,
-        length=offset + x.shape[1],
-      )
+    (key, value, log_forget), after, offset = recall(
+      context, cache, key=key, value=value, log_forget=log_forget
+    )
+    mask = restrict(masks.Causal(offset), context, cache, x.shape[1])
 
-    def op(query, key, value, log_forget, mask, offset):
+    def op(query, key, value, log_forget, mask, *, offset):
       return attention(
         query,
         key.astype(query.dtype),
@@ -91,21 +84,23 @@ class FoX(Mixer):
         implementation=self.implementation,
       )
 
-    mask = masks.Causal(offset)
-    if context.segment_ids is not None:
-      mask = masks.packed(mask, context.segment_ids)
     layouts = ('BTNH', 'BSNH', 'BSNV', 'BSN', masks.letters(mask))
-    op = sharding.local_op(op, (*layouts, ''), 'BTNV')
-    o = op(query, key, value, log_forget, mask, jnp.asarray(offset))
-    return self.out(o, x), cache
+    op = sharding.local_op(op, layouts, 'BTNV', offset='')
+    o = op(query, key, value, log_forget, mask, offset=offset)
+    state = last_key, last_value
+    return self.out(o, x), after and after.replace(state=state)
 
-  def init_cache(self, batch: int, max_len: int, dtype) -> dict[str, jax.Array]:
+  def init_cache(self, batch: int, max_len: int, dtype) -> TokenCache:
     """Returns room for `max_len` tokens; writing past it is wrong."""
-    last = (batch, *self.heads)
-    return empty_keys(batch, max_len, self.heads, dtype) | dict(
-      log_forget=jnp.zeros((batch, max_len, self.heads[0])),
-      last_key=jnp.zeros(last, dtype),
-      last_value=jnp.zeros(last, dtype),
+    return token_cache(
+      batch,
+      max_len,
+      dtype,
+      state=tuple(jnp.zeros((batch, *self.heads), dtype) for _ in range(2)),
+      dtypes={'log_forget': jnp.float32},
+      key=self.heads,
+      value=self.heads,
+      log_forget=self.heads[:1],
     )
 
 

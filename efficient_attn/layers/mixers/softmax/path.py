@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn import sharding
+from efficient_attn.layers.cache import TokenCache, token_cache
 from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.norm import l2_normalize
@@ -62,51 +63,60 @@ class PaTH(Mixer):
     w, tail = self.conv(
       self.direction(x),
       segment_ids=segment_ids,
-      state=cache and cache['conv'],
+      state=cache and cache.state,
     )
     gates = dict(beta=2 * jax.nn.sigmoid(self.beta(x).astype(jnp.float32)))
     if self.forget is not None:
       gate = self.forget(x).astype(jnp.float32)
       gates['log_forget'] = jax.nn.log_sigmoid(gate)
 
+    past = {}
+    if cache is not None:
+      length, start = cache.cursor.length, cache.cursor.start
+      past = dict(cache.buffers, length=length, start=start)
+
     def op(q, k, v, w, gates, segment_ids, past):
-      return path_attention(
+      out, past = path_attention(
         q,
         k,
         v,
         w,
         **gates,
         segment_ids=segment_ids,
-        initial_state=past,
+        initial_state=Past(**past) if past else None,
         chunk_size=self.chunk_size,
       )
+      return out, past._asdict() if past else {}
 
-    heads, past = ('BTNH',) * 4, lambda leaf: PAST[leaf.ndim]
     op = sharding.local_op(
       op,
-      (*heads, dict.fromkeys(gates, 'BTN'), 'BT', past),
-      lambda out, state: ('BTNV', jax.tree.map(past, state)),
+      (*['BTNH'] * 4, dict.fromkeys(gates, 'BTN'), 'BT', PAST),
+      ('BTNV', PAST if past else {}),
     )
-    past = cache and cache['past']
-    o, past = op(
-      q, k, v, l2_normalize(w.astype(jnp.float32)), gates, segment_ids, past
-    )
+    w = l2_normalize(w.astype(jnp.float32))
+    o, past = op(q, k, v, w, gates, segment_ids, past)
     if cache is not None:
-      cache = dict(past=past, conv=tail)
+      cache = TokenCache(
+        buffers={name: past[name] for name in cache.buffers},
+        cursor=cache.cursor.advance(x.shape[1], context),
+        state=tail,
+      )
     return self.out(o), cache
 
   def init_cache(self, batch: int, max_len: int, dtype):
     """Returns room for `max_len` tokens; writing past it is wrong."""
-    shape = (batch, max_len, *self.heads)
-    past = Past(
-      # Turned again by every token: kept in float32.
-      key=jnp.zeros(shape),
-      value=jnp.zeros(shape, dtype),
-      forget=jnp.zeros(shape[:3]),
-      length=jnp.zeros((), jnp.int32),
+    return token_cache(
+      batch,
+      max_len,
+      dtype,
+      state=self.conv.init_state(batch, dtype),
+      # Turned again by every token.
+      dtypes={'key': jnp.float32, 'forget': jnp.float32},
+      key=self.heads,
+      value=self.heads,
+      forget=self.heads[:1],
     )
-    return dict(past=past, conv=self.conv.init_state(batch, dtype))
 
 
-# The layouts of the leaves of `Past` by rank.
-PAST = {0: '', 3: 'BSN', 4: 'BSNH'}
+# The layouts of `Past`.
+PAST = dict(key='BSNH', value='BSNH', forget='BSN', length='', start='B')
