@@ -15,6 +15,7 @@ from typing import Protocol, runtime_checkable
 import jax
 from flax import nnx
 
+from efficient_attn.config import ConfigError
 from efficient_attn.layers.context import Context
 
 
@@ -100,6 +101,23 @@ def refuse_segments(name: str, context: Context) -> None:
     )
 
 
+def check_has_grid(name: str, grid: tuple[int, ...]) -> None:
+  """Raises where a mixer of the places of a grid gets none."""
+  if not grid:
+    raise ConfigError(
+      f'{name} needs a grid of tokens: a sequence has none, nor have images with'
+      " a class token (set model.pooling='mean')"
+    )
+
+
+@runtime_checkable
+class OnGrid(Protocol):
+  """A mixer of the places of a grid, `Context.grid`."""
+
+  def check_grid(self, grid: tuple[int, ...]) -> None:
+    """Raises a ConfigError for () and for a grid that it cannot mix."""
+
+
 @runtime_checkable
 class Penalized(Protocol):
   """A mixer with an objective of its own beside that of the model."""
@@ -119,10 +137,12 @@ class SharesKeys(Protocol):
   Attributes:
     shared_kv: whether it has none of its own and reads those of the nearest
       such layer before it in the pattern.
+    shares_keys: whether its options leave all its keys for another to read.
     kv_heads: their number and width.
   """
 
   shared_kv: bool
+  shares_keys: bool
   kv_heads: tuple[int, int]
 
   def mix_sharing(self, x, context, cache, shared):

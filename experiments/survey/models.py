@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.config import LMConfig
+from efficient_attn.layers.context import Context
 from efficient_attn.layers.mixers import build_mixer
 from efficient_attn.models import cost
 
@@ -89,7 +90,9 @@ def training_pass(module, x, wrt=(0, 1)) -> cost.Counts:
   graphdef, params = nnx.split(module)
 
   def loss(params, x):
-    return jnp.sum(nnx.merge(graphdef, params)(x)[0])
+    # A line of tokens is a grid of one axis.
+    context = Context(grid=x.shape[1:2])
+    return jnp.sum(nnx.merge(graphdef, params)(x, context)[0])
 
   return cost.count(jax.grad(loss, wrt), params, x)
 

@@ -11,6 +11,8 @@ import pytest
 from flax import nnx
 
 from efficient_attn.config import ConfigError
+from efficient_attn.layers.context import Context
+from efficient_attn.layers.mixer import OnGrid
 from efficient_attn.layers.mixers import build_mixer
 from efficient_attn.layers.mixers.routed.heads import attach
 from tests.oracles import routed as oracle
@@ -46,9 +48,9 @@ def inputs(seed=0, length=T):
   return rng.standard_normal((B, length, D)).astype(np.float32)
 
 
-@jax.jit
-def run(mixer, x):
-  return mixer(x)[0]
+@functools.partial(jax.jit, static_argnames='grid')
+def run(mixer, x, grid=()):
+  return mixer(x, Context(grid=grid))[0]
 
 
 def project(x, p):
@@ -62,9 +64,10 @@ def heads(mixer, x):
   return [project(x, p) for p in (qkv.query, qkv.key, qkv.value)]
 
 
-def check(mixer, x, o):
+def check(mixer, x, o, grid=()):
   expected = np.einsum('btnh,nhd->btd', o, mixer.out.weight[...])
-  np.testing.assert_allclose(run(mixer, x), expected, rtol=1e-4, atol=2e-5)
+  y = run(mixer, x, grid)
+  np.testing.assert_allclose(y, expected, rtol=1e-4, atol=2e-5)
 
 
 def relu(x):
@@ -225,18 +228,34 @@ def test_seer(causal):
   check(mixer, x, oracle.chosen(query, key, value, lists, causal=causal))
 
 
-@pytest.mark.parametrize('grid', [(), (2, 5, 2)])
-def test_vsa(grid):
-  mixer = build(
-    'vsa', False, position='none', grid=grid, cube=(2, 2, 2), top_k=2
-  )
+@pytest.mark.parametrize(
+  'grid, cube, home',
+  [
+    ((T,), (8,), [t // 8 for t in range(T)]),
+    ((2, 5, 2), (2, 2, 2), [y // 2 for _, y, _ in np.ndindex(2, 5, 2)]),
+  ],
+)
+def test_vsa(grid, cube, home):
+  mixer = build('vsa', False, position='none', cube=cube, top_k=2)
   x = inputs()
-  if grid:
-    home = np.array([y // 2 for _, y, _ in np.ndindex(*grid)])
-  else:
-    home = np.arange(T) // 8
   gates = (project(x, p) for p in (mixer.coarse_gate, mixer.fine_gate))
-  check(mixer, x, oracle.vsa(*heads(mixer, x), *gates, home=home, top_k=2))
+  home = np.array(home)
+  o = oracle.vsa(*heads(mixer, x), *gates, home=home, top_k=2)
+  check(mixer, x, o, grid)
+
+
+def test_vsa_has_a_grid_of_its_axes():
+  mixer = build('vsa', False, cube=(2, 2))
+  assert isinstance(mixer, OnGrid)
+  mixer.check_grid((4, 5))
+  with pytest.raises(ConfigError, match=r'cube=\(2, 2\) has 2 axes.* \(20,\)'):
+    mixer.check_grid((20,))
+  with pytest.raises(ConfigError, match=r'cube=\(2, 2\) has 2 axes'):
+    run(mixer, inputs(), (2, 5, 2))
+  with pytest.raises(ConfigError, match='vsa .* a sequence has none'):
+    run(mixer, inputs())
+  with pytest.raises(ConfigError, match='the grid has 18 cells but T = 20'):
+    run(mixer, inputs(), (2, 9))
 
 
 def test_dsa():
@@ -384,5 +403,3 @@ def test_wrong_options():
     run(build('sinkhorn', block_size=4, max_blocks=4), inputs())
   with pytest.raises(ValueError, match='does not divide S = 20'):
     run(build('sinkhorn', False, block_size=8), inputs())
-  with pytest.raises(ValueError, match='the grid has 18 cells'):
-    run(build('vsa', False, grid=(2, 3, 3), cube=(1, 1, 1)), inputs())

@@ -42,6 +42,7 @@ def build(name: str, length: int, width: int = D, **changes) -> nnx.Module:
     max_len=length,
     max_length=length,
     max_blocks=length // 64,
+    cube=(64,),
     num_levels=length.bit_length(),
   )
   options = {k: v for k, v in limits.items() if k in mixer_options(name)}

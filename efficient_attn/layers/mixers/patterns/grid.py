@@ -3,7 +3,7 @@
 import math
 
 from efficient_attn.config import ConfigError
-from efficient_attn.layers.mixer import WholeMixer
+from efficient_attn.layers.mixer import WholeMixer, check_has_grid
 from efficient_attn.layers.mixers.softmax.attention import Attention
 from efficient_attn.layers.mixers.softmax.mask_rule import MaskRule
 from efficient_attn.ops import masks
@@ -14,11 +14,7 @@ class GridRule(MaskRule):
 
   def check_grid(self, grid: tuple[int, ...]) -> None:
     """Raises where there is no grid, or one that the rule cannot use."""
-    if not grid:
-      raise ConfigError(
-        f'{type(self).__name__} needs a grid of tokens: a sequence has none,'
-        " nor have images with a class token (set model.pooling='mean')"
-      )
+    check_has_grid(type(self).__name__, grid)
 
   def mask(self, grid: tuple[int, ...]) -> masks.Mask:
     """Which places each place sees."""

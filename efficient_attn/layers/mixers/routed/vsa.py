@@ -4,16 +4,15 @@
 
 The coarse branch is attention between means over the cubes of a `grid` of
 tokens; the fine one is attention to the tokens of the `top_k` cubes that the
-coarse one weighs most; see `ops.routed.vsa`. Without a grid the tokens are one
-line, cut into blocks of as many as a cube has. O(T top_k cube) and O((T /
+coarse one weighs most; see `ops.routed.vsa`. O(T top_k cube) and O((T /
 cube)^2).
 """
 
 import functools
-import math
 
 from efficient_attn import sharding
-from efficient_attn.layers.mixer import WholeMixer
+from efficient_attn.config import ConfigError
+from efficient_attn.layers.mixer import WholeMixer, check_has_grid
 from efficient_attn.layers.mixers.routed.heads import GroupedHeads
 from efficient_attn.layers.param import Projection
 from efficient_attn.ops.routed.vsa import cut, vsa_attention
@@ -26,7 +25,6 @@ class VSA(WholeMixer, GroupedHeads):
   def __init__(
     self,
     *,
-    grid: tuple[Positive, ...] = (),
     cube: tuple[Positive, ...] = (4, 4, 4),
     top_k: Positive = 32,
     **options,
@@ -37,15 +35,25 @@ class VSA(WholeMixer, GroupedHeads):
       Projection({'embed': options['d_model']}, axes, rngs=options['rngs'])
       for _ in range(2)
     )
-    self.grid = tuple(grid)
-    self.cube = tuple(cube) if grid else (math.prod(cube),)
+    self.cube = tuple(cube)
     self.top_k = top_k
+
+  def check_grid(self, grid):
+    """Raises where there is no grid, or cubes of other axes."""
+    check_has_grid('vsa', grid)
+    if len(grid) != len(self.cube):
+      raise ConfigError(
+        f'vsa: cube={self.cube} has {len(self.cube)} axes, but the grid of the'
+        f' tokens, {grid}, has {len(grid)}; set cube to as many'
+      )
 
   def mix_whole(self, x, context):
     """Mixes tokens; see `layers.mixer` for the contract."""
+    grid = context.grid
+    self.check_grid(grid)
     attend = functools.partial(
       vsa_attention,
-      cubes=cut(self.grid or x.shape[1:2], self.cube),
+      cubes=cut(grid, self.cube),
       top_k=self.top_k,
     )
     layouts = ('BTNH', 'BTKH', 'BTKV', 'BTNV', 'BTNV')
