@@ -86,7 +86,7 @@ def positions_of(context: Context, cursor: Cursor | None, count: int):
   """Returns the positions of `count` new tokens, [T] or [B, T].
 
   The context has them, or they count on from what a cache has seen, else from
-  0.
+  0. Padding that begins here counts down to -1.
   """
   if context.positions is not None:
     return context.positions
