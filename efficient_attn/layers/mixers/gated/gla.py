@@ -12,11 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.layers.conv import conv_taps
-from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.param import LowRank
 from efficient_attn.layers.qkv import QKV
-from efficient_attn.layers.recurrence import GatedOutput, run_op
-from efficient_attn.ops.recurrent.linear_attention import linear_attention
+from efficient_attn.layers.recurrence import LINEAR, GatedOutput, Recurrent
 from efficient_attn.values import (
   ChunkSize,
   NonNegative,
@@ -25,8 +23,10 @@ from efficient_attn.values import (
 )
 
 
-class GLA(Mixer):
+class GLA(Recurrent):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  recurrence = LINEAR.taking(log_decay='BTNH')
 
   def __init__(
     self,
@@ -60,29 +60,19 @@ class GLA(Mixer):
       d_model, num_heads, value_dim, eps=norm_eps, rngs=rngs
     )
     self.gate_temperature = gate_temperature
-    self.state_shape = (num_heads, key_dim, value_dim)
+    self.sizes = dict(N=num_heads, H=key_dim, V=value_dim)
     self.options = dict(bidirectional=not causal, chunk_size=chunk_size)
 
-  def mix_tokens(self, x, context, cache):
-    """Mixes tokens; see `layers.mixer` for the contract."""
-    qkv, tails = self.qkv(
-      x, segment_ids=context.segment_ids, tails=cache and cache['conv']
+  def recur(self, x, context, past):
+    """Returns y, the state and the tails; see `Recurrent`."""
+    (q, k, v), tails = self.qkv(
+      x, segment_ids=context.segment_ids, tails=past.tails
     )
     gate = self.gate(x).astype(jnp.float32)
-    q, k, v = qkv
     log_decay = jax.nn.log_sigmoid(gate) / self.gate_temperature
-    o, state = run_op(
-      linear_attention,
-      dict(q=q, k=k, v=v, log_decay=log_decay),
-      segment_ids=context.segment_ids,
-      state=cache and cache['state'],
-      **self.options,
-    )
-    if cache is not None:
-      cache = dict(state=state, conv=tails)
-    return self.out(o, x), cache
+    o, state = self.scan(context, past, q=q, k=k, v=v, log_decay=log_decay)
+    return self.out(o, x), state, tails
 
-  def init_cache(self, batch: int, max_len: int, dtype):
-    """Returns the zero state; `max_len` does not matter."""
-    state = jnp.zeros((batch, *self.state_shape))
-    return dict(state=state, conv=self.qkv.init_tails(batch, dtype))
+  def init_tails(self, batch, dtype):
+    """Returns zeros."""
+    return self.qkv.init_tails(batch, dtype)

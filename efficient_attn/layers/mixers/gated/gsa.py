@@ -12,15 +12,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.layers.head_norm import JointRMSNorm
-from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.param import Projection
-from efficient_attn.layers.recurrence import run_op
+from efficient_attn.layers.recurrence import Recurrence, Recurrent
 from efficient_attn.ops.recurrent.slots import slot_attention
 from efficient_attn.values import ChunkSize, Positive, PositiveFloat
 
 
-class GSA(Mixer):
+class GSA(Recurrent):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  recurrence = Recurrence(
+    slot_attention,
+    dict(q='BTNH', k='BTNH', v='BTNH', log_decay='BTNM'),
+    state=('BNMH', 'BNMH'),
+  )
 
   def __init__(
     self,
@@ -45,28 +50,18 @@ class GSA(Mixer):
     self.norm = JointRMSNorm(num_heads, head_dim, eps=norm_eps)
     self.out = Projection(heads, inputs, rngs=rngs)
     self.gate_temperature = gate_temperature
-    self.state_shape = (num_heads, num_slots, head_dim)
-    self.chunk_size = chunk_size
+    self.sizes = dict(N=num_heads, M=num_slots, H=head_dim)
+    self.options = dict(scale=1, chunk_size=chunk_size)
 
-  def mix_tokens(self, x, context, cache):
-    """Mixes tokens; see `layers.mixer` for the contract."""
+  def recur(self, x, context, past):
+    """Returns y, the state and the tails; see `Recurrent`."""
     logits = self.decay(x).astype(jnp.float32)
-    o, state = run_op(
-      slot_attention,
-      dict(
-        q=jax.nn.silu(self.query(x)),
-        k=jax.nn.silu(self.key(x)),
-        v=jax.nn.silu(self.value(x)),
-        log_decay=jax.nn.log_sigmoid(logits) / self.gate_temperature,
-      ),
-      segment_ids=context.segment_ids,
-      state=cache,
-      scale=1,
-      chunk_size=self.chunk_size,
+    o, state = self.scan(
+      context,
+      past,
+      q=jax.nn.silu(self.query(x)),
+      k=jax.nn.silu(self.key(x)),
+      v=jax.nn.silu(self.value(x)),
+      log_decay=jax.nn.log_sigmoid(logits) / self.gate_temperature,
     )
-    y = self.out(self.norm(jax.nn.silu(o)))
-    return y, None if cache is None else state
-
-  def init_cache(self, batch: int, max_len: int, dtype):
-    """Returns the zero state; `max_len` does not matter."""
-    return tuple(jnp.zeros((batch, *self.state_shape)) for _ in range(2))
+    return self.out(self.norm(jax.nn.silu(o))), state, None

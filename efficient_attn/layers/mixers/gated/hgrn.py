@@ -18,18 +18,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn import sharding
-from efficient_attn.layers.cache import next_positions
 from efficient_attn.layers.headwise import split_heads
-from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.norm import LayerNorm
 from efficient_attn.layers.param import Projection, param, use
-from efficient_attn.layers.recurrence import run_op
-from efficient_attn.ops.recurrent.diagonal_scan import diagonal_scan
+from efficient_attn.layers.recurrence import DIAGONAL, Recurrent
 from efficient_attn.values import BelowOne, ChunkSize, PositiveFloat
 
 
-class HGRN(Mixer):
+class HGRN(Recurrent):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  recurrence = DIAGONAL.taking(log_decay='BTNH')
+  counts = True
 
   def __init__(
     self,
@@ -56,15 +56,16 @@ class HGRN(Mixer):
     self.norm = LayerNorm(2 * d_model, eps=norm_eps)
     self.out = Projection(both, embed, bias=True, rngs=rngs)
     self.lower_bound = lower_bound
-    self.shape = shape
-    self.chunk_size = chunk_size
+    self.sizes = dict(N=shape[0], H=2 * shape[1])
+    self.options = dict(chunk_size=chunk_size)
 
-  def mix_tokens(self, x, context, cache):
-    """Mixes tokens; see `layers.mixer` for the contract."""
-    length = x.shape[1]
+  def recur(self, x, context, past):
+    """Returns y, the state and the tails; see `Recurrent`."""
     # Tokens turn one by one, whatever their positions are.
-    turns = next_positions(cache, length)[:, None, None]
-    angle = turns * use(self.theta, jnp.float32)
+    turns = jnp.arange(x.shape[1])
+    if past.cursor is not None:
+      turns = past.cursor.length + turns
+    angle = turns[:, None, None] * use(self.theta, jnp.float32)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     forget = self.forget(x).astype(jnp.float32)
     new = (1 - self.lower_bound) * jax.nn.sigmoid(-forget)  # 1 - lambda
@@ -75,28 +76,14 @@ class HGRN(Mixer):
       log_decay = jnp.logaddexp(
         math.log(self.lower_bound), math.log1p(-self.lower_bound) + log_decay
       )
-    z, state = run_op(
-      diagonal_scan,
-      dict(
-        x=jnp.concatenate([a * cos + b * sin, b * cos - a * sin], -1),
-        log_decay=jnp.concatenate([log_decay, log_decay], -1),
-      ),
-      segment_ids=context.segment_ids,
-      state=cache and cache['state'],
-      chunk_size=self.chunk_size,
+    z, state = self.scan(
+      context,
+      past,
+      x=jnp.concatenate([a * cos + b * sin, b * cos - a * sin], -1),
+      log_decay=jnp.concatenate([log_decay, log_decay], -1),
     )
     a, b = jnp.split(z, 2, -1)
     h = jnp.stack([a * cos - b * sin, a * sin + b * cos], 2)
     h = sharding.constrain(h.astype(x.dtype), 'batch', *[None] * 4)
     h = self.norm(h.reshape(*x.shape[:2], -1))
-    if cache is not None:
-      cache = dict(state=state, length=cache['length'] + length)
-    return self.out(h * jax.nn.silu(self.gate(x))), cache
-
-  def init_cache(self, batch: int, max_len: int, dtype):
-    """Returns the zero state; `max_len` does not matter."""
-    heads, channels = self.shape
-    return dict(
-      state=jnp.zeros((batch, heads, 2 * channels)),
-      length=jnp.zeros((), jnp.int32),
-    )
+    return self.out(h * jax.nn.silu(self.gate(x))), state, None

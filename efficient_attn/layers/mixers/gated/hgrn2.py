@@ -13,15 +13,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.layers.head_norm import JointRMSNorm
-from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.param import Projection
-from efficient_attn.layers.recurrence import run_op
-from efficient_attn.ops.recurrent.linear_attention import linear_attention
+from efficient_attn.layers.recurrence import LINEAR, Recurrent
 from efficient_attn.values import BelowOne, ChunkSize, PositiveFloat
 
 
-class HGRN2(Mixer):
+class HGRN2(Recurrent):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  recurrence = LINEAR.taking(log_decay='BTNH')
 
   def __init__(
     self,
@@ -42,32 +42,25 @@ class HGRN2(Mixer):
     self.norm = JointRMSNorm(num_heads, head_dim, eps=norm_eps)
     self.out = Projection(heads, {'embed': d_model}, rngs=rngs)
     self.lower_bound = lower_bound
-    self.state_shape = (num_heads, head_dim, head_dim)
-    self.options = dict(bidirectional=not causal, chunk_size=chunk_size)
+    self.sizes = dict(N=num_heads, H=head_dim, V=head_dim)
+    self.options = dict(
+      scale=1, bidirectional=not causal, chunk_size=chunk_size
+    )
 
-  def mix_tokens(self, x, context, cache):
-    """Mixes tokens; see `layers.mixer` for the contract."""
+  def recur(self, x, context, past):
+    """Returns y, the state and the tails; see `Recurrent`."""
     logits = self.forget(x).astype(jnp.float32)
     k = (1 - self.lower_bound) * jax.nn.sigmoid(-logits)
     if self.lower_bound:
       log_decay = jnp.log1p(-k)
     else:  # the same, where 1 - k would round to zero
       log_decay = jax.nn.log_sigmoid(logits)
-    o, state = run_op(
-      linear_attention,
-      dict(
-        q=jax.nn.silu(self.query(x)),
-        k=k.astype(x.dtype),
-        v=self.value(x),
-        log_decay=log_decay,
-      ),
-      segment_ids=context.segment_ids,
-      state=cache,
-      scale=1,
-      **self.options,
+    o, state = self.scan(
+      context,
+      past,
+      q=jax.nn.silu(self.query(x)),
+      k=k.astype(x.dtype),
+      v=self.value(x),
+      log_decay=log_decay,
     )
-    return self.out(self.norm(o)), None if cache is None else state
-
-  def init_cache(self, batch: int, max_len: int, dtype):
-    """Returns the zero state; `max_len` does not matter."""
-    return jnp.zeros((batch, *self.state_shape))
+    return self.out(self.norm(o)), state, None

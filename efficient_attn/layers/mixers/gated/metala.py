@@ -15,15 +15,15 @@ from flax import nnx
 
 from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.head_norm import HeadLayerNorm
-from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.param import Projection, param, use
-from efficient_attn.layers.recurrence import run_op
-from efficient_attn.ops.recurrent.linear_attention import linear_attention
+from efficient_attn.layers.recurrence import LINEAR, Convolved
 from efficient_attn.values import ChunkSize, Positive, PositiveFloat
 
 
-class MetaLA(Mixer):
+class MetaLA(Convolved):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  recurrence = LINEAR.taking(log_decay='BTNH')
 
   def __init__(
     self,
@@ -54,32 +54,19 @@ class MetaLA(Mixer):
     self.norm = HeadLayerNorm(num_heads, value_dim)
     self.out = Projection(values, inputs, rngs=rngs)
     self.gate_temperature = gate_temperature
-    self.state_shape = (num_heads, key_dim, value_dim)
-    self.chunk_size = chunk_size
+    self.sizes = dict(N=num_heads, H=key_dim, V=value_dim)
+    self.options = dict(chunk_size=chunk_size)
 
-  def mix_tokens(self, x, context, cache):
-    """Mixes tokens; see `layers.mixer` for the contract."""
-    x, tail = self.conv(
-      x, segment_ids=context.segment_ids, state=cache and cache['conv']
-    )
+  def recur(self, x, context, past):
+    """Returns y, the state and the tails; see `Recurrent`."""
+    x, tail = self.convolve(x, context, past)
     logits = self.decay(x).astype(jnp.float32)
     log_decay = jax.nn.log_sigmoid(logits) / self.gate_temperature
     q, v = self.query(x), self.value(x)
     k = -jnp.expm1(log_decay)
-    o, state = run_op(
-      linear_attention,
-      dict(q=q, k=k.astype(x.dtype), v=v, log_decay=log_decay),
-      segment_ids=context.segment_ids,
-      state=cache and cache['state'],
-      chunk_size=self.chunk_size,
+    o, state = self.scan(
+      context, past, q=q, k=k.astype(x.dtype), v=v, log_decay=log_decay
     )
     own = jnp.sum(q * k * use(self.augment, k.dtype), -1, keepdims=True)
     o = self.norm(o + jax.nn.sigmoid(own * v).astype(o.dtype))
-    if cache is not None:
-      cache = dict(state=state, conv=tail)
-    return self.out(o * jax.nn.silu(self.gate(x))), cache
-
-  def init_cache(self, batch: int, max_len: int, dtype):
-    """Returns the zero state; `max_len` does not matter."""
-    state = jnp.zeros((batch, *self.state_shape))
-    return dict(state=state, conv=self.conv.init_state(batch, dtype))
+    return self.out(o * jax.nn.silu(self.gate(x))), state, tail

@@ -11,17 +11,18 @@ norm has no weight and eps = 1e-6.
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_attn.layers.cache import next_positions
-from efficient_attn.layers.mixer import Mixer
+from efficient_attn.layers.cache import positions_of
 from efficient_attn.layers.qkv import QKV
-from efficient_attn.layers.recurrence import GatedOutput, run_op
+from efficient_attn.layers.recurrence import LINEAR, GatedOutput, Recurrent
 from efficient_attn.ops.positions import rotary
-from efficient_attn.ops.recurrent.linear_attention import linear_attention
 from efficient_attn.values import ChunkSize, Positive, PositiveFloat
 
 
-class Retention(Mixer):
+class Retention(Recurrent):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  recurrence = LINEAR.taking(log_decay='N')
+  counts = True
 
   def __init__(
     self,
@@ -47,38 +48,22 @@ class Retention(Mixer):
     self.out = GatedOutput(
       d_model, num_heads, value_dim, eps=norm_eps, rngs=rngs
     )
-    self.state_shape = (num_heads, head_dim, value_dim)
+    self.sizes = dict(N=num_heads, H=head_dim, V=value_dim)
     self.options = dict(bidirectional=not causal, chunk_size=chunk_size)
 
-  def mix_tokens(self, x, context, cache):
-    """Mixes tokens; see `layers.mixer` for the contract."""
-    positions = context.positions
-    length = x.shape[1]
-    if positions is None:
-      positions = next_positions(cache, length)
+  def recur(self, x, context, past):
+    """Returns y, the state and the tails; see `Recurrent`."""
+    positions = positions_of(context, past.cursor, x.shape[1])
     (q, k, v), _ = self.qkv(x)
-    o, state = run_op(
-      linear_attention,
-      dict(
-        q=rotary(q, positions),
-        k=rotary(k, positions),
-        v=v,
-        log_decay=log_gammas(self.state_shape[0]),
-      ),
-      segment_ids=context.segment_ids,
-      state=cache and cache['state'],
-      **self.options,
+    o, state = self.scan(
+      context,
+      past,
+      q=rotary(q, positions),
+      k=rotary(k, positions),
+      v=v,
+      log_decay=log_gammas(self.sizes['N']),
     )
-    if cache is not None:
-      cache = dict(state=state, length=cache['length'] + length)
-    return self.out(o, x), cache
-
-  def init_cache(self, batch: int, max_len: int, dtype):
-    """Returns the zero state; `max_len` does not matter."""
-    return dict(
-      state=jnp.zeros((batch, *self.state_shape)),
-      length=jnp.zeros((), jnp.int32),
-    )
+    return self.out(o, x), state, None
 
 
 def log_gammas(num_heads: int):

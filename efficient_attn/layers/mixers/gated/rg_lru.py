@@ -16,18 +16,18 @@ from flax import nnx
 
 from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.headwise import Headwise
-from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.param import Projection, param, use
-from efficient_attn.layers.recurrence import run_op
-from efficient_attn.ops.recurrent.diagonal_scan import diagonal_scan
+from efficient_attn.layers.recurrence import DIAGONAL, Convolved
 from efficient_attn.ops.recurrent.selective_scan import expm1_ratio
 from efficient_attn.values import ChunkSize, Positive, PositiveFloat
 
 C = 8.0
 
 
-class RGLRU(Mixer):
+class RGLRU(Convolved):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  recurrence = DIAGONAL.taking(log_decay='BTNH')
 
   def __init__(
     self,
@@ -55,16 +55,12 @@ class RGLRU(Mixer):
     rate = jnp.log(jnp.expm1(-jnp.log(decay) / C))
     self.rate = param(rate, (*heads,), weight_decay=False)
     self.out = Projection(heads, {'embed': d_model}, rngs=rngs)
-    self.shape = shape
-    self.chunk_size = chunk_size
+    self.sizes = dict(N=shape[0], H=shape[1])
+    self.options = dict(chunk_size=chunk_size)
 
-  def mix_tokens(self, x, context, cache):
-    """Mixes tokens; see `layers.mixer` for the contract."""
-    value, tail = self.conv(
-      self.value(x),
-      segment_ids=context.segment_ids,
-      state=cache and cache['conv'],
-    )
+  def recur(self, x, context, past):
+    """Returns y, the state and the tails; see `Recurrent`."""
+    value, tail = self.convolve(self.value(x), context, past)
     r = self.recurrence_gate(value).astype(jnp.float32)
     i = jax.nn.sigmoid(self.input_gate(value).astype(jnp.float32))
     rate = C * jax.nn.softplus(use(self.rate, jnp.float32))
@@ -73,18 +69,11 @@ class RGLRU(Mixer):
     # where the gate is shut (sigmoid(r) = 0, a = 1).
     scale = jnp.sqrt(2 * rate * expm1_ratio(2 * log_decay))
     scale = scale * jnp.exp(jax.nn.log_sigmoid(r) / 2)
-    h, state = run_op(
-      diagonal_scan,
-      dict(x=scale * i * value.astype(jnp.float32), log_decay=log_decay),
-      segment_ids=context.segment_ids,
-      state=cache and cache['state'],
-      chunk_size=self.chunk_size,
+    h, state = self.scan(
+      context,
+      past,
+      x=scale * i * value.astype(jnp.float32),
+      log_decay=log_decay,
     )
-    if cache is not None:
-      cache = dict(state=state, conv=tail)
-    return self.out(h.astype(x.dtype) * jax.nn.gelu(self.gate(x))), cache
-
-  def init_cache(self, batch: int, max_len: int, dtype):
-    """Returns the zero state; `max_len` does not matter."""
-    state = jnp.zeros((batch, *self.shape))
-    return dict(state=state, conv=self.conv.init_state(batch, dtype))
+    y = self.out(h.astype(x.dtype) * jax.nn.gelu(self.gate(x)))
+    return y, state, tail

@@ -16,15 +16,38 @@ from flax import nnx
 
 from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.head_norm import JointRMSNorm
-from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.param import Projection, param, use
-from efficient_attn.layers.recurrence import run_op
+from efficient_attn.layers.recurrence import Convolved, Recurrence
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
 from efficient_attn.values import ChunkSize, Positive, PositiveFloat
 
 
-class Rodimus(Mixer):
+def _one_key(q, k, v, log_decay, *, initial_state, **options):
+  """Linear attention of one head of q, k [B, T, H] and v [B, T, N, V]."""
+  batch, length, heads, width = v.shape
+  if initial_state is not None:  # [B, N, H, V] to one head of N V values
+    initial_state = jnp.moveaxis(initial_state, 1, 2)
+    initial_state = initial_state.reshape(batch, 1, -1, heads * width)
+  o, state = linear_attention(
+    q[:, :, None],
+    k[:, :, None],
+    v.reshape(batch, length, 1, -1),
+    log_decay=log_decay[:, :, None],
+    initial_state=initial_state,
+    **options,
+  )
+  state = state.reshape(batch, -1, heads, width)
+  return o.reshape(v.shape), jnp.moveaxis(state, 2, 1)
+
+
+class Rodimus(Convolved):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  recurrence = Recurrence(
+    _one_key,
+    dict(q='BTH', k='BTH', v='BTNV', log_decay='BTH'),
+    state='BNHV',
+  )
 
   def __init__(
     self,
@@ -56,62 +79,31 @@ class Rodimus(Mixer):
     self.skip = param(jnp.ones((num_heads, value_dim)), (*values,))
     self.norm = JointRMSNorm(num_heads, value_dim, eps=norm_eps)
     self.out = Projection(values, inputs, rngs=rngs)
-    self.state_shape = (num_heads, state_dim, value_dim)
-    self.chunk_size = chunk_size
+    self.sizes = dict(N=num_heads, H=state_dim, V=value_dim)
+    self.options = dict(chunk_size=chunk_size)
 
-  def mix_tokens(self, x, context, cache):
-    """Mixes tokens; see `layers.mixer` for the contract."""
+  def recur(self, x, context, past):
+    """Returns y, the state and the tails; see `Recurrent`."""
     u = self.up(x)
-    c, tail = self.conv(
-      u, segment_ids=context.segment_ids, state=cache and cache['conv']
-    )
+    c, tail = self.convolve(u, context, past)
     select = self.select(c).astype(jnp.float32)
     temper = jax.nn.sigmoid(self.temper(c).astype(jnp.float32))
     k = self.key(c).astype(jnp.float32)
     k = k * jax.lax.rsqrt(jnp.sum(k * k, -1, keepdims=True) + 1e-12)
-    o, state = run_op(
-      _one_key,
-      dict(
-        q=self.query(c),
-        k=(k * jnp.exp(temper * _log_softplus(select))).astype(x.dtype),
-        v=u * jax.nn.sigmoid(self.write_up(self.write_down(u))),
-        log_decay=-jax.nn.softplus(select) * temper,
-      ),
-      segment_ids=context.segment_ids,
-      state=cache and cache['state'],
-      layouts=dict.fromkeys(('q', 'k', 'log_decay'), 'BTH'),
-      chunk_size=self.chunk_size,
+    o, state = self.scan(
+      context,
+      past,
+      q=self.query(c),
+      k=(k * jnp.exp(temper * _log_softplus(select))).astype(x.dtype),
+      v=u * jax.nn.sigmoid(self.write_up(self.write_down(u))),
+      log_decay=-jax.nn.softplus(select) * temper,
     )
     o = o + use(self.skip, o.dtype) * c
-    if cache is not None:
-      cache = dict(state=state, conv=tail)
-    return self.out(self.norm(o * jax.nn.silu(self.gate(x)))), cache
-
-  def init_cache(self, batch: int, max_len: int, dtype):
-    """Returns the zero state; `max_len` does not matter."""
-    state = jnp.zeros((batch, *self.state_shape))
-    return dict(state=state, conv=self.conv.init_state(batch, dtype))
+    y = self.out(self.norm(o * jax.nn.silu(self.gate(x))))
+    return y, state, tail
 
 
 def _log_softplus(x):
   """log(log(1 + exp(x))), also where softplus underflows."""
   low = x < -20
   return jnp.where(low, x, jnp.log(jax.nn.softplus(jnp.where(low, 0, x))))
-
-
-def _one_key(q, k, v, log_decay, *, initial_state, **options):
-  """Linear attention of one head of q, k [B, T, H] and v [B, T, N, V]."""
-  batch, length, heads, width = v.shape
-  if initial_state is not None:  # [B, N, H, V] to one head of N V values
-    initial_state = jnp.moveaxis(initial_state, 1, 2)
-    initial_state = initial_state.reshape(batch, 1, -1, heads * width)
-  o, state = linear_attention(
-    q[:, :, None],
-    k[:, :, None],
-    v.reshape(batch, length, 1, -1),
-    log_decay=log_decay[:, :, None],
-    initial_state=initial_state,
-    **options,
-  )
-  state = state.reshape(batch, -1, heads, width)
-  return o.reshape(v.shape), jnp.moveaxis(state, 2, 1)

@@ -15,21 +15,26 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.layers.headwise import split_heads
-from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.param import Projection, param, use
-from efficient_attn.layers.recurrence import run_op
+from efficient_attn.layers.recurrence import Recurrence, Recurrent
 from efficient_attn.layers.token_shift import token_shift
 from efficient_attn.ops.recurrent.wkv4 import wkv4
 from efficient_attn.values import ChunkSize, Fraction
 
 
-class RWKV4(Mixer):
+class RWKV4(Recurrent):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring.
 
   `depth` is the place of the layer in its model, 0 for the first and 1 for the
   last: later layers start with slower decays and more of the present token.
   RWKV-LM takes l / L for the share of layer l, and l / (L - 1) for the rest.
   """
+
+  recurrence = Recurrence(
+    wkv4,
+    dict(k='BTNH', v='BTNH', log_decay='NH', bonus='NH'),
+    state=('BNH',) * 3,
+  )
 
   def __init__(
     self,
@@ -59,13 +64,14 @@ class RWKV4(Mixer):
     zigzag = (jnp.arange(d_model) + 1) % 3 - 1.0
     bonus = math.log(0.3) + 0.5 * zigzag
     self.bonus = param(bonus.reshape(shape), (*heads,))
-    self.shape, self.d_model = shape, d_model
-    self.chunk_size = chunk_size
+    self.d_model = d_model
+    self.sizes = dict(N=shape[0], H=shape[1])
+    self.options = dict(chunk_size=chunk_size)
 
-  def mix_tokens(self, x, context, cache):
-    """Mixes tokens; see `layers.mixer` for the contract."""
+  def recur(self, x, context, past):
+    """Returns y, the state and the tails; see `Recurrent`."""
     previous, last = token_shift(
-      x, segment_ids=context.segment_ids, state=cache and cache['last']
+      x, segment_ids=context.segment_ids, state=past.tails
     )
 
     def mixed(mu):
@@ -73,25 +79,16 @@ class RWKV4(Mixer):
       return mu * x + (1 - mu) * previous
 
     receptance = jax.nn.sigmoid(self.receptance(mixed(self.mix_receptance)))
-    wkv, state = run_op(
-      wkv4,
-      dict(
-        k=self.key(mixed(self.mix_key)),
-        v=self.value(mixed(self.mix_value)),
-        log_decay=-jnp.exp(use(self.rate, jnp.float32)),
-        bonus=use(self.bonus, jnp.float32),
-      ),
-      segment_ids=context.segment_ids,
-      state=cache and cache['state'],
-      chunk_size=self.chunk_size,
+    wkv, state = self.scan(
+      context,
+      past,
+      k=self.key(mixed(self.mix_key)),
+      v=self.value(mixed(self.mix_value)),
+      log_decay=-jnp.exp(use(self.rate, jnp.float32)),
+      bonus=use(self.bonus, jnp.float32),
     )
-    if cache is not None:
-      cache = dict(state=state, last=last)
-    return self.out(receptance * wkv), cache
+    return self.out(receptance * wkv), state, last
 
-  def init_cache(self, batch: int, max_len: int, dtype):
-    """Returns the empty state; `max_len` does not matter."""
-    return dict(
-      state=tuple(jnp.zeros((batch, *self.shape)) for _ in range(3)),
-      last=jnp.zeros((batch, self.d_model), dtype),
-    )
+  def init_tails(self, batch, dtype):
+    """Returns the token before the first, zeros."""
+    return jnp.zeros((batch, self.d_model), dtype)

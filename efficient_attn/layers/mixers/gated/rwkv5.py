@@ -14,9 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.layers.head_norm import HeadLayerNorm
-from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.param import Projection, param, use
-from efficient_attn.layers.recurrence import run_op
+from efficient_attn.layers.recurrence import LINEAR, Recurrence, Recurrent
 from efficient_attn.layers.token_shift import token_shift
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
 from efficient_attn.values import ChunkSize, PositiveFloat
@@ -24,8 +23,20 @@ from efficient_attn.values import ChunkSize, PositiveFloat
 DEPTH = 0.5
 
 
-class RWKV5(Mixer):
+def _wkv(q, k, v, log_decay, **options):
+  """RWKV's read; a decay [N, H] is the same for all tokens."""
+  log_decay = jnp.broadcast_to(log_decay, q.shape)
+  return linear_attention(
+    q, k, v, log_decay=log_decay, read='exclusive', scale=1, **options
+  )
+
+
+class RWKV5(Recurrent):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  recurrence = Recurrence(
+    _wkv, {**LINEAR.inputs, 'log_decay': 'NH', 'bonus': 'NH'}, state='BNHV'
+  )
 
   def __init__(
     self,
@@ -59,32 +70,26 @@ class RWKV5(Mixer):
     # The paper divides o by 8 before a norm with eps = 1e-5.
     self.norm = HeadLayerNorm(num_heads, head_dim, eps=norm_eps)
     self.out = Projection(heads, inputs, rngs=rngs)
-    self.state_shape = (num_heads, head_dim, head_dim)
-    self.chunk_size = chunk_size
+    self.sizes = dict(N=num_heads, H=head_dim, V=head_dim)
+    self.options = dict(chunk_size=chunk_size)
     self.d_model = d_model
 
-  def mix_tokens(self, x, context, cache):
-    """Mixes tokens; see `layers.mixer` for the contract."""
+  def recur(self, x, context, past):
+    """Returns y, the state and the tails; see `Recurrent`."""
     previous, last = token_shift(
-      x, segment_ids=context.segment_ids, state=cache and cache['shift']
+      x, segment_ids=context.segment_ids, state=past.tails
     )
     r, k, v, g, log_decay = self.inputs(x, previous - x)
-    o, state = run_op(
-      _wkv,
-      dict(
-        q=self.receptance(r),
-        k=self.key(k),
-        v=self.value(v),
-        log_decay=log_decay,
-        bonus=use(self.bonus, jnp.float32),
-      ),
-      segment_ids=context.segment_ids,
-      state=cache and cache['state'],
-      chunk_size=self.chunk_size,
+    o, state = self.scan(
+      context,
+      past,
+      q=self.receptance(r),
+      k=self.key(k),
+      v=self.value(v),
+      log_decay=log_decay,
+      bonus=use(self.bonus, jnp.float32),
     )
-    if cache is not None:
-      cache = dict(state=state, shift=last)
-    return self.out(self.norm(o) * jax.nn.silu(self.gate(g))), cache
+    return self.out(self.norm(o) * jax.nn.silu(self.gate(g))), state, last
 
   def inputs(self, x, delta):
     """Returns the inputs of r, k, v and g, and the log decay."""
@@ -92,10 +97,9 @@ class RWKV5(Mixer):
     mixed = [x + delta * shifts[i] for i in range(4)]
     return *mixed, -jnp.exp(use(self.decay, jnp.float32))
 
-  def init_cache(self, batch: int, max_len: int, dtype):
-    """Returns the zero state; `max_len` does not matter."""
-    state = jnp.zeros((batch, *self.state_shape))
-    return dict(state=state, shift=jnp.zeros((batch, self.d_model), dtype))
+  def init_tails(self, batch, dtype):
+    """Returns the token before the first, zeros."""
+    return jnp.zeros((batch, self.d_model), dtype)
 
 
 def shift_init(d_model: int, name: str) -> jax.Array:
@@ -103,11 +107,3 @@ def shift_init(d_model: int, name: str) -> jax.Array:
   power = (1 - DEPTH) * (0.5 if name in 'rg' else 1)
   present = (jnp.arange(d_model) / d_model) ** power
   return 1 - present - (0.3 * DEPTH if name == 'v' else 0)
-
-
-def _wkv(q, k, v, log_decay, **options):
-  """RWKV's read; a decay [N, H] is the same for all tokens."""
-  log_decay = jnp.broadcast_to(log_decay, q.shape)
-  return linear_attention(
-    q, k, v, log_decay=log_decay, read='exclusive', scale=1, **options
-  )

@@ -23,6 +23,8 @@ from efficient_attn.values import Positive
 class RWKV6(RWKV5):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
+  recurrence = RWKV5.recurrence.taking(log_decay='BTNH')
+
   def __init__(
     self,
     *,
