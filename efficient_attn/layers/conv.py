@@ -1,7 +1,7 @@
 """The short causal convolution many recurrent mixers put before q, k and v."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -91,3 +91,19 @@ class ShortConv(nnx.Module):
   def init_state(self, batch: int, dtype) -> jax.Array:
     """Returns the zero inputs before the first token, [B, width-1, ...]."""
     return jnp.zeros((batch, *self.shape), dtype)
+
+
+def convolve(
+  convs: Sequence[ShortConv], inputs: Sequence[jax.Array], *, segment_ids, tails
+) -> tuple[list[jax.Array], tuple[jax.Array, ...]]:
+  """Returns each input after its convolution, and the tails of all.
+
+  The tails are the last inputs, of a call before or None.
+  """
+  done = [
+    conv(x, segment_ids=segment_ids, state=tail)
+    for conv, x, tail in zip(
+      convs, inputs, tails or (None,) * len(convs), strict=True
+    )
+  ]
+  return [y for y, _ in done], tuple(tail for _, tail in done)

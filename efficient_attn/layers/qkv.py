@@ -1,9 +1,11 @@
 """Query, key and value heads, with the short convolution some mixers add."""
 
+from collections.abc import Sequence
+
 import jax
 from flax import nnx
 
-from efficient_attn.layers.conv import ShortConv
+from efficient_attn.layers.conv import ShortConv, convolve
 from efficient_attn.layers.param import Projection
 
 
@@ -42,18 +44,12 @@ class QKV(nnx.Module):
 
   def __call__(
     self, x: jax.Array, *, segment_ids=None, tails=None
-  ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple | None]:
+  ) -> tuple[Sequence[jax.Array], tuple | None]:
     """Returns (query, key, value) and the tails (None without convolutions)."""
     heads = (self.query(x), self.key(x), self.value(x))
     if self.convs is None:
       return heads, None
-    done = [
-      conv(h, segment_ids=segment_ids, state=tail)
-      for conv, h, tail in zip(
-        self.convs, heads, tails or (None,) * 3, strict=True
-      )
-    ]
-    return tuple(y for y, _ in done), tuple(tail for _, tail in done)
+    return convolve(self.convs, heads, segment_ids=segment_ids, tails=tails)
 
   def init_tails(self, batch: int, dtype) -> tuple | None:
     """Returns the zero inputs before the first token."""

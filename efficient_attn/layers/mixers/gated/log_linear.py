@@ -18,12 +18,19 @@ from flax import nnx
 
 from efficient_attn.layers.mixers.selective.mamba2 import Mamba2
 from efficient_attn.layers.param import Projection, param, use
+from efficient_attn.layers.recurrence import Recurrence
 from efficient_attn.ops.recurrent.log_linear import log_linear_attention
 from efficient_attn.values import Range
 
 
 class LogLinear(Mamba2):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  recurrence = Recurrence(
+    log_linear_attention,
+    {**Mamba2.recurrence.inputs, 'level_scales': 'BTNL'},
+    state=('BNMHV', 'B'),
+  )
 
   def __init__(
     self,
@@ -43,27 +50,22 @@ class LogLinear(Mamba2):
     self.level_scale = param(ones, (*levels,), weight_decay=False)
     self.num_levels = num_levels
 
-  def scan(self, x, arrays, *, segment_ids, state):
-    """Returns the reads of the states and the states."""
+  def recur(self, x, context, past):
+    """Returns y, the state and the tails; see `Recurrent`."""
+    if past.state is None:
+      past = past.replace(state=self.init_state(*x.shape[:2], x.dtype))
+    return super().recur(x, context, past)
+
+  def arrays(self, x, bc, v):
+    """Returns the arguments of the op, see `Mamba2.arrays`."""
     f32 = jnp.float32
     scales = self.levels(x).astype(f32) * use(self.level_scale, f32)
-    return super().scan(
-      x,
-      arrays | dict(level_scales=jax.nn.softplus(scales)),
-      op=log_linear_attention,
-      segment_ids=segment_ids,
-      state=self.empty(*x.shape[:2]) if state is None else state,
-    )
+    arrays = super().arrays(x, bc, v)
+    return arrays | dict(level_scales=jax.nn.softplus(scales))
 
-  def empty(self, batch: int, length: int):
-    """Returns the state before `length` tokens, with the buckets they need."""
-    buckets = max((length - 1).bit_length(), 1)
-    heads, *shape = self.state_shape
+  def init_state(self, batch, max_len, dtype):
+    """Returns zeros, with the buckets that `max_len` tokens need."""
+    buckets = max((max_len - 1).bit_length(), 1)
     buckets = min(buckets, self.num_levels - 1)
-    memory = jnp.zeros((batch, heads, buckets, *shape))
-    return memory, jnp.zeros((batch,), jnp.int32)
-
-  def init_cache(self, batch: int, max_len: int, dtype):
-    """Returns the cache of an empty past, enough for `max_len` tokens."""
-    _, *tails = super().init_cache(batch, max_len, dtype)
-    return self.empty(batch, max_len), *tails
+    memory, count = self.recurrence.zeros(batch, {**self.sizes, 'M': buckets})
+    return memory, count.astype(jnp.int32)

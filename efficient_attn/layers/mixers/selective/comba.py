@@ -28,10 +28,19 @@ from efficient_attn.layers.mixers.selective.gated_deltanet import (
 )
 from efficient_attn.layers.norm import l2_normalize
 from efficient_attn.layers.param import param, use
-from efficient_attn.layers.recurrence import GatedOutput, run_op
-from efficient_attn.ops.recurrent.delta_rule import delta_rule
-from efficient_attn.ops.recurrent.dplr import dplr
+from efficient_attn.layers.recurrence import (
+  DELTA,
+  DPLR,
+  GatedOutput,
+  Recurrence,
+)
 from efficient_attn.values import OneOf
+
+# The recurrences of the two rules.
+RULES = {
+  'comba': DPLR.taking(log_decay='BTN'),
+  'gated_delta': DELTA.taking(log_decay='BTN', erase='BTNH'),
+}
 
 
 class Comba(GatedDeltaNet):
@@ -43,7 +52,7 @@ class Comba(GatedDeltaNet):
     d_model: int,
     num_heads: int,
     rngs: nnx.Rngs,
-    rule: Annotated[str, OneOf(('comba', 'gated_delta'))] = 'comba',
+    rule: Annotated[str, OneOf(tuple(RULES))] = 'comba',
     output_gate: Annotated[str, OneOf(('sigmoid', 'silu'))] = 'sigmoid',
     **options,
   ):
@@ -59,6 +68,11 @@ class Comba(GatedDeltaNet):
     self.correction = param(ones, ('heads',), weight_decay=False)
     self.rule = rule
 
+  @property
+  def recurrence(self) -> Recurrence:
+    """The op of the rule."""
+    return RULES[self.rule]
+
   def output(self, d_model, num_heads, value_dim, *, eps, rngs) -> nnx.Module:
     """Returns the module that maps (o, x) to y."""
     return GatedOutput(
@@ -70,25 +84,21 @@ class Comba(GatedDeltaNet):
       rngs=rngs,
     )
 
-  def scan(self, q, k, v, beta, log_decay, **inputs):
-    """Returns the reads of the state and the state; q and k are of any norm."""
+  def arrays(self, q, k, v, beta):
+    """Returns the arguments of the op but the decay; q, k are of any norm."""
     erase = jax.nn.sigmoid(use(self.erase, jnp.float32))[:, None]
     correction = use(self.correction, jnp.float32)[:, None]
-    inputs |= self.options
     if self.rule == 'gated_delta':
       k = l2_normalize(k)
       q = (l2_normalize(q) - correction * erase * k).astype(q.dtype)
       erase = jnp.zeros(k.shape, jnp.float32) + erase
-      arrays = dict(q=q, k=k, v=v, beta=beta, erase=erase, log_decay=log_decay)
-      return run_op(delta_rule, arrays, **inputs)
+      return dict(q=q, k=k, v=v, beta=beta, erase=erase)
     p = erase * k
     write = (beta[..., None] * l2_normalize(k)).astype(k.dtype)
-    arrays = dict(
+    return dict(
       q=l2_normalize((q - correction * p).astype(q.dtype)),
       k=write,
       v=v,
       a=l2_normalize(p.astype(k.dtype)),
       b=-write,
-      log_decay=log_decay,
     )
-    return run_op(dplr, arrays, **inputs)

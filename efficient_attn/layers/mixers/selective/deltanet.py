@@ -13,20 +13,21 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.layers.conv import conv_taps
-from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.norm import l2_normalize
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.qkv import QKV
-from efficient_attn.layers.recurrence import NormedOutput, run_op
-from efficient_attn.ops.recurrent.delta_rule import delta_rule
+from efficient_attn.layers.recurrence import DELTA, NormedOutput, Recurrent
 from efficient_attn.values import ChunkSize, NonNegative, PositiveFloat
 
 
-class DeltaNet(Mixer):
+class DeltaNet(Recurrent):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring.
 
-  The other delta rules override what differs: `output`, `decay` and `scan`.
+  The other delta rules override what differs: `recurrence`, `output`, `decay`
+  and `arrays`.
   """
+
+  recurrence = DELTA
 
   def __init__(
     self,
@@ -54,7 +55,7 @@ class DeltaNet(Mixer):
     )
     self.beta = Projection({'embed': d_model}, {'heads': num_heads}, rngs=rngs)
     self.largest_beta = 2.0 if negative_eigenvalues else 1.0
-    self.state_shape = (num_heads, key_dim, value_dim)
+    self.sizes = dict(N=num_heads, H=key_dim, V=value_dim)
     self.options = dict(bidirectional=not causal, chunk_size=chunk_size)
     self.out = self.output(
       d_model, num_heads, value_dim, eps=norm_eps, rngs=rngs
@@ -68,39 +69,22 @@ class DeltaNet(Mixer):
     """Returns the log decays of the tokens."""
     return None
 
-  def scan(self, q, k, v, beta, log_decay, **inputs):
-    """Returns the reads of the state and the state; q and k are of any norm."""
-    arrays = dict(
-      q=l2_normalize(q),
-      k=l2_normalize(k),
-      v=v,
-      beta=beta,
-      log_decay=log_decay,
-    )
-    return run_op(delta_rule, arrays, **inputs, **self.options)
+  def arrays(self, q, k, v, beta) -> dict[str, jax.Array]:
+    """Returns the arguments of the op but the decay; q, k are of any norm."""
+    return dict(q=l2_normalize(q), k=l2_normalize(k), v=v, beta=beta)
 
-  def mix_tokens(self, x, context, cache):
-    """Mixes tokens; see `layers.mixer` for the contract."""
+  def recur(self, x, context, past):
+    """Returns y, the state and the tails; see `Recurrent`."""
     (q, k, v), tails = self.qkv(
-      x, segment_ids=context.segment_ids, tails=cache and cache['conv']
+      x, segment_ids=context.segment_ids, tails=past.tails
     )
     if tails is None:  # the convolution would have done this
       q, k, v = (jax.nn.silu(a) for a in (q, k, v))
     beta = jax.nn.sigmoid(self.beta(x).astype(jnp.float32))
-    o, state = self.scan(
-      q,
-      k,
-      v,
-      self.largest_beta * beta,
-      self.decay(x),
-      segment_ids=context.segment_ids,
-      state=cache and cache['state'],
-    )
-    if cache is not None:
-      cache = dict(state=state, conv=tails)
-    return self.out(o, x), cache
+    arrays = self.arrays(q, k, v, self.largest_beta * beta)
+    o, state = self.scan(context, past, **arrays, log_decay=self.decay(x))
+    return self.out(o, x), state, tails
 
-  def init_cache(self, batch: int, max_len: int, dtype):
-    """Returns the zero state; `max_len` does not matter."""
-    state = jnp.zeros((batch, *self.state_shape))
-    return dict(state=state, conv=self.qkv.init_tails(batch, dtype))
+  def init_tails(self, batch, dtype):
+    """Returns zeros."""
+    return self.qkv.init_tails(batch, dtype)

@@ -18,11 +18,14 @@ from flax import nnx
 
 from efficient_attn.layers.conv import conv_taps
 from efficient_attn.layers.decay import DecayGate
-from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.norm import l2_normalize
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.qkv import QKV
-from efficient_attn.layers.recurrence import GatedOutput, run_op
+from efficient_attn.layers.recurrence import (
+  GatedOutput,
+  Recurrence,
+  Recurrent,
+)
 from efficient_attn.ops.recurrent.delta_product import delta_product
 from efficient_attn.values import (
   ChunkSize,
@@ -32,8 +35,14 @@ from efficient_attn.values import (
 )
 
 
-class DeltaProduct(Mixer):
+class DeltaProduct(Recurrent):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  recurrence = Recurrence(
+    delta_product,
+    dict(q='BTNH', k='BTNMH', v='BTNMV', beta='BTNM', log_decay='BTN'),
+    state='BNHV',
+  )
 
   def __init__(
     self,
@@ -68,37 +77,29 @@ class DeltaProduct(Mixer):
     )
     self.num_steps = num_steps
     self.largest_beta = 2.0 if negative_eigenvalues else 1.0
-    self.state_shape = (num_heads, key_dim, value_dim)
+    self.sizes = dict(N=num_heads, H=key_dim, V=value_dim)
     self.options = dict(bidirectional=not causal, chunk_size=chunk_size)
 
-  def mix_tokens(self, x, context, cache):
-    """Mixes tokens; see `layers.mixer` for the contract."""
+  def recur(self, x, context, past):
+    """Returns y, the state and the tails; see `Recurrent`."""
     (q, k, v), tails = self.qkv(
-      x, segment_ids=context.segment_ids, tails=cache and cache['conv']
+      x, segment_ids=context.segment_ids, tails=past.tails
     )
     if tails is None:  # the convolution would have done this
       q, k, v = (jax.nn.silu(a) for a in (q, k, v))
     k, v = (a.reshape(*a.shape[:3], self.num_steps, -1) for a in (k, v))
     beta = jax.nn.sigmoid(self.beta(x).astype(jnp.float32))
-    o, state = run_op(
-      delta_product,
-      dict(
-        q=l2_normalize(q),
-        k=l2_normalize(k),
-        v=v,
-        beta=self.largest_beta * beta,
-        log_decay=self.gate(x),
-      ),
-      layouts=dict(k='BTNMH', v='BTNMV'),
-      segment_ids=context.segment_ids,
-      state=cache and cache['state'],
-      **self.options,
+    o, state = self.scan(
+      context,
+      past,
+      q=l2_normalize(q),
+      k=l2_normalize(k),
+      v=v,
+      beta=self.largest_beta * beta,
+      log_decay=self.gate(x),
     )
-    if cache is not None:
-      cache = dict(state=state, conv=tails)
-    return self.out(o, x), cache
+    return self.out(o, x), state, tails
 
-  def init_cache(self, batch: int, max_len: int, dtype):
-    """Returns the zero state; `max_len` does not matter."""
-    state = jnp.zeros((batch, *self.state_shape))
-    return dict(state=state, conv=self.qkv.init_tails(batch, dtype))
+  def init_tails(self, batch, dtype):
+    """Returns zeros."""
+    return self.qkv.init_tails(batch, dtype)

@@ -12,12 +12,14 @@ from flax import nnx
 
 from efficient_attn.layers.decay import DecayGate
 from efficient_attn.layers.mixers.selective.deltanet import DeltaNet
-from efficient_attn.layers.recurrence import GatedOutput
+from efficient_attn.layers.recurrence import DELTA, GatedOutput
 from efficient_attn.values import PositiveFloat
 
 
 class GatedDeltaNet(DeltaNet):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  recurrence = DELTA.taking(log_decay='BTN')
 
   def __init__(
     self,

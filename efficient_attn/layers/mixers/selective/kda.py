@@ -12,17 +12,19 @@ from flax import nnx
 
 from efficient_attn.layers.decay import DecayGate
 from efficient_attn.layers.mixers.selective.deltanet import DeltaNet
-from efficient_attn.layers.recurrence import GatedOutput
+from efficient_attn.layers.recurrence import DELTA, GatedOutput
 
 
 class KDA(DeltaNet):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
+  recurrence = DELTA.taking(log_decay='BTNH')
+
   def __init__(
     self, *, d_model: int, num_heads: int, rngs: nnx.Rngs, **options
   ):
     super().__init__(d_model=d_model, num_heads=num_heads, rngs=rngs, **options)
-    _, key_dim, value_dim = self.state_shape
+    _, key_dim, value_dim = self.sizes.values()
     self.gate = DecayGate(
       d_model, num_heads, key_dim, rank=value_dim, lowest=1.0, rngs=rngs
     )

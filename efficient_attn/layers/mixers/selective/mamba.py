@@ -19,18 +19,23 @@ from flax import nnx
 from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.decay import time_step_bias
 from efficient_attn.layers.headwise import split_heads
-from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.param import Projection, param, use
-from efficient_attn.layers.recurrence import run_op
+from efficient_attn.layers.recurrence import Convolved, Recurrence
 from efficient_attn.ops.recurrent.selective_scan import selective_scan
 from efficient_attn.values import ChunkSize, NonNegative, Positive
 
 
-class Mamba(Mixer):
+class Mamba(Convolved):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring.
 
   `dt_rank` 0 is a 16th of d_model, rounded up.
   """
+
+  recurrence = Recurrence(
+    selective_scan,
+    dict(x='BTNH', dt='BTNH', A='NHS', B='BTS', C='BTS', D='NH'),
+    state='BNHS',
+  )
 
   def __init__(
     self,
@@ -62,42 +67,26 @@ class Mamba(Mixer):
     self.a_log = param(jnp.log(states), (*heads, None), weight_decay=False)
     self.skip = param(jnp.ones(shape), (*heads,), weight_decay=False)
     self.out = Projection(heads, {'embed': d_model}, rngs=rngs)
-    self.state_shape = (*shape, d_state)
+    self.sizes = dict(N=shape[0], H=shape[1], S=d_state)
     self.splits = (rank, rank + d_state)
     self.options = dict(discretization=discretization, chunk_size=chunk_size)
 
-  def mix_tokens(self, x, context, cache):
-    """Mixes tokens; see `layers.mixer` for the contract."""
-    value, tail = self.conv(
-      self.value(x),
-      segment_ids=context.segment_ids,
-      state=cache and cache['conv'],
-    )
+  def recur(self, x, context, past):
+    """Returns y, the state and the tails; see `Recurrent`."""
+    value, tail = self.convolve(self.value(x), context, past)
     low, B, C = jnp.split(self.select(value), self.splits, -1)
     dt = self.dt(low).astype(jnp.float32) + use(self.dt_bias, jnp.float32)
-    y, state = run_op(
-      selective_scan,
-      dict(
-        x=value,
-        dt=jax.nn.softplus(dt),
-        A=-jnp.exp(use(self.a_log, jnp.float32)),
-        B=B,
-        C=C,
-        D=use(self.skip, jnp.float32),
-      ),
-      segment_ids=context.segment_ids,
-      state=cache and cache['state'],
-      layouts=dict(A='NHS', B='BTS', C='BTS'),
-      **self.options,
+    y, state = self.scan(
+      context,
+      past,
+      x=value,
+      dt=jax.nn.softplus(dt),
+      A=-jnp.exp(use(self.a_log, jnp.float32)),
+      B=B,
+      C=C,
+      D=use(self.skip, jnp.float32),
     )
-    if cache is not None:
-      cache = dict(state=state, conv=tail)
-    return self.out(y * jax.nn.silu(self.gate(x))), cache
-
-  def init_cache(self, batch: int, max_len: int, dtype):
-    """Returns the zero state; `max_len` does not matter."""
-    state = jnp.zeros((batch, *self.state_shape))
-    return dict(state=state, conv=self.conv.init_state(batch, dtype))
+    return self.out(y * jax.nn.silu(self.gate(x))), state, tail
 
 
 def _uniform(key, shape, fan_in):

@@ -13,18 +13,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_attn.layers.conv import ShortConv
+from efficient_attn.layers.conv import ShortConv, convolve
 from efficient_attn.layers.decay import time_step_bias
 from efficient_attn.layers.head_norm import JointRMSNorm
-from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.param import Projection, param, use
-from efficient_attn.layers.recurrence import run_op
-from efficient_attn.ops.recurrent.linear_attention import linear_attention
+from efficient_attn.layers.recurrence import LINEAR, Recurrent
 from efficient_attn.values import ChunkSize, Positive, PositiveFloat
 
 
-class Mamba2(Mixer):
+class Mamba2(Recurrent):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  # The one head of q and k is on every device.
+  recurrence = LINEAR.taking(q='BTGH', k='BTGH', log_decay='BTN')
 
   def __init__(
     self,
@@ -56,50 +57,35 @@ class Mamba2(Mixer):
     self.skip = param(jnp.ones((num_heads, 1)), (*heads,), weight_decay=False)
     self.norm = JointRMSNorm(num_heads, head_dim, eps=norm_eps)
     self.out = Projection(heads, inputs, rngs=rngs)
-    self.state_shape = (num_heads, state_dim, head_dim)
-    self.chunk_size = chunk_size
+    self.sizes = dict(N=num_heads, H=state_dim, V=head_dim)
+    self.options = dict(scale=1, chunk_size=chunk_size)
 
-  def mix_tokens(self, x, context, cache):
-    """Mixes tokens; see `layers.mixer` for the contract."""
-    state, x_tail, bc_tail = cache or (None, None, None)
-    v, x_tail = self.x_conv(
-      self.x(x), segment_ids=context.segment_ids, state=x_tail
+  def recur(self, x, context, past):
+    """Returns y, the state and the tails; see `Recurrent`."""
+    (v, bc), tails = convolve(
+      (self.x_conv, self.bc_conv),
+      (self.x(x), self.bc(x)),
+      segment_ids=context.segment_ids,
+      tails=past.tails,
     )
-    bc, bc_tail = self.bc_conv(
-      self.bc(x), segment_ids=context.segment_ids, state=bc_tail
-    )
+    o, state = self.scan(context, past, **self.arrays(x, bc, v))
+    o = o + use(self.skip, o.dtype) * v
+    y = self.out(self.norm(o * jax.nn.silu(self.gate(x))))
+    return y, state, tails
+
+  def arrays(self, x, bc, v) -> dict[str, jax.Array]:
+    """Returns the arguments of the op for x and what the convolutions make."""
     k, q = jnp.split(bc[:, :, None], 2, axis=-1)
     dt = self.dt(x).astype(jnp.float32) + use(self.dt_bias, jnp.float32)
     dt = jax.nn.softplus(dt)
-    arrays = dict(
+    return dict(
       q=q,
       k=k,
       v=(dt[..., None] * v).astype(v.dtype),
       log_decay=-jnp.exp(use(self.a_log, jnp.float32)) * dt,
     )
-    o, state = self.scan(
-      x, arrays, segment_ids=context.segment_ids, state=state
-    )
-    o = o + use(self.skip, o.dtype) * v
-    y = self.out(self.norm(o * jax.nn.silu(self.gate(x))))
-    return y, None if cache is None else (state, x_tail, bc_tail)
 
-  def scan(self, x, arrays, *, op=linear_attention, **inputs):
-    """Returns the reads of the state and the state; x is the mixer's input."""
-    return run_op(
-      op,
-      arrays,
-      # The one head of q and k is on every device.
-      layouts=dict(q='BTGH', k='BTGH'),
-      scale=1,
-      chunk_size=self.chunk_size,
-      **inputs,
-    )
-
-  def init_cache(self, batch: int, max_len: int, dtype):
-    """Returns the zero state; `max_len` does not matter."""
-    return (
-      jnp.zeros((batch, *self.state_shape)),
-      self.x_conv.init_state(batch, dtype),
-      self.bc_conv.init_state(batch, dtype),
-    )
+  def init_tails(self, batch, dtype):
+    """Returns zeros."""
+    convs = self.x_conv, self.bc_conv
+    return tuple(conv.init_state(batch, dtype) for conv in convs)

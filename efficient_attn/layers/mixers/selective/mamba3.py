@@ -15,18 +15,29 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.layers.decay import time_step_bias
-from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.norm import RMSNorm
 from efficient_attn.layers.param import Projection, param, use
-from efficient_attn.layers.recurrence import run_op
+from efficient_attn.layers.recurrence import LINEAR, Recurrence, Recurrent
 from efficient_attn.ops.recurrent.trapezoid import trapezoidal_scan
 from efficient_attn.values import ChunkSize, Positive, Share
 
 MIN_RATE = 1e-4
 
 
-class Mamba3(Mixer):
+class Mamba3(Recurrent):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  recurrence = Recurrence(
+    trapezoidal_scan,
+    {
+      **LINEAR.inputs,
+      'log_decay': 'BTN',
+      'dt': 'BTN',
+      'right': 'BTN',
+      'angles': 'BTNP',
+    },
+    state=('BNHV', 'BNH', 'BNV', 'BN', 'BNP'),
+  )
 
   def __init__(
     self,
@@ -60,11 +71,11 @@ class Mamba3(Mixer):
     )
     self.skip = param(jnp.ones((num_heads, 1)), (*heads,), weight_decay=False)
     self.out = Projection(heads, inputs, rngs=rngs)
-    self.sizes = (num_heads, state_dim, head_dim, pairs)
-    self.chunk_size = chunk_size
+    self.sizes = dict(N=num_heads, H=state_dim, V=head_dim, P=pairs)
+    self.options = dict(chunk_size=chunk_size)
 
-  def mix_tokens(self, x, context, cache):
-    """Mixes tokens; see `layers.mixer` for the contract."""
+  def recur(self, x, context, past):
+    """Returns y, the state and the tails; see `Recurrent`."""
     k = self.b_norm(self.b(x))[:, :, None] + use(self.b_bias, x.dtype)
     q = self.c_norm(self.c(x))[:, :, None] + use(self.c_bias, x.dtype)
     v = self.x(x)
@@ -74,27 +85,16 @@ class Mamba3(Mixer):
     )
     dt = jax.nn.softplus(dt + use(self.dt_bias, jnp.float32))
     rate = jnp.maximum(jax.nn.softplus(rate), MIN_RATE)
-    o, state = run_op(
-      trapezoidal_scan,
-      dict(
-        q=q,
-        k=k,
-        v=v,
-        log_decay=-rate * dt,
-        dt=dt,
-        right=jax.nn.sigmoid(right),
-        angles=jnp.pi * jnp.tanh(angles)[:, :, None] * dt[..., None],
-      ),
-      segment_ids=context.segment_ids,
-      state=cache,
-      chunk_size=self.chunk_size,
+    o, state = self.scan(
+      context,
+      past,
+      q=q,
+      k=k,
+      v=v,
+      log_decay=-rate * dt,
+      dt=dt,
+      right=jax.nn.sigmoid(right),
+      angles=jnp.pi * jnp.tanh(angles)[:, :, None] * dt[..., None],
     )
     o = o + use(self.skip, o.dtype) * v
-    y = self.out(o * jax.nn.silu(self.gate(x)))
-    return y, None if cache is None else state
-
-  def init_cache(self, batch: int, max_len: int, dtype):
-    """Returns the zero state; `max_len` does not matter."""
-    heads, state, width, pairs = self.sizes
-    shapes = ((state, width), (state,), (width,), (), (pairs,))
-    return tuple(jnp.zeros((batch, heads, *shape)) for shape in shapes)
+    return self.out(o * jax.nn.silu(self.gate(x))), state, None

@@ -17,19 +17,30 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_attn.layers.conv import ShortConv
-from efficient_attn.layers.mixer import Mixer
+from efficient_attn.layers.conv import ShortConv, convolve
 from efficient_attn.layers.norm import l2_normalize
 from efficient_attn.layers.param import Projection, param, use
-from efficient_attn.layers.recurrence import GatedOutput, NormedOutput, run_op
+from efficient_attn.layers.recurrence import (
+  LINEAR,
+  GatedOutput,
+  NormedOutput,
+  Recurrence,
+  Recurrent,
+)
 from efficient_attn.ops.recurrent.mesa import mesa
 from efficient_attn.values import ChunkSize, Positive, PositiveFloat
 
 SMALLEST_RIDGE = 0.25
 
 
-class Mesa(Mixer):
+class Mesa(Recurrent):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  recurrence = Recurrence(
+    mesa,
+    {**LINEAR.inputs, 'log_decay': 'BTN', 'beta': 'BTN', 'ridge': 'NH'},
+    state=('BNHH', 'BNHV'),
+  )
 
   def __init__(
     self,
@@ -61,44 +72,31 @@ class Mesa(Mixer):
     )
     output = GatedOutput if output_gate else NormedOutput
     self.out = output(d_model, *heads, eps=norm_eps, rngs=rngs)
-    self.heads = heads
+    self.sizes = dict(N=heads[0], H=heads[1], V=heads[1])
     self.options = dict(num_steps=num_steps, chunk_size=chunk_size)
 
-  def mix_tokens(self, x, context, cache):
-    """Mixes tokens; see `layers.mixer` for the contract."""
-    past = cache or {}
-    q, query_tail = self.query_conv(
-      self.query(x),
+  def recur(self, x, context, past):
+    """Returns y, the state and the tails; see `Recurrent`."""
+    (q, k), tails = convolve(
+      (self.query_conv, self.key_conv),
+      (self.query(x), self.key(x)),
       segment_ids=context.segment_ids,
-      state=past.get('query_conv'),
-    )
-    k, key_tail = self.key_conv(
-      self.key(x), segment_ids=context.segment_ids, state=past.get('key_conv')
+      tails=past.tails,
     )
     f32 = jnp.float32
-    o, state = run_op(
-      mesa,
-      dict(
-        q=l2_normalize(q),
-        k=l2_normalize(k),
-        v=self.value(x),
-        log_decay=jax.nn.log_sigmoid(self.forget(x).astype(f32)),
-        beta=jax.nn.sigmoid(self.beta(x).astype(f32)),
-        ridge=SMALLEST_RIDGE + jax.nn.softplus(use(self.ridge, f32)),
-      ),
-      segment_ids=context.segment_ids,
-      state=past.get('state'),
-      **self.options,
+    o, state = self.scan(
+      context,
+      past,
+      q=l2_normalize(q),
+      k=l2_normalize(k),
+      v=self.value(x),
+      log_decay=jax.nn.log_sigmoid(self.forget(x).astype(f32)),
+      beta=jax.nn.sigmoid(self.beta(x).astype(f32)),
+      ridge=SMALLEST_RIDGE + jax.nn.softplus(use(self.ridge, f32)),
     )
-    if cache is not None:
-      cache = dict(state=state, query_conv=query_tail, key_conv=key_tail)
-    return self.out(o, x), cache
+    return self.out(o, x), state, tails
 
-  def init_cache(self, batch: int, max_len: int, dtype):
-    """Returns the zero state; `max_len` does not matter."""
-    square = (batch, *self.heads, self.heads[1])
-    return dict(
-      state=(jnp.zeros(square), jnp.zeros(square)),
-      query_conv=self.query_conv.init_state(batch, dtype),
-      key_conv=self.key_conv.init_state(batch, dtype),
-    )
+  def init_tails(self, batch, dtype):
+    """Returns zeros."""
+    convs = self.query_conv, self.key_conv
+    return tuple(conv.init_state(batch, dtype) for conv in convs)

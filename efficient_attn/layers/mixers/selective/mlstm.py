@@ -15,20 +15,25 @@ from flax import nnx
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.head_norm import HeadLayerNorm
-from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.param import (
   Projection,
   fan_in_normal,
   param,
   use,
 )
-from efficient_attn.layers.recurrence import run_op
+from efficient_attn.layers.recurrence import LINEAR, Convolved, Recurrence
 from efficient_attn.ops.recurrent.mlstm import mlstm
 from efficient_attn.values import ChunkSize, Positive
 
 
-class MLSTM(Mixer):
+class MLSTM(Convolved):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  recurrence = Recurrence(
+    mlstm,
+    {**LINEAR.inputs, 'input_gate': 'BTN', 'log_forget': 'BTN'},
+    state=('BNHV', 'BNH', 'BN'),
+  )
 
   def __init__(
     self,
@@ -75,15 +80,13 @@ class MLSTM(Mixer):
     self.norm = HeadLayerNorm(num_heads, head_dim, bias=False)
     self.skip = param(jnp.ones((num_heads, head_dim)), (*heads,))
     self.out = Projection(heads, inputs, rngs=rngs)
-    self.state_shape = (num_heads, head_dim, head_dim)
-    self.chunk_size = chunk_size
+    self.sizes = dict(N=num_heads, H=head_dim, V=head_dim)
+    self.options = dict(chunk_size=chunk_size)
 
-  def mix_tokens(self, x, context, cache):
-    """Mixes tokens; see `layers.mixer` for the contract."""
+  def recur(self, x, context, past):
+    """Returns y, the state and the tails; see `Recurrent`."""
     u = self.up(x)
-    c, tail = self.conv(
-      u, segment_ids=context.segment_ids, state=cache and cache['conv']
-    )
+    c, tail = self.convolve(u, context, past)
     q, k = _blocks(c, self.query), _blocks(c, self.key)
     v = _blocks(u, self.value)
     qkv = jnp.concatenate([q, k, v], axis=-1)
@@ -94,29 +97,17 @@ class MLSTM(Mixer):
         (self.forget_gate, self.forget_bias),
       )
     )
-    h, state = run_op(
-      mlstm,
-      dict(
-        q=q,
-        k=k,
-        v=v,
-        input_gate=input_gate,
-        log_forget=jax.nn.log_sigmoid(forget),
-      ),
-      segment_ids=context.segment_ids,
-      state=cache and cache['state'],
-      chunk_size=self.chunk_size,
+    h, state = self.scan(
+      context,
+      past,
+      q=q,
+      k=k,
+      v=v,
+      input_gate=input_gate,
+      log_forget=jax.nn.log_sigmoid(forget),
     )
     h = self.norm(h) + use(self.skip, x.dtype) * c
-    if cache is not None:
-      cache = dict(state=state, conv=tail)
-    return self.out(h * jax.nn.silu(self.gate(x))), cache
-
-  def init_cache(self, batch: int, max_len: int, dtype):
-    """Returns the zero state; `max_len` does not matter."""
-    shape = (batch, *self.state_shape)
-    state = tuple(jnp.zeros(shape[:rank]) for rank in (4, 3, 2))
-    return dict(state=state, conv=self.conv.init_state(batch, dtype))
+    return self.out(h * jax.nn.silu(self.gate(x))), state, tail
 
 
 def _blocks(x, weight):

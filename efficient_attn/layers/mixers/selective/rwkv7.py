@@ -27,20 +27,20 @@ from flax import nnx
 
 from efficient_attn.layers.head_norm import HeadLayerNorm
 from efficient_attn.layers.headwise import split_heads
-from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.norm import l2_normalize
 from efficient_attn.layers.param import LowRank, Projection, param, use
-from efficient_attn.layers.recurrence import run_op
+from efficient_attn.layers.recurrence import DPLR, Recurrent
 from efficient_attn.layers.token_shift import token_shift
-from efficient_attn.ops.recurrent.dplr import dplr
 from efficient_attn.values import ChunkSize, Fraction, Positive, PositiveFloat
 
 # What is mixed, and how fast the share of the token before falls over channels.
 INPUTS = {'r': 0.2, 'w': 0.9, 'k': 0.7, 'v': 0.7, 'a': 0.9, 'g': 0.2}
 
 
-class RWKV7(Mixer):
+class RWKV7(Recurrent):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  recurrence = DPLR.taking(log_decay='BTNH')
 
   def __init__(
     self,
@@ -97,13 +97,15 @@ class RWKV7(Mixer):
     self.norm = HeadLayerNorm(num_heads, width, eps=norm_eps)
     self.out = Projection(heads, d_in, rngs=rngs)
     self.d_model = d_model
-    self.state_shape = (num_heads, width, width)
-    self.options = dict(bidirectional=not causal, chunk_size=chunk_size)
+    self.sizes = dict(N=num_heads, H=width, V=width)
+    self.options = dict(
+      scale=1.0, bidirectional=not causal, chunk_size=chunk_size
+    )
 
-  def mix_tokens(self, x, context, cache):
-    """Mixes tokens; see `layers.mixer` for the contract."""
+  def recur(self, x, context, past):
+    """Returns y, the state and the tails; see `Recurrent`."""
     previous, last = token_shift(
-      x, segment_ids=context.segment_ids, state=cache and cache['token']
+      x, segment_ids=context.segment_ids, state=past.tails
     )
     mix = use(self.mix, x.dtype)
     inputs = {
@@ -122,33 +124,23 @@ class RWKV7(Mixer):
     rate = rate.astype(x.dtype)
     removal = l2_normalize(k * use(self.removal, x.dtype))
     k = k * (1 + (rate - 1) * use(self.replacement, x.dtype))
-    o, state = run_op(
-      dplr,
-      dict(
-        q=r,
-        k=k,
-        v=v,
-        a=-removal,
-        b=removal * rate,
-        log_decay=-math.exp(-0.5) * decay,
-      ),
-      segment_ids=context.segment_ids,
-      state=cache and cache['state'],
-      scale=1.0,
-      **self.options,
+    o, state = self.scan(
+      context,
+      past,
+      q=r,
+      k=k,
+      v=v,
+      a=-removal,
+      b=removal * rate,
+      log_decay=-math.exp(-0.5) * decay,
     )
     bonus = jnp.sum(r * k * use(self.bonus, x.dtype), -1, keepdims=True)
     y = (self.norm(o) + bonus * v) * self.gate(inputs['g'])
-    if cache is not None:
-      cache = dict(state=state, token=last)
-    return self.out(y), cache
+    return self.out(y), state, last
 
-  def init_cache(self, batch: int, max_len: int, dtype):
-    """Returns the zero state; `max_len` does not matter."""
-    return dict(
-      state=jnp.zeros((batch, *self.state_shape)),
-      token=jnp.zeros((batch, self.d_model), dtype),
-    )
+  def init_tails(self, batch, dtype):
+    """Returns the token before the first, zeros."""
+    return jnp.zeros((batch, self.d_model), dtype)
 
 
 def _zeros(key, shape, fan_in):

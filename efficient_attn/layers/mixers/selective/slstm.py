@@ -17,15 +17,14 @@ from efficient_attn import sharding
 from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.head_norm import HeadLayerNorm
 from efficient_attn.layers.headwise import Headwise, split_heads
-from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.norm import LayerNorm
 from efficient_attn.layers.param import param, use
-from efficient_attn.layers.recurrence import run_op
+from efficient_attn.layers.recurrence import Convolved, Recurrence
 from efficient_attn.ops.recurrent.slstm import slstm
 from efficient_attn.values import Fraction, Positive
 
 
-class SLSTM(Mixer):
+class SLSTM(Convolved):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring.
 
   `depth` is the place of the layer in its model, 0 for the first and 1 for the
@@ -33,6 +32,12 @@ class SLSTM(Mixer):
   has a scale per head and channel, and no bias; with `shared_norm` all heads
   share a scale and a bias per channel, and epsilon is 1e-6.
   """
+
+  recurrence = Recurrence(
+    slstm,
+    {**dict.fromkeys('zifo', 'BTNH'), 'recurrent': 'GNHV', 'bias': 'GNH'},
+    state=('BNH',) * 4,
+  )
 
   def __init__(
     self,
@@ -63,34 +68,22 @@ class SLSTM(Mixer):
     self.norm = (
       LayerNorm(shape[1]) if shared_norm else HeadLayerNorm(*shape, bias=False)
     )
-    self.shape = shape
+    self.sizes = dict(N=shape[0], H=shape[1])
+    self.options = {}
 
-  def mix_tokens(self, x, context, cache):
-    """Mixes tokens; see `layers.mixer` for the contract."""
-    heads = x.reshape(*x.shape[:2], *self.shape)
-    smooth, tail = self.conv(
-      heads, segment_ids=context.segment_ids, state=cache and cache['conv']
+  def recur(self, x, context, past):
+    """Returns y, the state and the tails; see `Recurrent`."""
+    heads = x.reshape(*x.shape[:2], self.sizes['N'], self.sizes['H'])
+    smooth, tail = self.convolve(heads, context, past)
+    h, state = self.scan(
+      context,
+      past,
+      z=self.z(heads),
+      i=self.i(smooth),
+      f=self.f(smooth),
+      o=self.o(heads),
+      recurrent=use(self.recurrent, jnp.float32),
+      bias=use(self.bias, jnp.float32),
     )
-    h, state = run_op(
-      slstm,
-      dict(
-        z=self.z(heads),
-        i=self.i(smooth),
-        f=self.f(smooth),
-        o=self.o(heads),
-        recurrent=use(self.recurrent, jnp.float32),
-        bias=use(self.bias, jnp.float32),
-      ),
-      segment_ids=context.segment_ids,
-      state=cache and cache['state'],
-      layouts=dict(recurrent='GNHV', bias='GNH'),
-    )
-    if cache is not None:
-      cache = dict(state=state, conv=tail)
     y = sharding.constrain(self.norm(h), 'batch', None, None, None)
-    return y.reshape(x.shape), cache
-
-  def init_cache(self, batch: int, max_len: int, dtype):
-    """Returns the empty cell; `max_len` does not matter."""
-    state = tuple(jnp.zeros((batch, *self.shape)) for _ in range(4))
-    return dict(state=state, conv=self.conv.init_state(batch, dtype))
+    return y.reshape(x.shape), state, tail
