@@ -8,13 +8,31 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.layers.param import param, use
-from efficient_attn.layers.recurrence import run_op
+from efficient_attn.layers.recurrence import LINEAR, Recurrence
 from efficient_attn.ops.recurrent.fast_weights import (
   FastState,
   fast_weights,
   fresh_state,
 )
 from efficient_attn.values import PositiveFloat
+
+
+def state_layout(leaf: jax.Array) -> str:
+  """The layout of weights [B, N, H, V], biases and what a head or row has."""
+  return 'BNHV'[: leaf.ndim]
+
+
+FAST_WEIGHTS = Recurrence(
+  fast_weights,
+  {
+    **LINEAR.inputs,
+    **dict.fromkeys(('learning_rate', 'log_decay', 'log_momentum'), 'BTN'),
+    'shares': 'C',
+    'weights': lambda leaf: 'NHV'[: leaf.ndim],
+    'norm': 'NV',
+  },
+  state=state_layout,
+)
 
 
 class FastMLP(nnx.Module):
@@ -50,28 +68,13 @@ class FastMLP(nnx.Module):
       self.biases = None
     self.norm = norm
 
-  def __call__(self, arrays: dict, *, segment_ids, state, **options):
-    """Returns (out, state) of `ops.fast_weights` on arrays by name."""
-    model = dict(weights=self.layers())
+  def arrays(self) -> dict:
+    """Returns the arguments of `ops.fast_weights` that are learned."""
+    arrays = dict(weights=self.layers())
     if self.norm:
-      model['norm'] = use(self.scale, jnp.float32), use(self.shift, jnp.float32)
-    # run_op takes arrays by name.
-    leaves, structure = jax.tree.flatten(model)
-    leaves = {f'model_{i}': leaf for i, leaf in enumerate(leaves)}
-
-    def op(**arrays):
-      model = structure.unflatten([arrays.pop(name) for name in leaves])
-      return fast_weights(**model, **arrays)
-
-    return run_op(
-      op,
-      arrays | leaves,
-      segment_ids=segment_ids,
-      state=state,
-      layouts={'shares': 'C'}
-      | {name: ('N', 'NH', 'NHV')[x.ndim - 1] for name, x in leaves.items()},
-      **options,
-    )
+      norm = use(self.scale, jnp.float32), use(self.shift, jnp.float32)
+      arrays['norm'] = norm
+    return arrays
 
   def layers(self) -> tuple:
     """Returns (weight, bias or None) of every layer, float32."""

@@ -33,14 +33,16 @@ from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError
-from efficient_attn.layers.cache import empty_keys, next_positions
-from efficient_attn.layers.mixer import Mixer
-from efficient_attn.layers.mixers.test_time.fast_mlp import own_state
+from efficient_attn.layers.cache import WindowCache, positions_of
+from efficient_attn.layers.mixers.test_time.fast_mlp import (
+  own_state,
+  state_layout,
+)
 from efficient_attn.layers.norm import RMSNorm, l2_normalize
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.qkv import QKV
-from efficient_attn.layers.recurrence import run_op
-from efficient_attn.ops import masks
+from efficient_attn.layers.recurrence import LINEAR, Recurrence, Recurrent
+from efficient_attn.ops import chunks, masks
 from efficient_attn.ops.positions import rotary
 from efficient_attn.ops.recurrent.lact import fresh_state, lact
 from efficient_attn.ops.recurrent.muon import JORDAN, TUNED
@@ -55,13 +57,25 @@ from efficient_attn.values import (
 BASE_RATE = 0.001
 
 
-class LaCT(Mixer):
+class LaCT(Recurrent):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring.
 
   `chunk_size` is the paper's chunk, a part of the definition; `window` = 0
   takes as many tokens; `fast_heads` = 0 takes the published 4, or what divides
   `num_heads`.
   """
+
+  recurrence = Recurrence(
+    lact,
+    {
+      **LINEAR.inputs,
+      'learning_rate': 'BTNR',
+      'momentum': 'BTN',
+      'weights': 'NHV',
+    },
+    state=state_layout,
+  )
+  counts = True
 
   def __init__(
     self,
@@ -131,23 +145,16 @@ class LaCT(Mixer):
       bidirectional=not causal,
     )
 
-  def mix_tokens(self, x, context, cache):
-    """Mixes tokens; see `layers.mixer` for the contract."""
-    positions = context.positions
-    if cache is not None and context.segment_ids is not None:
-      raise NotImplementedError('lact: a cache needs unpacked sequences')
-    length = x.shape[1]
-    if positions is None:
-      positions = next_positions(cache, length)
-    (q, k, v), _ = self.qkv(x)
-    near, past = self._attend(q, k, v, positions, context.segment_ids, cache)
-    far, state = self._recall(x, q, k, v, positions, context.segment_ids, cache)
-    if cache is not None:
-      cache = dict(**past, state=state, length=cache['length'] + length)
+  def recur(self, x, context, past):
+    """Returns y, the state and the tails; see `Recurrent`."""
+    positions = positions_of(context, past.cursor, x.shape[1])
+    qkv, _ = self.qkv(x)
+    near, tails = self._attend(*qkv, positions, context, past)
+    far, state = self._recall(x, *qkv, positions, context, past)
     gate = jax.nn.silu(self.gate(x))[..., None]
-    return self.out(near + gate * self.norm(far)), cache
+    return self.out(near + gate * self.norm(far)), state, tails
 
-  def _recall(self, x, q, k, v, positions, segment_ids, cache):
+  def _recall(self, x, q, k, v, positions, context, past):
     """Reads and trains the fast weights."""
     scale, offset = use(self.scale, q.dtype), use(self.offset, q.dtype)
     q, k = (
@@ -157,56 +164,46 @@ class LaCT(Mixer):
     width = v.shape[-1]
     q, k = (_regroup(self._rotate(y, positions), width) for y in (q, k))
     rates = self.rates(x).astype(jnp.float32)
-    names = ('w1', 'w2', 'w3')
-
-    def op(w1, w2, w3, **arrays):
-      return lact(weights=(w1, w2, w3), **arrays)
-
-    return run_op(
-      op,
-      dict(
-        q=q,
-        k=k,
-        v=jax.nn.silu(v),
-        learning_rate=jax.nn.softplus(rates + math.log(math.expm1(BASE_RATE))),
-        momentum=jax.nn.sigmoid(self.momentum(x).astype(jnp.float32)),
-        **dict(zip(names, self._weights(), strict=True)),
-      ),
-      segment_ids=segment_ids,
-      state=cache and cache['state'],
-      layouts=dict.fromkeys(names, 'NHV'),
-      **self.options,
+    return self.scan(
+      context,
+      past,
+      q=q,
+      k=k,
+      v=jax.nn.silu(v),
+      learning_rate=jax.nn.softplus(rates + math.log(math.expm1(BASE_RATE))),
+      momentum=jax.nn.sigmoid(self.momentum(x).astype(jnp.float32)),
+      weights=self._weights(),
     )
 
-  def _attend(self, q, k, v, positions, segment_ids, cache):
-    """The sliding window over narrow heads, and the cache of its past."""
+  def _attend(self, q, k, v, positions, context, past):
+    """Returns the reads of narrow heads in the window, and its last tokens."""
     q, k = self._rotate(q, positions), self._rotate(k, positions)
     width, v = v.shape[-1], _regroup(v, self.heads[1])
     left, right = self.window - 1, 0
     if not self.causal:
       left = right = self.window // 2
-    mask, past = masks.Window(left, right), None
-    if segment_ids is not None:
-      mask = masks.packed(mask, segment_ids)
-    if cache is not None:
-      length = q.shape[1]
-      k, v = (
-        jnp.concatenate([cache[name], y.astype(cache[name].dtype)], 1)
-        for name, y in (('key', k), ('value', v))
-      )
-      filled = jnp.arange(k.shape[1]) >= left - cache['length']
+    mask, tails = masks.Window(left, right), None
+    if past.tails is not None:
       # Key 0 stands `left` tokens before query 0.
-      mask = masks.Window(left, right, left) & masks.Dense(
-        filled[None, None, None, :]
-      )
-      past = dict(key=k[:, length:], value=v[:, length:])
+      mask = masks.Window(left, right, left)
+      window = WindowCache(buffers=past.tails, cursor=past.cursor)
+      joined, window = window.append(context, key=k, value=v)
+      real = WindowCache(buffers=joined, cursor=window.cursor).real()
+      mask &= masks.Dense(real[:, None, None])
+      k, v, tails = joined['key'], joined['value'], window.buffers
+    if context.segment_ids is not None:
+      counts = chunks.segment_counts(context.segment_ids)
+      of_keys = None
+      if past.tails is not None:  # of the first segment
+        of_keys = jnp.pad(counts, ((0, 0), (left, 0)))
+      mask &= masks.Segments(counts, of_keys)
 
     def op(q, k, v, mask):
       return attention(q, k, v, mask=mask)
 
     layouts = ('BTNH', 'BTNH', 'BTNV', masks.letters(mask))
     op = sharding.local_op(op, layouts, 'BTNV')
-    return _regroup(op(q, k, v, mask), width), past
+    return _regroup(op(q, k, v, mask), width), tails
 
   def _rotate(self, x, positions):
     """Rotates wide heads as the narrow ones they consist of."""
@@ -218,11 +215,15 @@ class LaCT(Mixer):
       for w in self.weights
     )
 
-  def init_cache(self, batch: int, max_len: int, dtype):
-    """Returns the initial weights and an empty window."""
+  def init_state(self, batch, max_len, dtype):
+    """Returns the initial weights."""
     state = fresh_state(self._weights(), batch, momentum=True)
-    keys = empty_keys(batch, self.window - 1, self.heads, dtype)
-    return keys | dict(state=own_state(state, dtype))
+    return own_state(state, dtype)
+
+  def init_tails(self, batch, dtype):
+    """Returns an empty window, of keys and values."""
+    shape = (batch, self.window - 1, *self.heads)
+    return dict(key=jnp.zeros(shape, dtype), value=jnp.zeros(shape, dtype))
 
 
 class _LowRankStart(nnx.Module):

@@ -20,12 +20,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.config import ConfigError
-from efficient_attn.layers.mixer import Mixer
-from efficient_attn.layers.mixers.test_time.fast_mlp import FastMLP
+from efficient_attn.layers.mixers.test_time.fast_mlp import (
+  FAST_WEIGHTS,
+  FastMLP,
+)
 from efficient_attn.layers.norm import l2_normalize
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.qkv import QKV
-from efficient_attn.layers.recurrence import GatedOutput
+from efficient_attn.layers.recurrence import GatedOutput, Recurrent
 from efficient_attn.values import (
   ChunkSize,
   NonNegative,
@@ -34,8 +36,10 @@ from efficient_attn.values import (
 )
 
 
-class Titans(Mixer):
+class Titans(Recurrent):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  recurrence = FAST_WEIGHTS
 
   def __init__(
     self,
@@ -71,36 +75,32 @@ class Titans(Mixer):
     self.model = FastMLP(num_heads, widths, norm=False, rngs=rngs)
     self.out = GatedOutput(d_model, num_heads, head_dim, rngs=rngs)
     self.base_rate = base_rate
-    self.chunk_size = chunk_size
+    self.options = dict(activation='silu', chunk_size=chunk_size)
 
-  def mix_tokens(self, x, context, cache):
-    """Mixes tokens; see `layers.mixer` for the contract."""
+  def recur(self, x, context, past):
+    """Returns y, the state and the tails; see `Recurrent`."""
     (q, k, v), tails = self.qkv(
-      x, segment_ids=context.segment_ids, tails=cache and cache['conv']
+      x, segment_ids=context.segment_ids, tails=past.tails
     )
     gates = self.gates(x).astype(jnp.float32)
     gates = gates + use(self.gate_bias, jnp.float32)
-    o, state = self.model(
-      dict(
-        q=l2_normalize(q),
-        k=l2_normalize(k),
-        v=v,
-        log_decay=jax.nn.log_sigmoid(-gates[..., 0]),
-        log_momentum=jax.nn.log_sigmoid(gates[..., 1]),
-        learning_rate=self.base_rate * jax.nn.sigmoid(gates[..., 2]),
-      ),
-      segment_ids=context.segment_ids,
-      state=cache and cache['state'],
-      activation='silu',
-      chunk_size=self.chunk_size,
+    o, state = self.scan(
+      context,
+      past,
+      q=l2_normalize(q),
+      k=l2_normalize(k),
+      v=v,
+      log_decay=jax.nn.log_sigmoid(-gates[..., 0]),
+      log_momentum=jax.nn.log_sigmoid(gates[..., 1]),
+      learning_rate=self.base_rate * jax.nn.sigmoid(gates[..., 2]),
+      **self.model.arrays(),
     )
-    if cache is not None:
-      cache = dict(state=state, conv=tails)
-    return self.out(o, x), cache
+    return self.out(o, x), state, tails
 
-  def init_cache(self, batch: int, max_len: int, dtype):
-    """Returns the initial memory; `max_len` does not matter."""
-    return dict(
-      state=self.model.init_state(batch, dtype, momentum=True),
-      conv=self.qkv.init_tails(batch, dtype),
-    )
+  def init_state(self, batch, max_len, dtype):
+    """Returns the initial memory."""
+    return self.model.init_state(batch, dtype, momentum=True)
+
+  def init_tails(self, batch, dtype):
+    """Returns zeros."""
+    return self.qkv.init_tails(batch, dtype)

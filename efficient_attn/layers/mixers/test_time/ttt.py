@@ -22,19 +22,25 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_attn.layers.cache import next_positions
-from efficient_attn.layers.mixer import Mixer
-from efficient_attn.layers.mixers.test_time.fast_mlp import FastMLP
+from efficient_attn.layers.cache import positions_of
+from efficient_attn.layers.mixers.test_time.fast_mlp import (
+  FAST_WEIGHTS,
+  FastMLP,
+)
 from efficient_attn.layers.param import Projection, param, use
 from efficient_attn.layers.qkv import QKV
+from efficient_attn.layers.recurrence import Recurrent
 from efficient_attn.ops.positions import rotary
 from efficient_attn.values import ChunkSize, PositiveFloat
 
 INIT_STD = 0.02
 
 
-class TTTLinear(Mixer):
+class TTTLinear(Recurrent):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  recurrence = FAST_WEIGHTS
+  counts = True
 
   hidden = ()  # widths between the layers of the model, in head widths
 
@@ -74,50 +80,39 @@ class TTTLinear(Mixer):
     self.out = Projection(heads, {'embed': d_model}, rngs=rngs)
     self.base_rate = base_rate / head_dim
     self.rotary_base = rotary_base
-    self.chunk_size = chunk_size
-    self.causal = causal
+    self.options = dict(bidirectional=not causal, chunk_size=chunk_size)
 
-  def mix_tokens(self, x, context, cache):
-    """Mixes tokens; see `layers.mixer` for the contract."""
-    positions = context.positions
-    length = x.shape[1]
-    if positions is None:
-      positions = next_positions(cache, length)
-    inner = positions % self.chunk_size
+  def recur(self, x, context, past):
+    """Returns y, the state and the tails; see `Recurrent`."""
+    positions = positions_of(context, past.cursor, x.shape[1])
+    inner = positions % self.options['chunk_size']
     (q, k, v), _ = self.qkv(x)
     rate = jax.nn.sigmoid(self.rate(x).astype(jnp.float32))
-    o, state = self.model(
-      dict(
-        q=rotary(q, inner, base=self.rotary_base),
-        k=rotary(k, inner, base=self.rotary_base),
-        v=v,
-        learning_rate=self.base_rate * rate,
-        shares=self._shares(),
-      ),
-      segment_ids=context.segment_ids,
-      state=cache and cache['state'],
-      bidirectional=not self.causal,
-      chunk_size=self.chunk_size,
+    o, state = self.scan(
+      context,
+      past,
+      q=rotary(q, inner, base=self.rotary_base),
+      k=rotary(k, inner, base=self.rotary_base),
+      v=v,
+      learning_rate=self.base_rate * rate,
+      shares=self._shares(),
+      **self.model.arrays(),
     )
-    if cache is not None:
-      cache = dict(state=state, length=cache['length'] + length)
     y = self.norm(o)
     if self.gate is not None:
       y = y * jax.nn.gelu(self.gate(x))
-    return self.out(y), cache
+    return self.out(y), state, None
 
   def _shares(self):
     """Returns a [chunk_size], or None where it is 1."""
     if self.shift is None:
       return None
-    mean = 1 / jnp.arange(1, self.chunk_size + 1)
+    mean = 1 / jnp.arange(1, self.options['chunk_size'] + 1)
     return jax.nn.relu(mean + use(self.shift, jnp.float32))
 
-  def init_cache(self, batch: int, max_len: int, dtype):
-    """Returns the initial weights; `max_len` does not matter."""
-    return dict(
-      state=self.model.init_state(batch, dtype), length=jnp.zeros((), jnp.int32)
-    )
+  def init_state(self, batch, max_len, dtype):
+    """Returns the initial weights."""
+    return self.model.init_state(batch, dtype)
 
 
 class TTTMLP(TTTLinear):

@@ -22,17 +22,18 @@ from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.layers.conv import ShortConv
-from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.norm import RMSNorm
 from efficient_attn.layers.param import Projection, fan_in_normal, param, use
-from efficient_attn.layers.recurrence import run_op
-from efficient_attn.ops.recurrent.diagonal_scan import diagonal_scan
-from efficient_attn.ops.recurrent.linear_attention import linear_attention
+from efficient_attn.layers.recurrence import DIAGONAL, LINEAR, Recurrent
 from efficient_attn.values import ChunkSize, Positive
 
+LONG = DIAGONAL.taking(log_decay='NH')
 
-class Chela(Mixer):
+
+class Chela(Recurrent):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+
+  recurrence = LINEAR
 
   def __init__(
     self,
@@ -63,55 +64,49 @@ class Chela(Mixer):
     self.gate = Projection(d_in, inner, bias=True, rngs=rngs)
     self.norm = RMSNorm(heads[1])
     self.out = Projection(inner, d_in, rngs=rngs)
-    self.chunk_size = chunk_size
+    self.options = dict(chunk_size=chunk_size)
 
-  def mix_tokens(self, x, context, cache):
-    """Mixes tokens; see `layers.mixer` for the contract."""
-    cache_in = cache or dict(conv=None, long=None, state=None)
-    z, conv = self.short(
+  def recur(self, x, context, past):
+    """Returns y, the state and the tails; see `Recurrent`."""
+    long, memory = past.state or (None, None)
+    z, tail = self.short(
       x.reshape(*x.shape[:2], *self.heads),
       segment_ids=context.segment_ids,
-      state=cache_in['conv'],
+      state=past.tails,
     )
-    z, long = self.long_conv(z, context.segment_ids, cache_in['long'])
+    z, long = self.long_conv(z, context.segment_ids, long)
     scale, shift = use(self.scale, x.dtype), use(self.shift, x.dtype)
-    o, state = run_op(
-      linear_attention,
-      dict(
-        q=z * scale[0] + shift[0],
-        k=z * scale[1] + shift[1],
-        v=jax.nn.silu(self.value(x)),
-      ),
-      segment_ids=context.segment_ids,
-      state=cache_in['state'],
-      chunk_size=self.chunk_size,
+    o, memory = self.scan(
+      context,
+      past.replace(state=memory),
+      q=z * scale[0] + shift[0],
+      k=z * scale[1] + shift[1],
+      v=jax.nn.silu(self.value(x)),
     )
     z = sharding.constrain(z, 'batch', None, None, None).reshape(x.shape)
     y = self.out(self.norm(o) * jax.nn.silu(self.gate(z)))
-    return y, cache and dict(conv=conv, long=long, state=state)
+    return y, (long, memory), tail
 
   def long_conv(self, u, segment_ids, state):
     """Returns K_long * u for heads u [B, T, N, H], and the last averages."""
     log_decay = -jnp.exp(use(self.rates, jnp.float32))
     inputs = u[..., None] * -jnp.expm1(log_decay).astype(u.dtype)
-    averages, state = run_op(
-      diagonal_scan,
-      dict(
-        x=inputs.reshape(*u.shape[:3], -1),
-        log_decay=log_decay.reshape(self.heads[0], -1),
-      ),
-      segment_ids=segment_ids,
-      state=state,
-      chunk_size=self.chunk_size,
+    arrays = dict(
+      x=inputs.reshape(*u.shape[:3], -1),
+      log_decay=log_decay.reshape(self.heads[0], -1),
+    )
+    averages, state = LONG(
+      arrays, segment_ids=segment_ids, state=state, **self.options
     )
     averages = averages.reshape(inputs.shape)
     return jnp.sum(averages * use(self.mixture, u.dtype), -1), state
 
-  def init_cache(self, batch: int, max_len: int, dtype):
-    """Returns the zero state; `max_len` does not matter."""
+  def init_state(self, batch, max_len, dtype):
+    """Returns the averages and the memory before the first token, zeros."""
     n, h = self.heads
-    return dict(
-      conv=self.short.init_state(batch, dtype),
-      long=jnp.zeros((batch, n, h * self.rates.shape[-1])),
-      state=jnp.zeros((batch, n, h, h)),
-    )
+    averages = LONG.zeros(batch, dict(N=n, H=h * self.rates.shape[-1]))
+    return averages, LINEAR.zeros(batch, dict(N=n, H=h, V=h))
+
+  def init_tails(self, batch, dtype):
+    """Returns zeros."""
+    return self.short.init_state(batch, dtype)

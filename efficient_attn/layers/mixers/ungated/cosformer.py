@@ -18,7 +18,7 @@ projections have no biases, unlike those of the released code.
 import jax.numpy as jnp
 
 from efficient_attn.config import ConfigError
-from efficient_attn.layers.cache import next_positions
+from efficient_attn.layers.cache import positions_of
 from efficient_attn.layers.mixers.ungated.kernel import Kernel
 from efficient_attn.ops.recurrent import feature_maps
 from efficient_attn.values import NonNegative
@@ -40,27 +40,25 @@ class CosFormer(Kernel):
       feature_maps.cosine(x, positions, max_length=1) for x in (q, k)
     )
 
-  def mix_tokens(self, x, context, cache):
-    """Mixes tokens; see `layers.mixer` for the contract."""
-    positions = context.positions
+  def recur(self, x, context, past):
+    """Returns y, the state and the tails; see `Recurrent`."""
     length = x.shape[1]
     if context.segment_ids is None:
       self._check(length)
-    if positions is None:
-      positions = next_positions(cache, length)
-    longest = self.max_length or length
-    if cache is not None:
-      longest = cache['longest']
-    y, after = super().mix_tokens(
-      x, context.replace(positions=positions / longest), cache
+    sums, longest = past.state or (None, self.max_length or length)
+    positions = positions_of(context, past.cursor, length)
+    y, sums, tails = super().recur(
+      x,
+      context.replace(positions=positions / longest),
+      past.replace(state=sums),
     )
-    return y, cache and after | dict(longest=longest)
+    return y, (sums, longest), tails
 
-  def init_cache(self, batch: int, max_len: int, dtype):
-    """Returns the zero state, (S, z), for at most `max_len` tokens."""
+  def init_state(self, batch, max_len, dtype):
+    """Returns zeros, (S, z), and M: at most `max_len` tokens."""
     self._check(max_len)
     longest = jnp.array(self.max_length or max_len, jnp.int32)
-    return super().init_cache(batch, max_len, dtype) | dict(longest=longest)
+    return super().init_state(batch, max_len, dtype), longest
 
   def _check(self, length):
     if self.max_length and length > self.max_length:

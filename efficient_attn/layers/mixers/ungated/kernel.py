@@ -7,21 +7,24 @@ that is, attention with the weights phi(q_t) . psi(k_s) over their sum, and
 zero where the sum is zero. An encoder sums over all tokens of the segment.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_attn.layers.cache import next_positions
-from efficient_attn.layers.mixer import Mixer
+from efficient_attn.layers.cache import positions_of
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.qkv import QKV
-from efficient_attn.layers.recurrence import run_op
-from efficient_attn.ops.recurrent.linear_attention import linear_attention
+from efficient_attn.layers.recurrence import LINEAR, Recurrent
 from efficient_attn.values import ChunkSize
 
 
-class Kernel(Mixer):
+class Kernel(Recurrent):
   """Token mixer [B, T, D] -> [B, T, D]; a subclass gives the `features`."""
+
+  recurrence = dataclasses.replace(LINEAR, state=('BNHV', 'BNH'))  # (S, z)
+  counts = True
 
   def __init__(
     self,
@@ -58,36 +61,16 @@ class Kernel(Mixer):
     q, k = self.features(q, k, positions)
     return dict(q=q, k=k, v=v)
 
-  def attend(self, arrays, segment_ids, cache):
-    """Returns heads o [B, T, N, V] and the cache after them."""
-    o, state = run_op(
-      linear_attention,
-      arrays,
-      segment_ids=segment_ids,
-      state=cache and cache['state'],
-      **self.options,
-    )
-    if cache is not None:
-      cache = dict(state=state, length=cache['length'] + o.shape[1])
-    return o, cache
+  def recur(self, x, context, past):
+    """Returns y, the state and the tails; see `Recurrent`."""
+    positions = positions_of(context, past.cursor, x.shape[1])
+    o, state = self.scan(context, past, **self.arrays(x, positions))
+    return self.out(o), state, None
 
-  def mix_tokens(self, x, context, cache):
-    """Mixes tokens; see `layers.mixer` for the contract."""
-    positions = context.positions
-    if positions is None:
-      positions = next_positions(cache, x.shape[1])
-    o, cache = self.attend(
-      self.arrays(x, positions), context.segment_ids, cache
-    )
-    return self.out(o), cache
-
-  def init_cache(self, batch: int, max_len: int, dtype):
-    """Returns the zero state, (S, z); `max_len` does not matter."""
+  def init_state(self, batch, max_len, dtype):
+    """Returns zeros, (S, z), as wide as the features."""
     n, h = self.heads
     one = jax.ShapeDtypeStruct((batch, 1, n, self.key_dim(h)), dtype)
     position = jax.ShapeDtypeStruct((1,), jnp.int32)
     f = jax.eval_shape(self.features, one, one, position)[1].shape[-1]
-    return dict(
-      state=(jnp.zeros((batch, n, f, h)), jnp.zeros((batch, n, f))),
-      length=jnp.zeros((), jnp.int32),
-    )
+    return self.recurrence.zeros(batch, dict(N=n, H=f, V=h))

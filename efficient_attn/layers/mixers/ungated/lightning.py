@@ -23,21 +23,21 @@ import numpy as np
 from flax import nnx
 
 from efficient_attn.layers.head_norm import JointRMSNorm
-from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.qkv import QKV
-from efficient_attn.layers.recurrence import run_op
-from efficient_attn.ops.recurrent.linear_attention import linear_attention
+from efficient_attn.layers.recurrence import LINEAR, Recurrent
 from efficient_attn.ops.scores import alibi_slopes
 from efficient_attn.values import ChunkSize, Fraction, OneOf
 
 
-class Lightning(Mixer):
+class Lightning(Recurrent):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring.
 
   `depth` is the place of the layer in its model, 0 for the first and 1 for the
   last: later layers forget more slowly.
   """
+
+  recurrence = LINEAR.taking(log_decay='N')
 
   def __init__(
     self,
@@ -53,7 +53,7 @@ class Lightning(Mixer):
     norm_scale: bool = True,
     chunk_size: ChunkSize = 64,
   ):
-    self.heads = heads = (num_heads, d_model // num_heads)
+    heads = (num_heads, d_model // num_heads)
     d_in, inner = (
       {'embed': d_model},
       {'heads': heads[0], 'head_dim': heads[1]},
@@ -64,33 +64,25 @@ class Lightning(Mixer):
     self.norm = JointRMSNorm(*heads, eps=1e-6) if norm_scale else _norm
     self.decay = (rates, depth) if decay else None
     self.silu_values = silu_values
+    self.sizes = dict(N=heads[0], H=heads[1], V=heads[1])
     self.options = dict(
       scale=1, bidirectional=not causal, chunk_size=chunk_size
     )
 
-  def mix_tokens(self, x, context, cache):
-    """Mixes tokens; see `layers.mixer` for the contract."""
+  def recur(self, x, context, past):
+    """Returns y, the state and the tails; see `Recurrent`."""
     (q, k, v), _ = self.qkv(x)
-    decay = self.decay and jnp.asarray(log_decays(self.heads[0], *self.decay))
-    o, state = run_op(
-      linear_attention,
-      dict(
-        q=jax.nn.silu(q),
-        k=jax.nn.silu(k),
-        v=jax.nn.silu(v) if self.silu_values else v,
-        log_decay=decay,
-      ),
-      segment_ids=context.segment_ids,
-      state=cache and cache['state'],
-      **self.options,
+    heads = q.shape[2]
+    o, state = self.scan(
+      context,
+      past,
+      q=jax.nn.silu(q),
+      k=jax.nn.silu(k),
+      v=jax.nn.silu(v) if self.silu_values else v,
+      log_decay=self.decay and jnp.asarray(log_decays(heads, *self.decay)),
     )
     y = self.out(self.norm(o) * jax.nn.sigmoid(self.gate(x)))
-    return y, cache and dict(state=state)
-
-  def init_cache(self, batch: int, max_len: int, dtype):
-    """Returns the zero state; `max_len` does not matter."""
-    n, h = self.heads
-    return dict(state=jnp.zeros((batch, n, h, h)))
+    return y, state, None
 
 
 def log_decays(num_heads: int, rates: str, depth: float) -> np.ndarray:

@@ -25,6 +25,8 @@ from efficient_attn.values import Positive
 class RFA(Kernel):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
+  recurrence = Kernel.recurrence.taking(log_decay='BTN')
+
   def __init__(
     self,
     *,

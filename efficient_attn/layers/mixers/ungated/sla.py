@@ -41,10 +41,10 @@ class SLA(Kernel):
     """Returns relu(q), relu(k)."""
     return jax.nn.relu(q), jax.nn.relu(k)
 
-  def mix_tokens(self, x, context, cache):
-    """Mixes tokens; see `layers.mixer` for the contract."""
+  def recur(self, x, context, past):
+    """Returns y, the state and the tails; see `Recurrent`."""
     arrays = self.arrays(x, context.positions)
-    o, after = self.attend(arrays, context.segment_ids, cache)
+    o, state = self.scan(context, past, **arrays)
     convolve = _causal if self.causal else _centred
     local, tail = sharding.local_op(
       convolve, ('BTNH', 'WNH', 'BT', 'BTNH'), ('BTNH', 'BTNH')
@@ -52,16 +52,13 @@ class SLA(Kernel):
       arrays['v'],
       use(self.weight, x.dtype),
       context.segment_ids,
-      cache and cache['v'],
+      past.tails,
     )
-    if after is not None:
-      after = after | dict(v=tail)
-    return self.out(o + local + use(self.bias, x.dtype)), after
+    return self.out(o + local + use(self.bias, x.dtype)), state, tail
 
-  def init_cache(self, batch: int, max_len: int, dtype):
-    """Returns the zero state and the values before the first token."""
-    values = jnp.zeros((batch, self.weight.shape[0] - 1, *self.heads), dtype)
-    return super().init_cache(batch, max_len, dtype) | dict(v=values)
+  def init_tails(self, batch, dtype):
+    """Returns the values before the first token, zeros."""
+    return jnp.zeros((batch, self.weight.shape[0] - 1, *self.heads), dtype)
 
 
 def _causal(x, weight, segment_ids, state):
