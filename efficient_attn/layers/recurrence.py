@@ -166,56 +166,6 @@ def _choose(rows, before, after):
   return jnp.where(jnp.expand_dims(rows, range(1, after.ndim)), before, after)
 
 
-# The layout of an argument by its rank: a decay per head, a bonus, a scalar
-# and a vector per token and head.
-ARGUMENTS = ('', 'N', 'NH', 'BTN', 'BTNH')
-STATES = ('', 'B', 'BN', 'BNH', 'BNHV', 'BNMHV')
-
-
-def run_op(
-  op: Callable,
-  arrays: Mapping[str, jax.Array | None],
-  *,
-  segment_ids: jax.Array | None = None,
-  state=None,
-  layouts: Mapping[str, str] | None = None,
-  **options,
-):
-  """Runs an op of the linear family on the shards of its arguments.
-
-  Args:
-    op: called as op(**arrays, segment_ids=, initial_state=, **options); its
-      heads are independent of each other.
-    arrays: arguments of the op by name, laid out by their rank (ARGUMENTS).
-    segment_ids: [B, T] or None.
-    state: pytree whose leaves are laid out by their rank (STATES), or None.
-    layouts: the layout of the arrays that rank does not tell, by name.
-    **options: whatever else the op takes.
-
-  Returns:
-    out: [B, T, N, V].
-    state: as the op returns it.
-  """
-
-  def call(arrays, segment_ids, state):
-    return op(**arrays, segment_ids=segment_ids, initial_state=state, **options)
-
-  special = layouts or {}
-  inputs = {
-    name: special.get(name) or ARGUMENTS[array.ndim]
-    for name, array in arrays.items()
-    if array is not None
-  }
-  arrays = {name: arrays[name] for name in inputs}
-
-  def lay_out(out, state):
-    return 'BTNV', jax.tree.map(lambda s: STATES[s.ndim], state)
-
-  return sharding.local_op(
-    call, (inputs, 'BT', lambda leaf: STATES[leaf.ndim]), lay_out
-  )(arrays, segment_ids, state)
-
-
 class GatedOutput(nnx.Module):
   """y = W_out (norm_per_head(o) * activation(W_gate x)).
 
