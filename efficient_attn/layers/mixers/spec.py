@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 from flax import nnx
 
-# The executions of the ops with a matrix state.
+# The executions of the ops with a matrix state; 'parallel' is 'chunkwise' with
+# one chunk.
 LINEAR_FORMS = ('recurrent', 'parallel', 'chunkwise')
 
 TWO_PASSES = 'two passes'

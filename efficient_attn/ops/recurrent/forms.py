@@ -1,13 +1,14 @@
-"""How a recurrence is executed: token by token, in chunks, or as one chunk.
+"""How a recurrence is executed: token by token or in chunks.
 
 An op of the linear family is two functions over the same tokens and state:
 
   step(state, token) -> (state, out)           one token: the definition
   chunk(state, tokens, marks) -> (state, out)  C tokens in matrix products
 
-`run` executes either over [B, T, ...] arrays. The scan over chunks keeps only
-the T / C states for the backward pass; what happens inside a chunk is
-computed again.
+`run` executes either over [B, T, ...] arrays: the forms 'recurrent' and
+'chunkwise'; 'parallel' is 'chunkwise' with one chunk, of T x T scores. The scan
+over chunks keeps only the T / C states for the backward pass; what happens
+inside a chunk is computed again.
 """
 
 import functools

@@ -13,7 +13,7 @@ equal it is linear attention with a scalar gate (Mamba-2, 2405.21060).
 Tokens are counted from the start of their segment. Where L levels are too few
 for a sequence, the last level holds everything further away. Time is
 O(T (C + H log T) V) for chunks of C, the state O(H V log T).
-`form='recurrent'` is the definition; all forms give the same numbers.
+`form='recurrent'` is the definition; the others agree to rounding.
 """
 
 import functools
@@ -59,8 +59,8 @@ def log_linear_attention(
       at most L - 1 buckets. It may hold fewer where no more will be needed.
     segment_ids: state and count are reset at every token whose id differs
       from the id of the token before it.
-    form: 'chunkwise', 'recurrent' or 'parallel' (T x T scores); None: see
-      `choose_form`.
+    form: 'chunkwise', 'recurrent', 'parallel' or None, see
+      `linear_attention`.
     chunk_size: tokens per chunk, a power of two.
     implementation: None or 'xla'.
 

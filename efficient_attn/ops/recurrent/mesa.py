@@ -58,8 +58,8 @@ def mesa(
     segment_ids: the state is reset at every token whose id differs from the
       id of the token before it.
     num_steps: of conjugate gradients, except in the recurrent form.
-    form: 'chunkwise', 'recurrent' or 'parallel' (T x T scores); None: see
-      `choose_form`.
+    form: 'chunkwise', 'recurrent', 'parallel' or None, see
+      `linear_attention`.
     chunk_size: tokens per chunk, a power of two.
     implementation: None or 'xla'.
 

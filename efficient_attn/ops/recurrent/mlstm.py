@@ -13,7 +13,7 @@ cannot overflow when all gates are very negative, and a state of zeros is the
 empty state. In a chunk m_t is the maximum over the tokens j <= t of i_j plus
 the forget gates of (j, t], each a plain sum, so no exponent is positive.
 Time is O(T C (H + V) + T H V) per head for chunks of C, the state O(H V).
-`form='recurrent'` is the definition; all forms give the same numbers.
+`form='recurrent'` is the definition; the others agree to rounding.
 """
 
 import functools

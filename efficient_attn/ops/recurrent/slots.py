@@ -8,7 +8,7 @@ which is two gated linear attentions with a softmax between them: the first
 has keys k, values 1 - alpha and decays along its values, the second has keys
 1 - alpha, values v, queries the softmax, and decays along its keys.
 Time is O(T C (H + V + M) + T M (H + V)) per head, the state O(M (H + V)).
-`form='recurrent'` is the definition; all forms give the same numbers.
+`form='recurrent'` is the definition; the others agree to rounding.
 """
 
 import functools
