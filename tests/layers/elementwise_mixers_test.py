@@ -190,7 +190,7 @@ def test_published_initialisations():
   decay = sigmoid(-value(mixer.rate)) ** 8
   assert 0.9 <= decay.min() * 1.0001 and decay.max() <= 0.9991
   assert np.ptp(decay) > 0.07
-  assert mixer.shape == (N, 5)  # 4/3 of 16 channels, in 4 heads
+  assert mixer.sizes == dict(N=N, H=5)  # 4/3 of 16 channels, in 4 heads
 
   rate = value(make('rwkv4').rate).ravel()
   assert rate[0] == -5

@@ -400,4 +400,4 @@ def test_hgrn2_lower_bound_holds():
   x = jnp.ones((1, 2, D))
   _, one = mixer(x[:, :1], cache=mixer.init_cache(1, 2, 'float32'))
   _, two = mixer(x, cache=mixer.init_cache(1, 2, 'float32'))
-  np.testing.assert_allclose(two, 1.9 * one, rtol=1e-4)
+  np.testing.assert_allclose(two.state, 1.9 * one.state, rtol=1e-4)

@@ -334,8 +334,8 @@ def test_sla_refuses_an_even_width_in_an_encoder():
 
 def test_published_sizes():
   based, hedgehog = make('based'), make('hedgehog')
-  assert based.init_cache(1, 1, 'float32')['state'][1].shape == (1, N, 153)
-  state = hedgehog.init_cache(1, 1, 'float32')['state'][0]
+  assert based.init_cache(1, 1, 'float32').state[1].shape == (1, N, 153)
+  state = hedgehog.init_cache(1, 1, 'float32').state[0]
   assert state.shape == (1, N, 2 * D // N, D // N)
   mixer = build_mixer('performer', d_model=64, num_heads=1, rngs=nnx.Rngs(0))
   assert mixer.projection.shape == (int(64 * np.log(64)), 64)
