@@ -61,7 +61,7 @@ def delta_rule(
       id of the token before it.
     read: 'inclusive' reads S_t, 'exclusive' S_{t-1} before the gate.
     bidirectional: the sum of the op on the sequence and on the reversed one.
-    form: 'chunkwise', 'recurrent', 'parallel' (one chunk, T x T scores) or
+    form: 'chunkwise', 'recurrent', 'parallel' ('chunkwise' with one chunk) or
       None for what is fastest here, see `choose_form`.
     chunk_size: tokens per chunk, a power of two.
     implementation: None or 'xla'.
@@ -86,19 +86,19 @@ def delta_rule(
   )
   shapes.check_floating('beta', beta)
   inclusive = read == 'inclusive'
-  return matrix_state.run(
+  out, state = matrix_state.run(
     functools.partial(_step, inclusive=inclusive),
     functools.partial(_chunk, inclusive=inclusive),
     keys=(q, k),
     values=(v, beta[..., None], erase),
     log_decay=log_decay,
-    scale=scale,
     initial_state=initial_state,
     segment_ids=segment_ids,
     bidirectional=bidirectional,
     form=form,
     chunk_size=chunk_size,
   )
+  return matrix_state.scaled(out, scale, q, v), state
 
 
 def _step(state, token, *, inclusive):

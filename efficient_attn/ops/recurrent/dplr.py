@@ -73,19 +73,19 @@ def dplr(
   shapes.check_floating('b', b)
   forms.check(form, implementation, 'dplr')
   inclusive = read == 'inclusive'
-  return matrix_state.run(
+  out, state = matrix_state.run(
     functools.partial(_step, inclusive=inclusive),
     functools.partial(_chunk, inclusive=inclusive),
     keys=(q, k, a, b),
     values=(v,),
     log_decay=log_decay,
-    scale=scale,
     initial_state=initial_state,
     segment_ids=segment_ids,
     bidirectional=bidirectional,
     form=form,
     chunk_size=chunk_size,
   )
+  return matrix_state.scaled(out, scale, q, v), state
 
 
 def _step(state, token, *, inclusive):

@@ -10,7 +10,7 @@ with S in R^{H x V} per head and alpha_t = exp(log_decay_t):
   [B, T, N, H]   GLA (2312.06635), HGRN-2 (2404.07904), RWKV-6 (2404.05892)
 
 Time is O(T C (H + V) + T H V) per head for chunks of C, the state O(H V).
-`form='recurrent'` is the definition; all forms give the same numbers.
+`form='recurrent'` is the definition; the others agree to rounding.
 """
 
 import functools
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from efficient_attn.ops import shapes
-from efficient_attn.ops.recurrent import forms, gates, linear_state
+from efficient_attn.ops.recurrent import forms, linear_state, matrix_state
 
 LogDecay: TypeAlias = (
   Float[Array, 'N'] | Float[Array, 'B T N'] | Float[Array, 'B T N H']
@@ -71,8 +71,9 @@ def linear_attention(
       of [i, j) for j > i, in an exclusive read by those strictly between.
       Normalisation divides the sum of both directions.
     form: 'chunkwise' (O(T), matrix products), 'recurrent' (token by token,
-      for decoding and as the definition) or 'parallel' (T x T scores). None
-      takes what is fastest here, see `choose_form`.
+      for decoding and as the definition) or 'parallel' ('chunkwise' with
+      one chunk: T x T scores). None takes what is fastest here, see
+      `choose_form`.
     chunk_size: tokens per chunk, a power of two.
     implementation: None or 'xla'.
 
@@ -85,68 +86,61 @@ def linear_attention(
   _check(q, k, v, bonus, initial_state, segment_ids, normalize)
   _check_options(read, bidirectional, bonus, initial_state)
   forms.check(form, implementation, 'linear_attention')
-  batch, length, kv_heads, channels = k.shape
-  heads = v.shape[2]
-  dtype = shapes.accumulator(q, k, v, log_decay, initial_state)
-  gate = gates.expand_log_decay(
-    log_decay, (batch, length, heads, channels), dtype
-  )
-
   values, state = v, initial_state
   if normalize:
     values = jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
     if initial_state is not None:
       memory, z = initial_state
       state = jnp.concatenate([memory, z[..., None].astype(memory.dtype)], -1)
-  if state is None:
-    state = jnp.zeros((batch, heads, channels, values.shape[-1]), dtype)
-  state = shapes.group(state.astype(dtype), kv_heads, axis=1)
-  values = shapes.group(values, kv_heads, axis=2)
-  if gate is not None:
-    gate = shapes.group(gate, kv_heads, axis=2)
-
   inclusive = read == 'inclusive'
-  run = functools.partial(
-    forms.run,
-    functools.partial(linear_state.step, inclusive=inclusive),
-    functools.partial(linear_state.chunk, inclusive=inclusive),
+  out, state = matrix_state.run(
+    functools.partial(_step, inclusive=inclusive),
+    functools.partial(_chunk, inclusive=inclusive),
+    keys=(q, k),
+    values=(values,),
+    log_decay=log_decay,
+    initial_state=state,
+    segment_ids=segment_ids,
+    bidirectional=bidirectional,
     form=form,
     chunk_size=chunk_size,
   )
-  tokens = q, k, values, gate
-  out, state = run(tokens, state, segment_ids=segment_ids)
-  own = _own_token(q, k, values, bonus, read, dtype)
-  if bidirectional:
-    tokens, segment_ids = forms.reversed_tokens((tokens, segment_ids))
-    backward, _ = run(tokens, jnp.zeros_like(state), segment_ids=segment_ids)
-    out = out + jnp.flip(backward, 1)
-    if read == 'inclusive':
-      out = out - own
+  if bidirectional and inclusive:
+    out = out - _own_token(q, k, values, None, out.dtype)
   if bonus is not None:
-    out = out + own
-
-  out = out.reshape(batch, length, heads, -1)
-  state = state.reshape(batch, heads, *state.shape[3:])
-  if normalize:
-    out, norm = out[..., :-1], out[..., -1:]
-    out = jnp.where(norm == 0, 0, out / jnp.where(norm == 0, 1, norm))
+    out = out + _own_token(q, k, values, bonus, out.dtype)
+  if not normalize:
+    return matrix_state.scaled(out, scale, q, v), state
+  out, norm = out[..., :-1], out[..., -1:]
+  out = jnp.where(norm == 0, 0, out / jnp.where(norm == 0, 1, norm))
+  if not bidirectional:
     state = state[..., :-1], state[..., -1]
-  else:
-    out = out * (channels**-0.5 if scale is None else scale)
-  return out.astype(v.dtype), None if bidirectional else state
+  return out.astype(v.dtype), state
 
 
-def _own_token(q, k, v, bonus, read, dtype):
+def _step(state, token, *, inclusive):
+  (q, k), (v,), gate = token
+  token = q[:, :, 0], k[:, :, 0], v, gate
+  return linear_state.step(state, token, inclusive=inclusive)
+
+
+def _chunk(state, tokens, marks, *, inclusive):
+  (q, k), (v,), gate = tokens
+  tokens = q[:, :, 0], k[:, :, 0], v, gate
+  return linear_state.chunk(state, tokens, marks, inclusive=inclusive)
+
+
+def _own_token(q, k, v, bonus, dtype):
   """What a token reads of itself: (q . k) v, or (q . (bonus * k)) v."""
-  if bonus is None and read == 'exclusive':
-    return None
-  q, k, v = (x.astype(dtype) for x in (q, k, v))
+  q, k, values = (x.astype(dtype) for x in (q, k, v))
+  kv_heads = q.shape[2]
   if bonus is None:
     weight = jnp.sum(q * k, -1)[..., None]
   else:
-    bonus = shapes.group(bonus.astype(dtype), q.shape[2], axis=0)
+    bonus = shapes.group(bonus.astype(dtype), kv_heads, axis=0)
     weight = jnp.einsum('btkh,kgh->btkg', q * k, bonus)
-  return weight[..., None] * v
+  own = weight[..., None] * shapes.group(values, kv_heads, axis=2)
+  return own.reshape(v.shape)
 
 
 def _check(q, k, v, bonus, initial_state, segment_ids, normalize):

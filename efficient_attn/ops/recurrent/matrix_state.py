@@ -1,7 +1,7 @@
 """Running ops whose state is an H x V matrix per value head.
 
-What `delta_rule` and `dplr` share: the accumulator's dtype, gates of every
-kind, grouped value heads, the empty state, both directions and the scale.
+What `linear_attention`, `delta_rule` and `dplr` share: the accumulator's dtype,
+gates of every kind, grouped value heads, the empty state and both directions.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,6 @@ def run(
   keys: Sequence[Array],
   values: Sequence[Array | None],
   log_decay: Array | None,
-  scale: float | int | None,
   initial_state: Array | None,
   segment_ids: Array | None,
   bidirectional: bool,
@@ -38,7 +37,6 @@ def run(
     keys: [B, T, K, H], shared by the G = N / K value heads of a group.
     values: [B, T, N, X] or None; the first are the values of the state.
     log_decay: any kind of gate, see `gates.expand_log_decay`.
-    scale: factor on the output; None is H ** -0.5.
     initial_state: [B, N, H, V] or None for zeros.
     segment_ids: see `forms.run`.
     bidirectional: adds the same op on the reversed sequence.
@@ -46,8 +44,8 @@ def run(
     chunk_size: see `forms.run`.
 
   Returns:
-    out: [B, T, N, V] in the dtype of the values.
-    state: [B, N, H, V], None when bidirectional.
+    out: [B, T, N, V] and
+    state: [B, N, H, V] (None when bidirectional), in the accumulator's dtype.
   """
   batch, length, kv_heads, channels = keys[0].shape
   heads, width = values[0].shape[2:]
@@ -93,9 +91,14 @@ def run(
     backward, _ = execute(*forms.reversed_tokens((tokens, segment_ids)))
     out = out + jnp.flip(backward, 1)
   out = out.reshape(batch, length, heads, width)
-  out = out * (channels**-0.5 if scale is None else scale)
-  state = None if bidirectional else last.reshape(memory)
-  return out.astype(values[0].dtype), state
+  return out, None if bidirectional else last.reshape(memory)
+
+
+def scaled(out: Array, scale: shapes.Scalar | None, q: Array, v: Array):
+  """Returns out times scale (None: H ** -0.5 of q), in the dtype of v."""
+  return (out * (q.shape[-1] ** -0.5 if scale is None else scale)).astype(
+    v.dtype
+  )
 
 
 def contract(spec: str, x: Array, y: Array) -> Array:
