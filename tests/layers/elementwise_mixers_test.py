@@ -88,7 +88,7 @@ def hgrn(m, x):
   c = silu(project(m.real, x)) + 1j * silu(project(m.imaginary, x))
   low = m.lower_bound
   decay = low + (1 - low) * sigmoid(project(m.forget, x))
-  h, out = np.zeros((B, *m.shape), complex), []
+  h, out = np.zeros((B, N, D // N), complex), []
   for t in range(T):
     h = (
       decay[:, t] * np.exp(1j * value(m.theta)) * h
@@ -104,7 +104,7 @@ def rg_lru(m, x):
   u = conv(m.conv, project(m.value, x))
   r, i = (sigmoid(headwise(g, u)) for g in (m.recurrence_gate, m.input_gate))
   a = sigmoid(-value(m.rate)) ** (8 * r)
-  h, out = np.zeros((B, *m.shape)), []
+  h, out = np.zeros((B, *m.rate.shape)), []
   for t in range(T):
     h = a[:, t] * h + np.sqrt(1 - a[:, t] ** 2) * i[:, t] * u[:, t]
     out.append(h)
@@ -143,7 +143,7 @@ def rwkv4(m, x):
 
 
 def slstm(m, x):
-  x = x.reshape(B, T, *m.shape)
+  x = x.reshape(B, T, N, D // N)
   smooth = silu(conv(m.conv, x))
   gates = [headwise(m.z, x), headwise(m.i, smooth)]
   gates += [headwise(m.f, smooth), headwise(m.o, x)]
