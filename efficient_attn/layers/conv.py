@@ -9,6 +9,7 @@ from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError
+from efficient_attn.layers.context import Context
 from efficient_attn.layers.param import param, use
 from efficient_attn.ops.recurrent.short_conv import short_conv
 
@@ -94,14 +95,17 @@ class ShortConv(nnx.Module):
 
 
 def convolve(
-  convs: Sequence[ShortConv], inputs: Sequence[jax.Array], *, segment_ids, tails
+  convs: Sequence[ShortConv],
+  inputs: Sequence[jax.Array],
+  context: Context | None,
+  tails: Sequence[jax.Array] | None,
 ) -> tuple[list[jax.Array], tuple[jax.Array, ...]]:
   """Returns each input after its convolution, and the tails of all.
 
   The tails are the last inputs, of a call before or None.
   """
   done = [
-    conv(x, segment_ids=segment_ids, state=tail)
+    conv(x, segment_ids=context and context.segment_ids, state=tail)
     for conv, x, tail in zip(
       convs, inputs, tails or (None,) * len(convs), strict=True
     )

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax
 from flax import nnx
 
+from efficient_attn.layers.context import Context
 from efficient_attn.layers.conv import ShortConv, convolve
 from efficient_attn.layers.param import Projection
 
@@ -43,13 +44,13 @@ class QKV(nnx.Module):
       self.convs = None
 
   def __call__(
-    self, x: jax.Array, *, segment_ids=None, tails=None
+    self, x: jax.Array, context: Context | None = None, tails=None
   ) -> tuple[Sequence[jax.Array], tuple | None]:
     """Returns (query, key, value) and the tails (None without convolutions)."""
     heads = (self.query(x), self.key(x), self.value(x))
     if self.convs is None:
       return heads, None
-    return convolve(self.convs, heads, segment_ids=segment_ids, tails=tails)
+    return convolve(self.convs, heads, context, tails)
 
   def init_tails(self, batch: int, dtype) -> tuple | None:
     """Returns the zero inputs before the first token."""

@@ -8,7 +8,20 @@ import jax
 import jax.numpy as jnp
 
 from efficient_attn import sharding
+from efficient_attn.layers.recurrence import Recurrent
 from efficient_attn.ops import chunks
+
+
+class Shifted(Recurrent):
+  """A recurrence whose tokens, `d_model` wide, see the one before them."""
+
+  def shifted(self, x: jax.Array, context, past):
+    """Returns the token before each of x, and the tails."""
+    return token_shift(x, segment_ids=context.segment_ids, state=past.tails)
+
+  def init_tails(self, batch, dtype):
+    """Returns zeros."""
+    return jnp.zeros((batch, self.d_model), dtype)
 
 
 def token_shift(

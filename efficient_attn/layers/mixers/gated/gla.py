@@ -65,9 +65,7 @@ class GLA(Recurrent):
 
   def recur(self, x, context, past):
     """Returns y, the state and the tails; see `Recurrent`."""
-    (q, k, v), tails = self.qkv(
-      x, segment_ids=context.segment_ids, tails=past.tails
-    )
+    (q, k, v), tails = self.qkv(x, context, past.tails)
     gate = self.gate(x).astype(jnp.float32)
     log_decay = jax.nn.log_sigmoid(gate) / self.gate_temperature
     o, state = self.scan(context, past, q=q, k=k, v=v, log_decay=log_decay)

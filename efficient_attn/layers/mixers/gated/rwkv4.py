@@ -16,13 +16,13 @@ from flax import nnx
 
 from efficient_attn.layers.headwise import split_heads
 from efficient_attn.layers.param import Projection, param, use
-from efficient_attn.layers.recurrence import Recurrence, Recurrent
-from efficient_attn.layers.token_shift import token_shift
+from efficient_attn.layers.recurrence import Recurrence
+from efficient_attn.layers.token_shift import Shifted
 from efficient_attn.ops.recurrent.wkv4 import wkv4
 from efficient_attn.values import ChunkSize, Fraction
 
 
-class RWKV4(Recurrent):
+class RWKV4(Shifted):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring.
 
   `depth` is the place of the layer in its model, 0 for the first and 1 for the
@@ -70,9 +70,7 @@ class RWKV4(Recurrent):
 
   def recur(self, x, context, past):
     """Returns y, the state and the tails; see `Recurrent`."""
-    previous, last = token_shift(
-      x, segment_ids=context.segment_ids, state=past.tails
-    )
+    previous, last = self.shifted(x, context, past)
 
     def mixed(mu):
       mu = use(mu, x.dtype)
@@ -88,7 +86,3 @@ class RWKV4(Recurrent):
       bonus=use(self.bonus, jnp.float32),
     )
     return self.out(receptance * wkv), state, last
-
-  def init_tails(self, batch, dtype):
-    """Returns the token before the first, zeros."""
-    return jnp.zeros((batch, self.d_model), dtype)

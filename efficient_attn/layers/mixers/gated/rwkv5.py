@@ -15,8 +15,8 @@ from flax import nnx
 
 from efficient_attn.layers.head_norm import HeadLayerNorm
 from efficient_attn.layers.param import Projection, param, use
-from efficient_attn.layers.recurrence import LINEAR, Recurrence, Recurrent
-from efficient_attn.layers.token_shift import token_shift
+from efficient_attn.layers.recurrence import LINEAR, Recurrence
+from efficient_attn.layers.token_shift import Shifted
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
 from efficient_attn.values import ChunkSize, PositiveFloat
 
@@ -31,7 +31,7 @@ def _wkv(q, k, v, log_decay, **options):
   )
 
 
-class RWKV5(Recurrent):
+class RWKV5(Shifted):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   recurrence = Recurrence(
@@ -76,9 +76,7 @@ class RWKV5(Recurrent):
 
   def recur(self, x, context, past):
     """Returns y, the state and the tails; see `Recurrent`."""
-    previous, last = token_shift(
-      x, segment_ids=context.segment_ids, state=past.tails
-    )
+    previous, last = self.shifted(x, context, past)
     r, k, v, g, log_decay = self.inputs(x, previous - x)
     o, state = self.scan(
       context,
@@ -96,10 +94,6 @@ class RWKV5(Recurrent):
     shifts = use(self.shifts, x.dtype)
     mixed = [x + delta * shifts[i] for i in range(4)]
     return *mixed, -jnp.exp(use(self.decay, jnp.float32))
-
-  def init_tails(self, batch, dtype):
-    """Returns the token before the first, zeros."""
-    return jnp.zeros((batch, self.d_model), dtype)
 
 
 def shift_init(d_model: int, name: str) -> jax.Array:

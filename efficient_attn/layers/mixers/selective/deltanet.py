@@ -28,6 +28,7 @@ class DeltaNet(Recurrent):
   """
 
   recurrence = DELTA
+  output = NormedOutput
 
   def __init__(
     self,
@@ -61,10 +62,6 @@ class DeltaNet(Recurrent):
       d_model, num_heads, value_dim, eps=norm_eps, rngs=rngs
     )
 
-  def output(self, d_model, num_heads, value_dim, *, eps, rngs) -> nnx.Module:
-    """Returns the module that maps (o, x) to y."""
-    return NormedOutput(d_model, num_heads, value_dim, eps=eps, rngs=rngs)
-
   def decay(self, x: jax.Array) -> jax.Array | None:
     """Returns the log decays of the tokens."""
     return None
@@ -75,9 +72,7 @@ class DeltaNet(Recurrent):
 
   def recur(self, x, context, past):
     """Returns y, the state and the tails; see `Recurrent`."""
-    (q, k, v), tails = self.qkv(
-      x, segment_ids=context.segment_ids, tails=past.tails
-    )
+    (q, k, v), tails = self.qkv(x, context, past.tails)
     if tails is None:  # the convolution would have done this
       q, k, v = (jax.nn.silu(a) for a in (q, k, v))
     beta = jax.nn.sigmoid(self.beta(x).astype(jnp.float32))

@@ -82,9 +82,7 @@ class DeltaProduct(Recurrent):
 
   def recur(self, x, context, past):
     """Returns y, the state and the tails; see `Recurrent`."""
-    (q, k, v), tails = self.qkv(
-      x, segment_ids=context.segment_ids, tails=past.tails
-    )
+    (q, k, v), tails = self.qkv(x, context, past.tails)
     if tails is None:  # the convolution would have done this
       q, k, v = (jax.nn.silu(a) for a in (q, k, v))
     k, v = (a.reshape(*a.shape[:3], self.num_steps, -1) for a in (k, v))

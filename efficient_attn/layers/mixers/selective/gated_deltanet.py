@@ -20,6 +20,7 @@ class GatedDeltaNet(DeltaNet):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   recurrence = DELTA.taking(log_decay='BTN')
+  output = GatedOutput
 
   def __init__(
     self,
@@ -40,10 +41,6 @@ class GatedDeltaNet(DeltaNet):
       **options,
     )
     self.gate = DecayGate(d_model, num_heads, rngs=rngs)
-
-  def output(self, d_model, num_heads, value_dim, *, eps, rngs) -> nnx.Module:
-    """Returns the module that maps (o, x) to y."""
-    return GatedOutput(d_model, num_heads, value_dim, eps=eps, rngs=rngs)
 
   def decay(self, x: jax.Array) -> jax.Array:
     """Returns the log decays of the tokens, [B, T, N]."""

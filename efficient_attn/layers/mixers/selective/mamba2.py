@@ -65,8 +65,8 @@ class Mamba2(Recurrent):
     (v, bc), tails = convolve(
       (self.x_conv, self.bc_conv),
       (self.x(x), self.bc(x)),
-      segment_ids=context.segment_ids,
-      tails=past.tails,
+      context,
+      past.tails,
     )
     o, state = self.scan(context, past, **self.arrays(x, bc, v))
     o = o + use(self.skip, o.dtype) * v

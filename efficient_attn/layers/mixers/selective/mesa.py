@@ -80,8 +80,8 @@ class Mesa(Recurrent):
     (q, k), tails = convolve(
       (self.query_conv, self.key_conv),
       (self.query(x), self.key(x)),
-      segment_ids=context.segment_ids,
-      tails=past.tails,
+      context,
+      past.tails,
     )
     f32 = jnp.float32
     o, state = self.scan(

@@ -29,15 +29,15 @@ from efficient_attn.layers.head_norm import HeadLayerNorm
 from efficient_attn.layers.headwise import split_heads
 from efficient_attn.layers.norm import l2_normalize
 from efficient_attn.layers.param import LowRank, Projection, param, use
-from efficient_attn.layers.recurrence import DPLR, Recurrent
-from efficient_attn.layers.token_shift import token_shift
+from efficient_attn.layers.recurrence import DPLR
+from efficient_attn.layers.token_shift import Shifted
 from efficient_attn.values import ChunkSize, Fraction, Positive, PositiveFloat
 
 # What is mixed, and how fast the share of the token before falls over channels.
 INPUTS = {'r': 0.2, 'w': 0.9, 'k': 0.7, 'v': 0.7, 'a': 0.9, 'g': 0.2}
 
 
-class RWKV7(Recurrent):
+class RWKV7(Shifted):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   recurrence = DPLR.taking(log_decay='BTNH')
@@ -104,9 +104,7 @@ class RWKV7(Recurrent):
 
   def recur(self, x, context, past):
     """Returns y, the state and the tails; see `Recurrent`."""
-    previous, last = token_shift(
-      x, segment_ids=context.segment_ids, state=past.tails
-    )
+    previous, last = self.shifted(x, context, past)
     mix = use(self.mix, x.dtype)
     inputs = {
       name: x + (previous - x) * mix[i] for i, name in enumerate(INPUTS)
@@ -137,10 +135,6 @@ class RWKV7(Recurrent):
     bonus = jnp.sum(r * k * use(self.bonus, x.dtype), -1, keepdims=True)
     y = (self.norm(o) + bonus * v) * self.gate(inputs['g'])
     return self.out(y), state, last
-
-  def init_tails(self, batch, dtype):
-    """Returns the token before the first, zeros."""
-    return jnp.zeros((batch, self.d_model), dtype)
 
 
 def _zeros(key, shape, fan_in):

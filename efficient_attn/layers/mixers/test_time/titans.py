@@ -79,9 +79,7 @@ class Titans(Recurrent):
 
   def recur(self, x, context, past):
     """Returns y, the state and the tails; see `Recurrent`."""
-    (q, k, v), tails = self.qkv(
-      x, segment_ids=context.segment_ids, tails=past.tails
-    )
+    (q, k, v), tails = self.qkv(x, context, past.tails)
     gates = self.gates(x).astype(jnp.float32)
     gates = gates + use(self.gate_bias, jnp.float32)
     o, state = self.scan(
