@@ -8,14 +8,13 @@ which is what recall needs beside a memory: pairs (key, value) become one token.
 
 from flax import nnx
 
-from efficient_attn.layers.cache import RecurrentCache
 from efficient_attn.layers.conv import ShortConv
-from efficient_attn.layers.mixer import Mixer
 from efficient_attn.layers.param import Projection
+from efficient_attn.layers.recurrence import Convolved
 from efficient_attn.values import Positive
 
 
-class BaseConv(Mixer):
+class BaseConv(Convolved):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(
@@ -34,15 +33,11 @@ class BaseConv(Mixer):
       {'gate': d_model}, conv_width, bias=True, activation=None, rngs=rngs
     )
 
-  def mix_tokens(self, x, context, cache):
-    """Mixes tokens; see `layers.mixer` for the contract."""
-    mixed, tail = self.conv(
-      x, segment_ids=context.segment_ids, state=cache and cache.tails
-    )
-    cache = cache and cache.replace(tails=tail)
-    return self.project(x) * mixed, cache
+  def recur(self, x, context, past):
+    """Returns y, the state and the tails; see `Recurrent`."""
+    mixed, tail = self.convolve(x, context, past)
+    return self.project(x) * mixed, None, tail
 
-  def init_cache(self, batch: int, max_len: int, dtype):
-    """Returns the inputs before the first token, zeros."""
-    del max_len
-    return RecurrentCache(state=None, tails=self.conv.init_state(batch, dtype))
+  def init_state(self, batch, max_len, dtype):
+    """Returns None: all it keeps are the tails."""
+    return None
