@@ -105,8 +105,8 @@ def check_has_grid(name: str, grid: tuple[int, ...]) -> None:
   """Raises where a mixer of the places of a grid gets none."""
   if not grid:
     raise ConfigError(
-      f'{name} needs a grid of tokens: a sequence has none, nor have images with'
-      " a class token (set model.pooling='mean')"
+      f'{name} needs a grid of tokens: a sequence has none, nor have images'
+      " with a class token (set model.pooling='mean')"
     )
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.config import LMConfig
-from efficient_attn.layers.cache import Cursor, new_cursor
+from efficient_attn.layers.cache import Cursor, new_cursor, positions_of
 from efficient_attn.layers.context import Context
 from efficient_attn.layers.dropout import dropout
 from efficient_attn.layers.embed import POSITIONS, Embed
@@ -61,7 +61,7 @@ class LM(nnx.Module):
       tokens: int32 [B, T].
       positions: int32 [T] or [B, T]; default: counted from the cache's end.
       segment_ids: int32 [B, T]; packed sequences do not see each other. With a
-        cache they only say which tokens, of id 0, are padding in front.
+        cache, tokens of id 0 in front are padding of rows of unequal length.
       cache: from `init_cache` or an earlier call; None for whole sequences.
       key: PRNG key for dropout; None to not drop.
 
@@ -83,15 +83,9 @@ class LM(nnx.Module):
     """Returns what the logits are read from, [B, T, D], and the next cache."""
     context = Context(positions=positions, segment_ids=segment_ids)
     count, cursor = tokens.shape[1], cache and cache.cursor
-    if cursor is not None:
-      cursor = cursor.advance(count, context)
     x = self.embed(tokens, self.dtype)
     if self.position is not None:
-      rows = positions
-      if rows is None:
-        rows = jnp.arange(count)
-        rows = rows if cursor is None else cursor.positions(-count, 0)
-      x = self.position(x, rows)
+      x = self.position(x, positions_of(context, cursor, count))
     keys = (None, None) if key is None else jax.random.split(key)
     x = dropout(x, self.dropout, keys[0])
     x, layers = self.stack(
@@ -103,6 +97,7 @@ class LM(nnx.Module):
     if self.norm is not None:
       x = self.norm(x)
     if cache is not None:
+      cursor = cursor.advance(count, context)
       cache = LMCache(layers=layers, cursor=cursor)
     return x, cache
 

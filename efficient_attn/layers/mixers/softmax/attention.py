@@ -179,10 +179,8 @@ class Attention(Mixer):
     """Returns all keys and values that may be seen, and the cache after."""
     if cache is None:
       return key, value, None
-    if not self.causal:
-      refuse_cache(type(self).__name__)
     if self.mask_rule.remembers is None:
-      cache = kept = cache.append(context, key=key, value=value)
+      cache = cache.append(context, key=key, value=value)
       kept = cache.buffers
     else:
       kept, cache = cache.append(context, key=key, value=value)
@@ -212,10 +210,13 @@ class Attention(Mixer):
       elif mask is not None:
         rows = places[:, :1] + offset + jnp.arange(queries)
         mask = masks.At(mask, rows, places)
-      padded = context.segment_ids is not None or cursor.start is not None
-      if padded or self.mask_rule.remembers is not None:
-        real = masks.Dense((places >= 0)[:, None, None])
-        mask = real if mask is None else mask & real
+      starts = cursor.starts(context, queries)
+      if starts is None and self.mask_rule.remembers is not None:
+        starts = jnp.zeros((1, queries), jnp.int32)
+      if starts is not None:
+        index = cursor.length - offset + jnp.arange(places.shape[1])
+        begun = masks.At(~masks.Causal(-1), starts, index[None])
+        mask = begun if mask is None else mask & begun
     elif context.segment_ids is not None:
       mask = masks.packed(mask, context.segment_ids)
     if self.causal:
