@@ -73,6 +73,11 @@ OF_PARTS = {
   ('weights', 'sinks'),
 }
 
+# Format -> what earlier formats called a mixer -> its name.
+MIXER_NAMES: dict[int, dict[str, str]] = {
+  3: {'lambda': 'lambda_network', 'sla': 'slab'},
+}
+
 # Format -> key of the model -> what earlier formats called a value -> its name.
 RENAMED: dict[int, dict[str, dict[str, str]]] = {
   2: {'activation': {'gelu': 'gelu_tanh'}},
@@ -95,22 +100,39 @@ def upgrade(
   pattern = model.get('pattern', ('attention',))
   if not isinstance(mixers, dict) or not isinstance(pattern, (list, tuple)):
     return model
+  names = dict(_since(MIXER_NAMES, written))
+  if any(_row(str(name)) in names for name in (*pattern, *mixers)):
+    pattern = tuple(_named(name, names) for name in pattern)
+    model['pattern'] = pattern
+    mixers = {_named(name, names): given for name, given in mixers.items()}
   mixers = dict(mixers)
   for row, implied in _since(IMPLIED, written):
     for name in map(str, (*pattern, *mixers)):
       given = mixers.get(name, {})
-      if name.partition(':')[0] == row and isinstance(given, dict):
+      if _row(name) == row and isinstance(given, dict):
         mixers[name] = implied | given
   for row, options in _since(MOVED, written):
     for name, given in mixers.items():
-      if name.partition(':')[0] == row and isinstance(given, dict):
+      if _row(name) == row and isinstance(given, dict):
         mixers[name] = _move(given, options)
   found = {**model, 'mixers': mixers}
-  kept = [k for k in model if model[k] != before[k]]
+  kept = [k for k in model if model[k] != before.get(k)]
   kept += [k for k in mixers if mixers[k] != before.get('mixers', {}).get(k)]
   if kept:
     _note(f'{source} is of format {written}; as they were: {", ".join(kept)}')
   return found
+
+
+def _row(name: str) -> str:
+  return name.partition(':')[0]
+
+
+def _named(name, names):
+  """Returns a name of a pattern, such as 'sla:far', with that of today."""
+  if not isinstance(name, str):
+    return name
+  row, *place = name.split(':', 1)
+  return ':'.join([names.get(row, row), *place])
 
 
 def _move(given, options):

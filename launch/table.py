@@ -12,7 +12,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from efficient_attn.layers.mixers import MIXERS, MixerSpec  # noqa: E402
+from efficient_attn.layers.mixers import FAMILIES, MIXERS, MixerSpec  # noqa: E402
 from experiments.survey import report  # noqa: E402
 from experiments.survey.claims import CLAIMS  # noqa: E402
 from tests.interop import oracles  # noqa: E402
@@ -23,7 +23,7 @@ COLUMNS = {
   'name': lambda name, spec: f'`{name}`',
   'method': lambda name, spec: link(spec),
   'year': lambda name, spec: str(spec.year),
-  'family': lambda name, spec: spec.family,
+  'family': lambda name, spec: family(name),
   'gate': lambda name, spec: spec.gate,
   'causal': lambda name, spec: yes_or_no(spec.causal),
   'bidirectional': lambda name, spec: yes_or_no(spec.bidirectional),
@@ -33,6 +33,12 @@ COLUMNS = {
   'forms': lambda name, spec: ', '.join(spec.forms),
   'outside oracle': lambda name, spec: oracles.packages(name),
 }
+
+
+def family(name: str) -> str:
+  """Returns the family of a row."""
+  (found,) = (f for f, rows in FAMILIES.items() if name in rows)
+  return found.replace('_', '-')
 
 
 def link(spec: MixerSpec) -> str:

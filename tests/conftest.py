@@ -14,13 +14,13 @@ os.environ.setdefault('PJRT_NPROC', '16')
 import jax
 import pytest
 
-from efficient_attn.quick import QUICK
+from efficient_attn.quick_compile import QUICK_COMPILE
 from tests.rotation import choose
 
 # Also what the scripts under test compile; see tests/optimized.py. The workers
 # fill the cores, so that each compiles with one thread.
 if os.environ['JAX_PLATFORMS'] == 'cpu':
-  options = QUICK | {'xla_cpu_parallel_codegen_split_count': 1}
+  options = QUICK_COMPILE | {'xla_cpu_parallel_codegen_split_count': 1}
   flags = [f'--{name}={str(value).lower()}' for name, value in options.items()]
   os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *flags])
 

@@ -10,7 +10,7 @@ from flax import nnx
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.context import Context
-from efficient_attn.layers.param import param, use
+from efficient_attn.layers.param import param, value_of
 from efficient_attn.ops.recurrent.short_conv import short_conv
 
 
@@ -85,8 +85,8 @@ class ShortConv(nnx.Module):
       (tokens, 'W' + self.layout, self.layout, 'BT', tokens),
       (tokens, tokens),
     )
-    bias = None if self.bias is None else use(self.bias, x.dtype)
-    y, state = op(x, use(self.weight, x.dtype), bias, segment_ids, state)
+    bias = None if self.bias is None else value_of(self.bias, x.dtype)
+    y, state = op(x, value_of(self.weight, x.dtype), bias, segment_ids, state)
     return y if self.activation is None else self.activation(y), state
 
   def init_state(self, batch: int, dtype) -> jax.Array:

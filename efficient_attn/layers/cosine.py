@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.layers.norm import l2_normalize
-from efficient_attn.layers.param import param, use
+from efficient_attn.layers.param import param, value_of
 
 
 class ScaledUnit(nnx.Module):
@@ -24,6 +24,6 @@ class ScaledUnit(nnx.Module):
   def __call__(self, x):
     """Normalises and scales every head."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    log_scale = jnp.minimum(use(self.log_scale, wide), math.log(100.0))
+    log_scale = jnp.minimum(value_of(self.log_scale, wide), math.log(100.0))
     y = l2_normalize(x.astype(wide)) * jnp.exp(log_scale)[:, None]
     return y.astype(x.dtype)

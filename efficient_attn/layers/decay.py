@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_attn.layers.param import LowRank, Projection, param, use
+from efficient_attn.layers.param import LowRank, Projection, param, value_of
 
 
 def time_step_bias(
@@ -57,7 +57,9 @@ class DecayGate(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns the log decays of x [B, T, D]."""
-    dt = self.project(x).astype(jnp.float32) + use(self.dt_bias, jnp.float32)
-    rate = jnp.exp(use(self.a_log, jnp.float32))
+    dt = self.project(x).astype(jnp.float32) + value_of(
+      self.dt_bias, jnp.float32
+    )
+    rate = jnp.exp(value_of(self.a_log, jnp.float32))
     rate = rate.reshape(*rate.shape, *[1] * (dt.ndim - 3))
     return -rate * jax.nn.softplus(dt)

@@ -8,7 +8,7 @@ from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError
-from efficient_attn.layers.param import fan_in_normal, param, use
+from efficient_attn.layers.param import fan_in_normal, param, value_of
 from efficient_attn.ops.positions import sinusoidal
 
 
@@ -27,7 +27,7 @@ class Embed(nnx.Module):
 
   def logits(self, x: jax.Array) -> jax.Array:
     """Maps [B, T, D] to float32 logits [B, T, vocab]."""
-    table = use(self.table, x.dtype)
+    table = value_of(self.table, x.dtype)
     return jnp.einsum(
       'btd,vd->btv', x, table, preferred_element_type=jnp.float32
     )

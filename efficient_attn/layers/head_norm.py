@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_attn.layers.param import param, use
+from efficient_attn.layers.param import param, value_of
 
 HEADS = ('heads', 'head_dim')
 
@@ -24,9 +24,11 @@ class HeadLayerNorm(nnx.Module):
     x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     variance = jnp.mean(x32 * x32, axis=-1, keepdims=True)
-    y = x32 * jax.lax.rsqrt(variance + self.eps) * use(self.scale, x32.dtype)
+    y = (
+      x32 * jax.lax.rsqrt(variance + self.eps) * value_of(self.scale, x32.dtype)
+    )
     if self.bias is not None:
-      y = y + use(self.bias, x32.dtype)
+      y = y + value_of(self.bias, x32.dtype)
     return y.astype(x.dtype)
 
 
@@ -42,4 +44,4 @@ class JointRMSNorm(nnx.Module):
     x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     mean_square = jnp.mean(x32 * x32, axis=(-2, -1), keepdims=True)
     y = x32 * jax.lax.rsqrt(mean_square + self.eps)
-    return (y * use(self.scale, x32.dtype)).astype(x.dtype)
+    return (y * value_of(self.scale, x32.dtype)).astype(x.dtype)

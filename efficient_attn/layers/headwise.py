@@ -9,7 +9,7 @@ from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError
-from efficient_attn.layers.param import fan_in_normal, param, use
+from efficient_attn.layers.param import fan_in_normal, param, value_of
 
 
 def split_heads(channels: int, num_heads: int) -> dict[str, int]:
@@ -41,5 +41,5 @@ class Headwise(nnx.Module):
       return jnp.einsum('btnh,nhv->btnv', x, weight)
 
     op = sharding.local_op(op, ('BTNH', 'NHV'), 'BTNV')
-    y = op(x, use(self.weight, x.dtype))
-    return y if self.bias is None else y + use(self.bias, x.dtype)
+    y = op(x, value_of(self.weight, x.dtype))
+    return y if self.bias is None else y + value_of(self.bias, x.dtype)

@@ -32,7 +32,7 @@ def param(
   return nnx.Param(value, axes=axes, inputs=inputs, weight_decay=decay)
 
 
-def use(p: nnx.Param, dtype) -> jax.Array:
+def value_of(p: nnx.Param, dtype) -> jax.Array:
   """Returns the value of a parameter in `dtype`, laid out for computation."""
   return sharding.constrain(p[...].astype(dtype), *p.axes)
 
@@ -94,12 +94,12 @@ class Projection(nnx.Module):
     contract = (tuple(range(lead, x.ndim)), tuple(range(self.num_inputs)))
     y = jax.lax.dot_general(
       x,
-      use(self.weight, x.dtype),
+      value_of(self.weight, x.dtype),
       (contract, ((), ())),
       out_sharding=sharding.current(sharding.activation_spec(out)),
     )
     if self.bias is not None:
-      y = y + use(self.bias, x.dtype)
+      y = y + value_of(self.bias, x.dtype)
     return y
 
 

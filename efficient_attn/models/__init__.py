@@ -9,7 +9,7 @@ from efficient_attn.config import ModelConfig, choose
 from efficient_attn.models.auto_encoder import AutoEncoder
 from efficient_attn.models.lm import LM
 from efficient_attn.models.vit import ViT
-from efficient_attn.quick import QUICK
+from efficient_attn.quick_compile import QUICK_COMPILE
 
 MODELS = {'lm': LM, 'vit': ViT, 'auto_encoder': AutoEncoder}
 
@@ -32,7 +32,7 @@ def jit_init(f, **options):
   XLA takes about 0.2 s for each of them on CPU unless it is told not to bother.
   """
   if jax.default_backend() == 'cpu':
-    options['compiler_options'] = QUICK
+    options['compiler_options'] = QUICK_COMPILE
   return jax.jit(f, **options)
 
 

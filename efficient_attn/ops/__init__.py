@@ -13,19 +13,24 @@ from efficient_attn.ops.recurrent.diagonal_scan import diagonal_scan
 from efficient_attn.ops.recurrent.dplr import dplr
 from efficient_attn.ops.recurrent.fast_weights import fast_weights
 from efficient_attn.ops.recurrent.forms import choose_form
-from efficient_attn.ops.recurrent.lact import lact
+from efficient_attn.ops.recurrent.gated_slot_attention import (
+  gated_slot_attention,
+)
+from efficient_attn.ops.recurrent.lact import large_chunk_fast_weights
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
 from efficient_attn.ops.recurrent.log_linear import log_linear_attention
-from efficient_attn.ops.recurrent.mesa import mesa
+from efficient_attn.ops.recurrent.mesa import mesa_recurrence
 from efficient_attn.ops.recurrent.mlstm import mlstm
 from efficient_attn.ops.recurrent.selective_scan import selective_scan
 from efficient_attn.ops.recurrent.short_conv import short_conv
-from efficient_attn.ops.recurrent.slots import slot_attention
 from efficient_attn.ops.recurrent.slstm import slstm
 from efficient_attn.ops.recurrent.trapezoid import trapezoidal_scan
 from efficient_attn.ops.recurrent.wkv4 import wkv4
-from efficient_attn.ops.softmax.attention import attention, explain
-from efficient_attn.ops.softmax.attention_merge import merge, split_attention
+from efficient_attn.ops.softmax.attention import attention, explain_attention
+from efficient_attn.ops.softmax.attention_merge import (
+  merge_attention,
+  split_attention,
+)
 from efficient_attn.ops.softmax.paged_attention import paged_attention
 from efficient_attn.ops.softmax.path_attention import path_attention
 from efficient_attn.ops.softmax.sage_attention import sage_attention
@@ -38,14 +43,14 @@ __all__ = [
   'delta_rule',
   'diagonal_scan',
   'dplr',
-  'explain',
+  'explain_attention',
   'fast_weights',
-  'lact',
+  'large_chunk_fast_weights',
   'linear_attention',
   'log_linear_attention',
   'masks',
-  'merge',
-  'mesa',
+  'merge_attention',
+  'mesa_recurrence',
   'mlstm',
   'paged_attention',
   'path_attention',
@@ -57,7 +62,7 @@ __all__ = [
   'short_conv',
   'sincos_2d',
   'sinusoidal',
-  'slot_attention',
+  'gated_slot_attention',
   'slstm',
   'split_attention',
   'trapezoidal_scan',

@@ -137,7 +137,7 @@ class Grid:
 
   def _init(self, numbers):
     key = jax.random.key(numbers['seed'])
-    params = self._architecture.draw(key)
+    params = self._architecture.initial_params(key)
     return first_state(self.config, self._optimizer(numbers), params, key)
 
   def _train_steps(self, states, numbers, batches):

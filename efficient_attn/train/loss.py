@@ -142,7 +142,7 @@ def _answered(config, logits, labels, weights, read):
   hits = jnp.argmax(logits, axis=-1) == labels
   each = {'of_class': classes, 'hits_of_class': classes * hits[..., None]}
   each = {k: jnp.sum(v, (0, 1)) for k, v in each.items()}
-  return sums | each | {'read': jnp.float32(read)}
+  return sums | each | {'tokens_read': jnp.float32(read)}
 
 
 def classification(config: Config, token_bytes) -> Callable:

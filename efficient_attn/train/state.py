@@ -49,7 +49,7 @@ class Architecture:
     """Returns the model with these parameters."""
     return nnx.merge(self.graphdef, params)
 
-  def draw(self, key: jax.Array) -> Params:
+  def initial_params(self, key: jax.Array) -> Params:
     """Returns new parameters."""
     model = build(self.config, rngs=nnx.Rngs(key))
     return nnx.to_pure_dict(nnx.state(model))

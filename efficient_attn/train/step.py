@@ -40,7 +40,10 @@ def make_train_step(
       return jax.tree.map(jnp.add, total, grad(params, *part)), None
 
     keys = None if key is None else jax.random.split(key, config.accumulate)
-    parts = jax.tree.map(lambda x: split(x, config.accumulate), batch), keys
+    parts = (
+      jax.tree.map(lambda x: micro_batches(x, config.accumulate), batch),
+      keys,
+    )
     _, sums = jax.eval_shape(grad, params, *jax.tree.map(lambda x: x[0], parts))
     # Zeros made from the parameters are laid out like them.
     zeros = (
@@ -77,7 +80,7 @@ def make_train_step(
     state = TrainState(state.step + 1, params, opt_state, ema, state.key)
     metrics = means(sums) | dict(
       grad_norm=grad_norm,
-      read=sums['read'],
+      tokens_read=sums['tokens_read'],
       weight=sums['weight'],
       finite=finite,
     )
@@ -100,7 +103,7 @@ def evaluated_params(state: TrainState):
   return state.ema or eval_params(state.opt_state, state.params)
 
 
-def split(x: jax.Array, parts: int) -> jax.Array:
+def micro_batches(x: jax.Array, parts: int) -> jax.Array:
   """Splits [B, ...] into [parts, B / parts, ...].
 
   Part i holds every parts-th row from row i on, so that rows sharded over

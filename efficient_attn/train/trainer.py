@@ -123,7 +123,7 @@ def run(
 
     def report(step, metrics):
       values = guard.check(step, metrics)
-      read = values.pop('read')
+      read = values.pop('tokens_read')
       values['learning_rate'] = float(schedule(step - 1))
       row = step in (1, config.steps) or due(step, config.log_every)
       if step == first + 1:

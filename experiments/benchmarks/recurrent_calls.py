@@ -72,7 +72,7 @@ CALLS = {
     input_gate=3 * d.normal(*d.tokens),
     log_forget=d.decay(),
   ),
-  'slot_attention': lambda d: dict(
+  'gated_slot_attention': lambda d: dict(
     q=d.value(),
     k=d.value(),
     v=d.value(),

@@ -17,8 +17,8 @@ import numpy as np
 from efficient_attn.ops import (
   delta_rule,
   dplr,
+  gated_slot_attention,
   linear_attention,
-  slot_attention,
 )
 from experiments.errors import largest
 
@@ -170,7 +170,7 @@ def slots() -> tuple:
   results = (
     two_passes(True),
     two_passes(False),
-    ours(slot_attention, *arrays, **CHUNKS)[:, 0],
+    ours(gated_slot_attention, *arrays, **CHUNKS)[:, 0],
   )
   return tuple(error(x, wanted) for x in results)
 

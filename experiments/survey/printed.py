@@ -75,7 +75,7 @@ AS5 = {
             'O(N d^2)', 'O(N d)'),
   'Lightning': ('lightning', '1^T 1', '1', CHUNKS, 'O(N d)', 'chunkwise',
                 'O(N d^2)', 'O(N d)'),
-  'SLA': ('sla', '1^T 1', '1', BOTH, 'O(N^2) or O(N d)',
+  'SLA': ('slab', '1^T 1', '1', BOTH, 'O(N^2) or O(N d)',
           'quadratic or chunkwise', 'O(N d^2)', 'O(N d)'),
 }  # fmt: skip
 AS6 = {

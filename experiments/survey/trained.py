@@ -44,7 +44,7 @@ def language_model() -> nnx.Module:
 def untrained() -> nnx.Module:
   """The same model as it began."""
   architecture = Architecture(configs.resolve(CONFIG).model)
-  return architecture.merge(architecture.draw(jax.random.key(0)))
+  return architecture.merge(architecture.initial_params(jax.random.key(0)))
 
 
 def with_mixer(model: nnx.Module, name: str, **options) -> nnx.Module:

@@ -80,7 +80,7 @@ def lambda_network(length) -> Pair:
   theirs = LambdaLayer(D, dim_k=key_dim, r=window, heads=N).eval()
   w = randomize(theirs)
   theirs.pos_conv.bias.data.zero_()
-  ours = build('lambda', causal=False, key_dim=key_dim, window=window)
+  ours = build('lambda_network', causal=False, key_dim=key_dim, window=window)
   for name, norm in (('query', 'q'), ('key', 'k'), ('value', 'v')):
     weight = w[f'to_{norm}.weight'][..., 0, 0]
     put(getattr(ours, name).weight, weight.T)

@@ -109,7 +109,7 @@ LIBRARY_BLOCKS = {
     'compressive', 'compressive-transformer-pytorch', 'SelfAttention'
   ),
   'entmax': Oracle('entmax', 'entmax', 'entmax_bisect', 'op'),
-  'lambda_network': Oracle('lambda', 'lambda-networks', 'LambdaLayer'),
+  'lambda_network': Oracle('lambda_network', 'lambda-networks', 'LambdaLayer'),
   'linformer': Oracle('linformer', 'linformer', 'LinformerSelfAttention'),
   'luong': Oracle('luong', 'keras', 'Attention', 'op'),
   'mlstm': Oracle('mlstm', 'xlstm', 'mLSTMLayer'),

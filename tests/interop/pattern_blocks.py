@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
+from efficient_attn.layers.context import Context
 from efficient_attn.ops import masks, scores
 from efficient_attn.ops.softmax.attention import attention
 from tests.interop.pairs import D, N, Pair, build, put, randomize

@@ -115,7 +115,7 @@ def metala(p, x):
 def gsa(p, x):
   q, k, v = (silu(project(p, name, x)) for name in ('query', 'key', 'value'))
   alpha = sigmoid(project(p, 'decay', x)) ** (1 / 8)
-  o, _ = oracles.slot_attention(q, k, v, np.log(alpha), scale=1)
+  o, _ = oracles.gated_slot_attention(q, k, v, np.log(alpha), scale=1)
   return project(p, 'out', joint_norm(p, silu(o)), 2)
 
 

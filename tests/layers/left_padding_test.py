@@ -16,7 +16,8 @@ PIECE, NEW, D = 4, 4, 16
 # Padding ends within a piece, between two of them, and is not there.
 LENGTHS = np.array([3, 2 * PIECE, 6, PIECE, 1])
 TOTAL = 2 * PIECE + NEW
-RECURRENT = [n for n, s in MIXERS.items() if issubclass(s.build, Recurrent)]
+CLASSES = {n: s.build for n, s in MIXERS.items() if isinstance(s.build, type)}
+RECURRENT = [n for n, c in CLASSES.items() if issubclass(c, Recurrent)]
 SMALL = dict(chunk_size=2, window=3)
 
 

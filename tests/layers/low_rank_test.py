@@ -250,7 +250,7 @@ CASES = {
   ),
   'fnet': (fnet, [{}]),
   'funnel': (funnel, [dict(pool_size=2), dict(pool_size=4)]),
-  'lambda': (lambda_network, [dict(window=5, key_dim=3)]),
+  'lambda_network': (lambda_network, [dict(window=5, key_dim=3)]),
   'linformer': (
     linformer,
     [dict(rank=3, max_len=20), dict(rank=5, share_projection=True)],
@@ -364,7 +364,7 @@ WRONG = [
   ('synthesizer', dict(max_len=T - 1), 'max_len=10; raise it'),
   ('synthesizer', dict(kind='danse'), "did you mean 'dense'"),
   ('nystrom', dict(residual_width=4), 'residual_width=4 must be odd'),
-  ('lambda', dict(window=4), 'window=4 must be odd'),
+  ('lambda_network', dict(window=4), 'window=4 must be odd'),
   ('compressive', dict(mem_len=6, compression_rate=4), 'not a multiple'),
   ('compressive', dict(compression='median'), "did you mean 'mean'"),
   ('funnel', dict(position='alibi'), 'valid: none, rotary'),

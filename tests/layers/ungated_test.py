@@ -13,7 +13,7 @@ from flax import nnx
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.context import Context
 from efficient_attn.layers.mixers import build_mixer
-from efficient_attn.layers.mixers.ungated.lightning import log_decays
+from efficient_attn.layers.mixers.linear.lightning import log_decays
 from tests.layers.built import built
 from tests.oracles import feature_maps as oracle
 
@@ -163,7 +163,7 @@ def test_is_attention_by_its_kernel(case, causal):
 @pytest.mark.parametrize('causal', [True, False])
 @pytest.mark.parametrize('width', [1, 3, 5])
 def test_sla_adds_a_convolution_of_the_values(width, causal):
-  mixer = make('sla', causal=causal, dwc_width=width)
+  mixer = make('slab', causal=causal, dwc_width=width)
   x = inputs()
   q, k, v = qkv(mixer, x)
   weights = oracle.dot(oracle.relu(q), oracle.relu(k))
@@ -327,9 +327,9 @@ def test_cosformer_decodes_as_one_call_with_the_room_of_the_cache():
 
 
 def test_sla_refuses_an_even_width_in_an_encoder():
-  assert make('sla', dwc_width=4) is not None
+  assert make('slab', dwc_width=4) is not None
   with pytest.raises(ConfigError, match='odd in an encoder'):
-    make('sla', dwc_width=4, causal=False)
+    make('slab', dwc_width=4, causal=False)
 
 
 def test_published_sizes():

@@ -8,7 +8,7 @@ from efficient_attn.ops import masks
 from efficient_attn.ops.softmax.attention import (
   IMPLEMENTATIONS,
   attention,
-  explain,
+  explain_attention,
 )
 from tests.ops.attention_cases import make_arrays
 
@@ -22,13 +22,17 @@ def test_dispatch_by_size():
       for x, n in ((q, T), (k, S), (v, S))
     ]
 
-  assert explain(*of_length(512, 512)).startswith('reference: T * S = 262144')
-  assert explain(*of_length(1, 2**20)).startswith('reference: one query row')
-  assert explain(*of_length(4096, 4096), mask=masks.Causal()) == (
+  assert explain_attention(*of_length(512, 512)).startswith(
+    'reference: T * S = 262144'
+  )
+  assert explain_attention(*of_length(1, 2**20)).startswith(
+    'reference: one query row'
+  )
+  assert explain_attention(*of_length(4096, 4096), mask=masks.Causal()) == (
     'blockwise: T * S = 16777216 logits per head are over 262144; visits 136 of'
     ' 256 tiles of 256 x 256'
   )
-  assert explain(q, k, v, implementation='blockwise').startswith(
+  assert explain_attention(q, k, v, implementation='blockwise').startswith(
     'blockwise: the implementation asked for; visits 1 of 1 tiles'
   )
 
@@ -80,11 +84,11 @@ def test_a_sequence_falls_back_and_a_name_fails_fast(monkeypatch):
     attention(q, k, v, implementation=fallback),
     attention(q, k, v, implementation='reference'),
   )
-  assert explain(q, k, v, implementation=fallback) == (
+  assert explain_attention(q, k, v, implementation=fallback) == (
     'reference: the implementation asked for; not kernel: no such device; use'
     ' reference'
   )
-  assert explain(q, k, v, implementation='kernel').startswith(
+  assert explain_attention(q, k, v, implementation='kernel').startswith(
     'none; not kernel'
   )
 

@@ -12,7 +12,10 @@ from efficient_attn.ops.softmax.attention import (
   attention,
   attention_with_stats,
 )
-from efficient_attn.ops.softmax.attention_merge import merge, split_attention
+from efficient_attn.ops.softmax.attention_merge import (
+  merge_attention,
+  split_attention,
+)
 from efficient_attn.ops.softmax.stats import Stats
 from tests.ops.attention_cases import make_arrays
 from tests.oracles import attention as oracle
@@ -97,7 +100,7 @@ def test_merge_is_associative_and_takes_sinks(x64):
   sinks = jnp.asarray([0.3, -1.0, 2.0, 0.0])
 
   def join(*parts):
-    return merge(*jax.tree.map(lambda *x: jnp.stack(x), *parts))
+    return merge_attention(*jax.tree.map(lambda *x: jnp.stack(x), *parts))
 
   def run(q, k, v):
     parts = [

@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from efficient_attn.ops.recurrent.gated_slot_attention import (
+  gated_slot_attention,
+)
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
-from efficient_attn.ops.recurrent.slots import slot_attention
 
 T, D, C = 32, 6, 8
 CHUNKS = T // C
@@ -187,7 +189,7 @@ def test_e6_slot_attention_decays_slots():
   printed = slots_by_two_passes(q, k, v, alpha, printed=True)
   assert error(printed, expected) > 0.05
   with jax.enable_x64(True):
-    ours, _ = slot_attention(
+    ours, _ = gated_slot_attention(
       *(jnp.asarray(x[None, :, None]) for x in (q, k, v, np.log(alpha))),
       scale=1,
       form='chunkwise',

@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficient_attn.ops.recurrent.fast_weights import FastState, fast_weights
-from efficient_attn.ops.recurrent.lact import LactState, lact
+from efficient_attn.ops.recurrent.lact import (
+  LactState,
+  large_chunk_fast_weights,
+)
 from tests.oracles import fast_weights as oracle
 
 CHUNK = 4
@@ -28,7 +31,7 @@ KINDS = (*FAST, *LACT)
 
 
 def op_of(kind):
-  return lact if kind in LACT else fast_weights
+  return large_chunk_fast_weights if kind in LACT else fast_weights
 
 
 def oracle_of(kind):

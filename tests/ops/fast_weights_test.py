@@ -11,7 +11,7 @@ import pytest
 
 from efficient_attn.ops.recurrent.delta_rule import delta_rule
 from efficient_attn.ops.recurrent.fast_weights import fast_weights, fresh_state
-from efficient_attn.ops.recurrent.lact import lact
+from efficient_attn.ops.recurrent.lact import large_chunk_fast_weights
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
 from efficient_attn.ops.recurrent.muon import JORDAN, TUNED, orthogonalize
 from tests.ops.fast_weights_cases import (
@@ -350,7 +350,7 @@ def test_wrong_calls():
     wrong(initial_state=fresh_state(layers, 2), bidirectional=True)
 
   arrays, state = to_jax(make('lact', 3, state=True, dtype=np.float32))
-  op = inspect.unwrap(lact)
+  op = inspect.unwrap(large_chunk_fast_weights)
   with pytest.raises(ValueError, match='learning_rate has shape'):
     op(**{**arrays, 'learning_rate': arrays['learning_rate'][..., :2]})
   with pytest.raises(ValueError, match=r'weights\[1\] has shape'):

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from efficient_attn.ops.recurrent.gated_slot_attention import (
+  gated_slot_attention,
+)
 from efficient_attn.ops.recurrent.mlstm import mlstm
-from efficient_attn.ops.recurrent.slots import slot_attention
 from efficient_attn.ops.recurrent.trapezoid import trapezoidal_scan
 from tests.oracles import gated as oracles
 
@@ -71,7 +73,11 @@ def make_trapezoid(normal, length):
 
 OPS = {
   'mlstm': (mlstm, oracles.mlstm, make_mlstm),
-  'slot_attention': (slot_attention, oracles.slot_attention, make_slots),
+  'gated_slot_attention': (
+    gated_slot_attention,
+    oracles.gated_slot_attention,
+    make_slots,
+  ),
   'trapezoidal_scan': (
     trapezoidal_scan,
     oracles.trapezoidal_scan,
@@ -252,7 +258,7 @@ def test_causal_to_the_bit(name, form):
 
 EXTREME = {
   'mlstm': ('log_forget', 'input_gate'),
-  'slot_attention': ('log_decay', None),
+  'gated_slot_attention': ('log_decay', None),
   'trapezoidal_scan': ('log_decay', None),
 }
 
@@ -364,10 +370,10 @@ def test_wrong_calls(name):
 
 
 def test_wrong_calls_of_one_op():
-  arrays, _ = make('slot_attention', 3)
+  arrays, _ = make('gated_slot_attention', 3)
   narrow = cast(arrays | {key: arrays[key][:, :, :1] for key in 'qk'})
   with pytest.raises(ValueError, match='repeat k and q'):
-    inspect.unwrap(slot_attention)(**narrow)
+    inspect.unwrap(gated_slot_attention)(**narrow)
   arrays, _ = make('trapezoidal_scan', 3)
   with pytest.raises(ValueError, match='at most 2'):
     inspect.unwrap(trapezoidal_scan)(

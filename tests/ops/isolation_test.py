@@ -58,7 +58,7 @@ OPS = {
     log_linear.log_linear_attention,
     {},
   ),
-  'mesa': (lambda: mesa.make(T), mesa.mesa, {}),
+  'mesa': (lambda: mesa.make(T), mesa.mesa_recurrence, {}),
 }
 # What would make the numbers of a segment grow past all bounds within it.
 UNIT = {

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from efficient_attn.ops import masks
+from efficient_attn.ops.recurrent.gated_slot_attention import (
+  gated_slot_attention,
+)
 from efficient_attn.ops.recurrent.mlstm import mlstm
-from efficient_attn.ops.recurrent.slots import slot_attention
 from efficient_attn.ops.softmax.attention import attention
 
 
@@ -72,7 +74,7 @@ def test_softmax(implementation):
 
 
 @pytest.mark.parametrize('form', ['recurrent', 'chunkwise'])
-@pytest.mark.parametrize('op', [mlstm, slot_attention])
+@pytest.mark.parametrize('op', [mlstm, gated_slot_attention])
 def test_recurrences(op, form):
   assert_learned(lambda scale: recurrent(op, scale, form), np.float64(0.7))
 

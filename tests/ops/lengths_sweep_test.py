@@ -56,7 +56,7 @@ def of_log_linear():
 def of_mesa():
   return (
     lambda T: (mesa.make(T), mesa.make_ids(T)),
-    mesa.mesa,
+    mesa.mesa_recurrence,
     mesa.oracle.mesa,
   )
 

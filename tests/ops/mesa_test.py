@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from efficient_attn.ops.recurrent import forms
-from efficient_attn.ops.recurrent.mesa import mesa
+from efficient_attn.ops.recurrent.mesa import mesa_recurrence
 from tests.optimized import optimized
 from tests.oracles import mesa as oracle
 
@@ -52,7 +52,9 @@ def call(form, chunk_size=CHUNK):
         fit, memory = arrays['initial_state']
         fit = (fit + fit.swapaxes(-1, -2)) / 2
         arrays = arrays | {'initial_state': (fit, memory)}
-      return mesa(**arrays, segment_ids=ids, form=form, chunk_size=chunk_size)
+      return mesa_recurrence(
+        **arrays, segment_ids=ids, form=form, chunk_size=chunk_size
+      )
 
     result, pull = jax.vjp(run, arrays)
     return *result, pull(weight)[0]
@@ -111,7 +113,9 @@ def test_lengths():
   @jax.jit
   def run(cases, ids):
     return {
-      T: mesa(**arrays, segment_ids=ids[T], form='chunkwise', chunk_size=CHUNK)
+      T: mesa_recurrence(
+        **arrays, segment_ids=ids[T], form='chunkwise', chunk_size=CHUNK
+      )
       for T, arrays in cases.items()
     }
 
@@ -141,7 +145,7 @@ def test_state_continues_at_every_cut(form):
   @jax.jit
   def run(parts, states):
     return {
-      cut: mesa(
+      cut: mesa_recurrence(
         **tail,
         segment_ids=ids,
         initial_state=states[cut],
@@ -186,7 +190,9 @@ def test_causality_is_bitwise(form):
   other['log_decay'] *= 1000
   ridge = jnp.asarray(arrays.pop('ridge'))
   op = optimized(
-    lambda arrays: mesa(**arrays, ridge=ridge, form=form, chunk_size=CHUNK)[0]
+    lambda arrays: mesa_recurrence(
+      **arrays, ridge=ridge, form=form, chunk_size=CHUNK
+    )[0]
   )
   out = op(arrays)
   for cut in (1, 3, 4, 7, 12):
@@ -234,7 +240,7 @@ def test_more_channels_than_steps():
 
   @functools.partial(jax.jit, static_argnums=1)
   def error(arrays, steps):
-    out, _ = mesa(**arrays, num_steps=steps, form='parallel')
+    out, _ = mesa_recurrence(**arrays, num_steps=steps, form='parallel')
     return jnp.max(jnp.abs(out - expected.astype(np.float32)))
 
   errors = [error(arrays, steps) for steps in (8, 30)]
@@ -243,7 +249,7 @@ def test_more_channels_than_steps():
 
 def test_the_default_form_and_bfloat16():
   arrays = make(9, dtype=np.float32)
-  op = jax.jit(lambda arrays: mesa(**arrays)[0])
+  op = jax.jit(lambda arrays: mesa_recurrence(**arrays)[0])
   exact = op(arrays)
   close(exact, oracle.mesa(**arrays)[0], 1e-5)
   half = {n: jnp.asarray(x, jnp.bfloat16) for n, x in arrays.items()}
@@ -255,7 +261,7 @@ def test_the_default_form_and_bfloat16():
 def test_second_derivatives():
   arrays = make(5)
   loss = lambda a, form: jnp.sum(  # noqa: E731
-    jnp.sin(mesa(**a, form=form, chunk_size=CHUNK)[0])
+    jnp.sin(mesa_recurrence(**a, form=form, chunk_size=CHUNK)[0])
   )
   step = random_like(arrays)
 
@@ -281,7 +287,7 @@ def unchecked():
 
 def test_wrong_calls(unchecked):
   arrays = jax.tree.map(jnp.asarray, make(4, dtype=np.float32))
-  _, (fit, memory) = mesa(**arrays)
+  _, (fit, memory) = mesa_recurrence(**arrays)
   cases = [
     ({'beta': arrays['q']}, 'beta has shape'),
     ({'ridge': arrays['ridge'][:1]}, 'ridge has shape'),
@@ -292,4 +298,4 @@ def test_wrong_calls(unchecked):
   ]
   for change, message in cases:
     with pytest.raises(ValueError, match=message):
-      mesa(**arrays | change)
+      mesa_recurrence(**arrays | change)

@@ -9,11 +9,6 @@ import numpy as np
 import pytest
 
 from efficient_attn.ops import masks
-from efficient_attn.ops.selection.video import (
-  fps_attention,
-  select_fps,
-  tile_ids,
-)
 from efficient_attn.ops.softmax.attention import attention
 from efficient_attn.ops.softmax.fake_quant import FORMATS, fake_quant, round_to
 from efficient_attn.ops.softmax.sage_attention import (
@@ -232,22 +227,6 @@ def test_a_float16_accumulator_needs_narrow_factors():
     assert bool(jnp.isfinite(total).all()) == fits
     if fits:
       np.testing.assert_allclose(total, 64, rtol=1e-3)
-
-
-def test_fps_attention_is_the_window_of_tiles_in_fp8():
-  where = dict(grid=(2, 4, 4), tile=(1, 2, 2), window=(2, 1, 2))
-  q, k, v = make(32, 32, H=16)
-  # One tile is a thousand times larger: it must not spoil the scale of others.
-  large = tile_ids((2, 4, 4), (1, 2, 2)) == 5
-  k = jnp.where(large[:, None, None], 1000 * k, k)
-  v = jnp.where(large[:, None, None], 1000 * v, v)
-  found = fps_attention(q, k, v, **where)
-  exact = attention(q, k, v, mask=select_fps(q, k, **where))
-  apart = ~np.asarray(select_fps(q, k, **where).dense(32, 32))[0, 0][:, large]
-  apart = apart.all(1)
-  assert apart.sum() == 16
-  assert 1e-3 < relative(found[:, apart], exact[:, apart]) < 0.08
-  assert relative(found, attention(q, k, v)) > 0.2
 
 
 def test_refusals():

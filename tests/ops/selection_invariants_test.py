@@ -14,7 +14,7 @@ from efficient_attn.ops.softmax.attention import (
   attention,
   attention_with_stats,
 )
-from efficient_attn.ops.softmax.attention_merge import merge
+from efficient_attn.ops.softmax.attention_merge import merge_attention
 from tests.ops import selection_cases as cases
 
 
@@ -104,7 +104,7 @@ def test_retrieval_is_the_merge_of_two_devices():
   ]
   # Nothing is left to retrieve.
   np.testing.assert_array_equal(parts[1][1].total[:, :8], 0)
-  found, _ = merge(*jax.tree.map(lambda *x: jnp.stack(x), *parts))
+  found, _ = merge_attention(*jax.tree.map(lambda *x: jnp.stack(x), *parts))
   np.testing.assert_allclose(found, attention(q, k, v, mask=mask), atol=1e-6)
 
 
@@ -123,7 +123,8 @@ def test_chai_finds_heads_that_attend_alike():
   exact = attention(q, k, v, mask=masks.Causal())
 
   def error(representatives):
-    out = heads.chai_attention(q, k, v, representatives, mask=masks.Causal())
+    shared = (x[:, :, representatives[0]] for x in (q, k))
+    out = attention(*shared, v, mask=masks.Causal())
     return float(jnp.abs(out - exact).max())
 
   assert error(found) < 0.02

@@ -1,7 +1,5 @@
 """Every selector follows its rule: against loops in float64."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,16 +142,6 @@ def test_flex_prefill_tells_heads_apart():
   ]
   assert set(kinds[0]) == {'lines'} and set(kinds[2]) == {'blocks'}
   assert set(kinds[1]) == {'lines', 'blocks'}
-
-
-def test_sparq_adds_the_mean_value():
-  options = CASES['sparq'][0]
-  with jax.enable_x64(True):
-    arrays = make(3)
-    op = jax.jit(functools.partial(tokens.sparq_attention, **options))
-    result = op(*(jnp.asarray(x)[None] for x in arrays))[0]
-  wanted = oracle.sparq_attention(*arrays, **options)
-  np.testing.assert_allclose(result, wanted, rtol=1e-11)
 
 
 def test_xattention_sums_antidiagonals():

@@ -58,10 +58,10 @@ def mlstm(
   return out, (c_out, n_out, m_out)
 
 
-def slot_attention(
+def gated_slot_attention(
   q, k, v, log_decay, *, scale=None, initial_state=None, segment_ids=None
 ):
-  """Returns (out, state) as `ops.slot_attention` documents them."""
+  """Returns (out, state) as `ops.gated_slot_attention` documents them."""
   batch, length, heads, channels = k.shape
   slots = log_decay.shape[-1]
   scale = channels**-0.5 if scale is None else scale

@@ -14,7 +14,7 @@ def mesa(
   initial_state=None,
   segment_ids=None,
 ):
-  """Returns (out, (A, S)) as `ops.mesa` documents them."""
+  """Returns (out, (A, S)) as `ops.mesa_recurrence` documents them."""
   q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
   B, T, K, H = q.shape
   N, V = v.shape[2:]

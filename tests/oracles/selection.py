@@ -284,21 +284,6 @@ def sparq(query, key, rank, top_k, local):
   return top_tokens(query, key, scores, top_k)
 
 
-def sparq_attention(query, key, value, rank, top_k, local):
-  T, N, H = query.shape
-  G = N // key.shape[1]
-  p, kept = sparq_map(query, key, rank), sparq(query, key, rank, top_k, local)
-  out = np.zeros((T, N, value.shape[2]))
-  for n, t in np.ndindex(N, T):
-    chosen = np.flatnonzero(kept[n, t])
-    v = value[:, n // G]
-    exact = softmax(key[chosen, n // G] @ query[t, n] / np.sqrt(H)) @ v[chosen]
-    share = p[n, t, chosen].sum()
-    mean = v[: len(key) - T + t + 1].mean(0)
-    out[t, n] = share * exact + (1 - share) * mean
-  return out
-
-
 def loki(query, key, rank, top_k):
   G = query.shape[1] // key.shape[1]
   scores = []

@@ -88,7 +88,7 @@ def test_logits_at_answers_alone_are_enough(model):
     )
   )
   architecture = Architecture(config.model)
-  params = architecture.draw(jax.random.key(0))
+  params = architecture.initial_params(jax.random.key(0))
   rng = np.random.default_rng(0)
   weights = np.zeros((3, 12), np.float32)
   weights[0, [2, 7, 11]], weights[1, 5] = 1, 1
@@ -111,7 +111,7 @@ def test_logits_at_answers_alone_are_enough(model):
   (gradient, sums), (other_gradient, other_sums) = values
   for name, value in other_sums.items():
     np.testing.assert_allclose(sums[name], value, rtol=1e-5, err_msg=name)
-  assert sums['read'] == 36 and sums['of_class'].sum() == 4
+  assert sums['tokens_read'] == 36 and sums['of_class'].sum() == 4
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
     gradient,
@@ -150,7 +150,7 @@ def test_sums_of_next_tokens():
     return jnp.asarray(logits), None
 
   sums = make_loss(config)(model, batch, None)
-  assert sums['weight'] == 2 and sums['read'] == 4
+  assert sums['weight'] == 2 and sums['tokens_read'] == 4
   found = means(sums)
   assert found['accuracy'] == 1
   np.testing.assert_allclose(
@@ -162,7 +162,7 @@ def test_a_step_averages_the_new_parameters():
   optimizer = ARCHITECTURE.optimizer(CONFIG)
   loss = make_loss(CONFIG)
   step = jax.jit(make_train_step(CONFIG, ARCHITECTURE, optimizer, loss))
-  params = ARCHITECTURE.draw(jax.random.key(0))
+  params = ARCHITECTURE.initial_params(jax.random.key(0))
   state = first_state(CONFIG, optimizer, params, jax.random.key(0))
   tokens = np.arange(20).reshape(2, 10) % 8
   weights = np.tile(np.arange(10) % 2, (2, 1)).astype(np.float32)
@@ -180,4 +180,4 @@ def test_a_step_averages_the_new_parameters():
     evaluated_params(state),
     average,
   )
-  assert metrics['weight'] == 10 and metrics['read'] == 20
+  assert metrics['weight'] == 10 and metrics['tokens_read'] == 20

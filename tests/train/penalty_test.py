@@ -50,7 +50,7 @@ def after_a_step(weight, mesh='', **changes):
   step = make_train_step(config, architecture, optimizer, make_loss(config))
 
   def run(key, batch):
-    params = architecture.draw(key)
+    params = architecture.initial_params(key)
     duo = params['stack']['periods']['blocks'][1]['mixer']
     duo['alpha'] = jnp.full_like(duo['alpha'], 0.5)  # inside [0, 1]
     return step(first_state(config, optimizer, params, key), batch)

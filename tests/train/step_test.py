@@ -11,7 +11,7 @@ from efficient_attn import config as configs
 from efficient_attn import sharding
 from efficient_attn.train.loss import make_loss
 from efficient_attn.train.state import Architecture
-from efficient_attn.train.step import make_train_step, split
+from efficient_attn.train.step import make_train_step, micro_batches
 from efficient_attn.train.trainer import batch_putter
 
 ROWS = 48  # of a batch: 1, 2 or 3 a shard on each mesh below
@@ -115,11 +115,11 @@ def test_parts_stay_on_their_devices(text, rows):
   with jax.set_mesh(mesh):
     put = batch_putter(mesh)
     for x in (host, host[:, 0]):
-      found = jax.typeof(split(put(x), parts))
+      found = jax.typeof(micro_batches(put(x), parts))
       wanted = (None, ('data', 'fsdp'), None)[: found.ndim]
       assert found.shape == (parts, ROWS // parts, 2)[: found.ndim]
       assert found.sharding.spec == jax.sharding.PartitionSpec(*wanted)
-    found = split(put(host), parts)
+    found = micro_batches(put(host), parts)
     for i in range(parts):
       np.testing.assert_array_equal(found[i], host[i::parts])
 

@@ -14,21 +14,23 @@ from flax import nnx
 
 from efficient_attn.config import ConfigError, choose
 from efficient_attn.formats import moved
+from efficient_attn.layers.mixers.attention_free import ATTENTION_FREE
 from efficient_attn.layers.mixers.both_ways import BothWays
 from efficient_attn.layers.mixers.compact import COMPACT
 from efficient_attn.layers.mixers.composed import Composed, own_options
 from efficient_attn.layers.mixers.gated import GATED
+from efficient_attn.layers.mixers.linear import LINEAR
 from efficient_attn.layers.mixers.low_rank import LOW_RANK
-from efficient_attn.layers.mixers.patterns import PATTERNS
 from efficient_attn.layers.mixers.routed import ROUTED
 from efficient_attn.layers.mixers.selective import SELECTIVE
 from efficient_attn.layers.mixers.softmax import SOFTMAX
+from efficient_attn.layers.mixers.sparse import SPARSE
 from efficient_attn.layers.mixers.spec import TWO_PASSES, MixerSpec
 from efficient_attn.layers.mixers.test_time import TEST_TIME
-from efficient_attn.layers.mixers.ungated import UNGATED
 from efficient_attn.values import read_arguments, under
 
 __all__ = [
+  'FAMILIES',
   'MIXERS',
   'MixerSpec',
   'build_mixer',
@@ -36,17 +38,20 @@ __all__ = [
   'read_options',
 ]
 
-MIXERS = (
-  SOFTMAX
-  | COMPACT
-  | PATTERNS
-  | ROUTED
-  | LOW_RANK
-  | UNGATED
-  | GATED
-  | SELECTIVE
-  | TEST_TIME
-)
+# The families of methods, each a folder here.
+FAMILIES = {
+  'softmax': SOFTMAX,
+  'compact': COMPACT,
+  'sparse': SPARSE,
+  'routed': ROUTED,
+  'low_rank': LOW_RANK,
+  'attention_free': ATTENTION_FREE,
+  'linear': LINEAR,
+  'gated': GATED,
+  'selective': SELECTIVE,
+  'test_time': TEST_TIME,
+}
+MIXERS = {name: row for rows in FAMILIES.values() for name, row in rows.items()}
 
 
 def build_mixer(

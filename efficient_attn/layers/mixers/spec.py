@@ -21,8 +21,6 @@ class MixerSpec:
     title: the method's name in its paper.
     year: of the paper.
     reference: arXiv number or venue.
-    family: hardware-efficient | compact | sparse | low-rank | linear |
-      test-time, the classes of the surveys; dense: none of them.
     gate: none | constant | scalar | channel: what decays the past.
     forms: the executions that exist and agree.
     causal: whether it can be a decoder's mixer.
@@ -39,7 +37,6 @@ class MixerSpec:
   year: int
   reference: str
   _: dataclasses.KW_ONLY
-  family: str = 'linear'
   gate: str = 'none'
   forms: tuple[str, ...] = LINEAR_FORMS
   causal: bool = True

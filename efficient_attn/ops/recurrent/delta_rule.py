@@ -24,7 +24,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from efficient_attn.ops import shapes
-from efficient_attn.ops.recurrent import forms, gates, matrix_state, triangular
+from efficient_attn.ops.recurrent import (
+  forms,
+  gates,
+  matrix_recurrence,
+  triangular,
+)
 
 
 def delta_rule(
@@ -86,7 +91,7 @@ def delta_rule(
   )
   shapes.check_floating('beta', beta)
   inclusive = read == 'inclusive'
-  out, state = matrix_state.run(
+  out, state = matrix_recurrence.recur(
     functools.partial(_step, inclusive=inclusive),
     functools.partial(_chunk, inclusive=inclusive),
     keys=(q, k),
@@ -98,7 +103,7 @@ def delta_rule(
     form=form,
     chunk_size=chunk_size,
   )
-  return matrix_state.scaled(out, scale, q, v), state
+  return matrix_recurrence.scaled(out, scale, q, v), state
 
 
 def _step(state, token, *, inclusive):
@@ -108,33 +113,33 @@ def _step(state, token, *, inclusive):
   if gate is not None:
     state = jnp.exp(gate)[..., None] * state
   eraser = k if erase is None else erase.astype(state.dtype) * k
-  known = matrix_state.contract('...h,...hv->...v', eraser, state)
+  known = matrix_recurrence.contract('...h,...hv->...v', eraser, state)
   update = beta * (v - known)
   state = state + k[..., None] * update[..., None, :]
   read = state if inclusive else before
-  return state, matrix_state.contract('...h,...hv->...v', q, read)
+  return state, matrix_recurrence.contract('...h,...hv->...v', q, read)
 
 
 def _chunk(state, tokens, marks, *, inclusive):
   (q, k), (v, beta, erase), gate = tokens
   dtype = state.dtype
   operand = shapes.operand(dtype, q, k, v)
-  dot = matrix_state.products(operand, dtype)
+  dot = matrix_recurrence.products(operand, dtype)
   decay = gates.ChunkDecay(gate, operand=operand, dtype=dtype)
   q, k, v, beta = (x.astype(dtype) for x in (q, k, v, beta))
   eraser = k if erase is None else erase.astype(dtype) * k
 
   overlap = beta * decay.scores(eraser, k)
-  overlap = matrix_state.causal(overlap, marks, diagonal=False)
+  overlap = matrix_recurrence.causal(overlap, marks, diagonal=False)
   known = dot('...ih,...hv->...iv', eraser * decay.before(), state)
   update = triangular.solve_unit_lower(
-    overlap, beta * (v - matrix_state.kept(known, marks, 'reads'))
+    overlap, beta * (v - matrix_recurrence.kept(known, marks, 'reads'))
   )
   scores = decay.scores(q, k, inclusive=inclusive)
-  scores = matrix_state.causal(scores, marks, diagonal=inclusive)
+  scores = matrix_recurrence.causal(scores, marks, diagonal=inclusive)
   past = dot('...ih,...hv->...iv', q * decay.before(inclusive=inclusive), state)
   out = dot('...ij,...jv->...iv', scores, update)
-  out = out + matrix_state.kept(past, marks, 'reads')
-  write = matrix_state.kept(k * decay.after(), marks, 'writes')
-  state = matrix_state.carried(decay.total() * state, marks)
+  out = out + matrix_recurrence.kept(past, marks, 'reads')
+  write = matrix_recurrence.kept(k * decay.after(), marks, 'writes')
+  state = matrix_recurrence.carried(decay.total() * state, marks)
   return state + dot('...jh,...jv->...hv', write, update), out

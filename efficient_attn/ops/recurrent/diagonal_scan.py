@@ -66,11 +66,11 @@ def diagonal_scan(
     log_decay = jnp.broadcast_to(log_decay, (1, *x.shape[1:]))
   options = dict(form=form, chunk_size=chunk_size)
   tokens = x, log_decay, starts(segment_ids)
-  h, last = run(step, chunk, tokens, state, **options)
+  h, last = recur(step, chunk, tokens, state, **options)
   if bidirectional:
     turned = forms.reversed_tokens((x, log_decay, segment_ids))
     tokens = *turned[:2], starts(turned[2])
-    backward, _ = run(step, chunk, tokens, jnp.zeros_like(state), **options)
+    backward, _ = recur(step, chunk, tokens, jnp.zeros_like(state), **options)
     h, last = h + jnp.flip(backward, 1) - x, None
   return h.astype(x.dtype), last
 
@@ -124,10 +124,10 @@ def starts(segment_ids: Array | None) -> Array | None:
   return chunks.segment_starts(segment_ids)[..., None, None]
 
 
-def run(
+def recur(
   step: Callable, chunk: Callable, tokens: Any, state: Any, *, form, chunk_size
 ) -> tuple[Any, Any]:
-  """`forms.run`, where `form=None` knows that a CPU scans tokens faster.
+  """`forms.recur`, where `form=None` knows that a CPU scans tokens faster.
 
   An associative scan does more work in fewer steps. On a CPU the plain scan
   inside chunks that are computed again takes half its time in a backward pass.
@@ -146,7 +146,7 @@ def run(
       state, tokens, cpu=plain, default=associative
     )
 
-  return forms.run(
+  return forms.recur(
     step,
     by_platform if form is None else chunk,
     tokens,

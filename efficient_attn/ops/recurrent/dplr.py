@@ -19,7 +19,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from efficient_attn.ops import shapes
-from efficient_attn.ops.recurrent import forms, gates, matrix_state, triangular
+from efficient_attn.ops.recurrent import (
+  forms,
+  gates,
+  matrix_recurrence,
+  triangular,
+)
 
 
 def dplr(
@@ -73,7 +78,7 @@ def dplr(
   shapes.check_floating('b', b)
   forms.check(form, implementation, 'dplr')
   inclusive = read == 'inclusive'
-  out, state = matrix_state.run(
+  out, state = matrix_recurrence.recur(
     functools.partial(_step, inclusive=inclusive),
     functools.partial(_chunk, inclusive=inclusive),
     keys=(q, k, a, b),
@@ -85,48 +90,48 @@ def dplr(
     form=form,
     chunk_size=chunk_size,
   )
-  return matrix_state.scaled(out, scale, q, v), state
+  return matrix_recurrence.scaled(out, scale, q, v), state
 
 
 def _step(state, token, *, inclusive):
   (q, k, a, b), (v,), gate = token
   q, k, a, b, v = (x.astype(state.dtype) for x in (q, k, a, b, v))
   before = state
-  recalled = matrix_state.contract('...h,...hv->...v', a, state)
+  recalled = matrix_recurrence.contract('...h,...hv->...v', a, state)
   if gate is not None:
     state = jnp.exp(gate)[..., None] * state
   state = state + b[..., None] * recalled[..., None, :]
   state = state + k[..., None] * v[..., None, :]
   read = state if inclusive else before
-  return state, matrix_state.contract('...h,...hv->...v', q, read)
+  return state, matrix_recurrence.contract('...h,...hv->...v', q, read)
 
 
 def _chunk(state, tokens, marks, *, inclusive):
   (q, k, a, b), (v,), gate = tokens
   dtype = state.dtype
   operand = shapes.operand(dtype, q, k, a, b, v)
-  dot = matrix_state.products(operand, dtype)
+  dot = matrix_recurrence.products(operand, dtype)
   decay = gates.ChunkDecay(gate, operand=operand, dtype=dtype)
   q, k, a, b, v = (x.astype(dtype) for x in (q, k, a, b, v))
 
   def scores(x, y, *, inclusive):
     found = decay.scores(x, y, inclusive=inclusive)
-    return matrix_state.causal(found, marks, diagonal=inclusive)
+    return matrix_recurrence.causal(found, marks, diagonal=inclusive)
 
   def past(x, *, inclusive):
     x = x * decay.before(inclusive=inclusive)
     found = dot('...ih,...hv->...iv', x, state)
-    return matrix_state.kept(found, marks, 'reads')
+    return matrix_recurrence.kept(found, marks, 'reads')
 
   inside = dot('...ij,...jv->...iv', scores(a, k, inclusive=False), v)
   recalled = triangular.solve_unit_lower(
     -scores(a, b, inclusive=False), past(a, inclusive=False) + inside
   )
   out = past(q, inclusive=inclusive)
-  state = matrix_state.carried(decay.total() * state, marks)
+  state = matrix_recurrence.carried(decay.total() * state, marks)
   for key, value in ((b, recalled), (k, v)):
     read = scores(q, key, inclusive=inclusive)
     out = out + dot('...ij,...jv->...iv', read, value)
-    write = matrix_state.kept(key * decay.after(), marks, 'writes')
+    write = matrix_recurrence.kept(key * decay.after(), marks, 'writes')
     state = state + dot('...jh,...jv->...hv', write, value)
   return state, out

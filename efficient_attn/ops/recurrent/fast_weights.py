@@ -165,7 +165,7 @@ def fast_weights(
         q.shape[1], state and state[1], segment_ids, chunk_size
       )
       share = shares[places][:, :, None, None]
-    return mini_batches.run(
+    return mini_batches.recur(
       functools.partial(_begin, share=None if shares is None else shares[-1]),
       functools.partial(_learn, norm=norm, activation=ACTIVATIONS[activation]),
       (*tokens, share),
@@ -203,7 +203,7 @@ def _begin(carry, *, share):
 
 
 def _learn(carry, tokens, seen, *, norm, activation):
-  """Tokens [B, N, C, X] of one mini-batch; see `mini_batches.run`."""
+  """Tokens [B, N, C, X] of one mini-batch; see `mini_batches.recur`."""
   base, weights, momentum = carry
   q, k, v, rate, log_decay, log_momentum, share = tokens
   dtype = rate.dtype

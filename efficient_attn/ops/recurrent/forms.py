@@ -57,7 +57,7 @@ def choose_form(platform: str, length: int, gradients: bool) -> tuple[str, str]:
   return 'chunkwise', f'a {platform} is fast at matrix products'
 
 
-def run(
+def recur(
   step: Callable,
   chunk: Callable,
   tokens: Any,

@@ -48,7 +48,7 @@ class LactState(NamedTuple):
   count: Int[Array, 'B']
 
 
-def lact(
+def large_chunk_fast_weights(
   q: Float[Array, 'B T N H'],
   k: Float[Array, 'B T N H'],
   v: Float[Array, 'B T N V'],
@@ -115,7 +115,7 @@ def lact(
     _check_state(initial_state, fresh)
     state = jax.tree.map(lambda x: x.astype(dtype), tuple(initial_state[:4]))
     state = state, initial_state.count
-  out, state = mini_batches.run(
+  out, state = mini_batches.recur(
     functools.partial(begin, size=chunk_size),
     _learn,
     tokens,
@@ -163,7 +163,7 @@ def _begin(carry, *, norms, size, steps):
 
 
 def _learn(carry, tokens, seen):
-  """Tokens [B, N, C, X] of one chunk; see `mini_batches.run`."""
+  """Tokens [B, N, C, X] of one chunk; see `mini_batches.recur`."""
   weights, gradient, velocity, momentum = carry
   q, k, v, rate, share = tokens
   learned = seen[:, -1][:, None, :, None]

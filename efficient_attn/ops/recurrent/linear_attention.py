@@ -20,7 +20,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from efficient_attn.ops import shapes
-from efficient_attn.ops.recurrent import forms, linear_state, matrix_state
+from efficient_attn.ops.recurrent import (
+  additive_steps,
+  forms,
+  matrix_recurrence,
+)
 
 LogDecay: TypeAlias = (
   Float[Array, 'N'] | Float[Array, 'B T N'] | Float[Array, 'B T N H']
@@ -93,7 +97,7 @@ def linear_attention(
       memory, z = initial_state
       state = jnp.concatenate([memory, z[..., None].astype(memory.dtype)], -1)
   inclusive = read == 'inclusive'
-  out, state = matrix_state.run(
+  out, state = matrix_recurrence.recur(
     functools.partial(_step, inclusive=inclusive),
     functools.partial(_chunk, inclusive=inclusive),
     keys=(q, k),
@@ -110,7 +114,7 @@ def linear_attention(
   if bonus is not None:
     out = out + _own_token(q, k, values, bonus, out.dtype)
   if not normalize:
-    return matrix_state.scaled(out, scale, q, v), state
+    return matrix_recurrence.scaled(out, scale, q, v), state
   out, norm = out[..., :-1], out[..., -1:]
   out = jnp.where(norm == 0, 0, out / jnp.where(norm == 0, 1, norm))
   if not bidirectional:
@@ -121,13 +125,13 @@ def linear_attention(
 def _step(state, token, *, inclusive):
   (q, k), (v,), gate = token
   token = q[:, :, 0], k[:, :, 0], v, gate
-  return linear_state.step(state, token, inclusive=inclusive)
+  return additive_steps.step(state, token, inclusive=inclusive)
 
 
 def _chunk(state, tokens, marks, *, inclusive):
   (q, k), (v,), gate = tokens
   tokens = q[:, :, 0], k[:, :, 0], v, gate
-  return linear_state.chunk(state, tokens, marks, inclusive=inclusive)
+  return additive_steps.chunk(state, tokens, marks, inclusive=inclusive)
 
 
 def _own_token(q, k, v, bonus, dtype):

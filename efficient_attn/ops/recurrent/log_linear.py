@@ -88,7 +88,7 @@ def log_linear_attention(
   )
   memory = shapes.group(memory.astype(dtype), kv_heads, axis=1)
   counted = jnp.ones((batch, length, 1), jnp.int32)
-  out, (memory, count) = forms.run(
+  out, (memory, count) = forms.recur(
     _step,
     _chunk,
     (q, k, values, gate, scales, counted),

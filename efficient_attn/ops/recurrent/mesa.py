@@ -29,7 +29,7 @@ from efficient_attn.values import ConfigError
 Moments: TypeAlias = tuple[Float[Array, 'B N H H'], Float[Array, 'B N H V']]
 
 
-def mesa(
+def mesa_recurrence(
   q: Float[Array, 'B T K H'],
   k: Float[Array, 'B T K H'],
   v: Float[Array, 'B T N V'],
@@ -93,7 +93,7 @@ def mesa(
     shapes.group(x.astype(dtype), kv_heads, axis=2)
     for x in (v, gate, beta[..., None], ridge)
   )
-  out, state = forms.run(
+  out, state = forms.recur(
     _step,
     functools.partial(_chunk, num_steps=num_steps),
     tokens,

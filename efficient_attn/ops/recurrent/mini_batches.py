@@ -66,7 +66,7 @@ def places(
   return found % chunk_size
 
 
-def run(
+def recur(
   begin: Callable,
   learn: Callable,
   tokens: Any,

@@ -103,7 +103,7 @@ def mlstm(
     shapes.group(x, kv_heads, axis=2)
     for x in (values, input_gate.astype(dtype)[..., None], forget)
   ]
-  out, state = forms.run(
+  out, state = forms.recur(
     functools.partial(_step, scale=scale),
     functools.partial(_chunk, scale=scale),
     (q, k, *grouped),

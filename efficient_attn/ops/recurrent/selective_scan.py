@@ -21,7 +21,7 @@ from efficient_attn.ops.recurrent.diagonal_scan import (
   associative,
   check_form,
   kept,
-  run,
+  recur,
   starts,
 )
 from efficient_attn.values import ConfigError
@@ -82,7 +82,7 @@ def selective_scan(
   A = A.astype(dtype)
   exact = discretization == 'zoh'
 
-  # A is the same for all tokens, but `forms.run` differentiates only what it
+  # A is the same for all tokens, but `forms.recur` differentiates only what it
   # is given: it rides along with the state.
   def step(carry, token):
     state, A = carry
@@ -97,7 +97,7 @@ def selective_scan(
     return (states[:, :, -1], A), _read(states, read)
 
   tokens = x, dt, B[:, :, None], C[:, :, None], starts(segment_ids)
-  y, (state, _) = run(
+  y, (state, _) = recur(
     step, chunk, tokens, (state, A), form=form, chunk_size=chunk_size
   )
   if D is not None:

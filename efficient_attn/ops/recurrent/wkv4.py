@@ -22,7 +22,7 @@ from efficient_attn.ops.recurrent.diagonal_scan import (
   check_form,
   chunk,
   kept,
-  run,
+  recur,
   starts,
   step,
 )
@@ -82,7 +82,7 @@ def wkv4(
   gate = jnp.tile(before + w - after, 2)
   scale = jnp.exp(top - jax.lax.stop_gradient(top))  # 1, with a gradient
   first = jnp.concatenate([num * scale, den * scale], -1)
-  sums, last = run(step, chunk, (sums, gate, start), first, **options)
+  sums, last = recur(step, chunk, (sums, gate, start), first, **options)
 
   past = jnp.concatenate([first[:, None], sums[:, :-1]], 1)
   past_num, past_den = jnp.split(past, 2, -1)
@@ -99,7 +99,7 @@ def _running_max(inputs, anchor, start, **options):
   w = jnp.broadcast_to(w, (1, *k.shape[1:]))
   if start is not None:
     w = jnp.where(start, -jnp.inf, w)
-  after, _ = run(_max_step, _max_chunk, (w, k), anchor, **options)
+  after, _ = recur(_max_step, _max_chunk, (w, k), anchor, **options)
   before = jnp.concatenate([anchor[:, None], after[:, :-1]], 1)
   if start is not None:
     before = jnp.where(start, -jnp.inf, before)

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from efficient_attn.ops.routed.selected_blocks import block_attention, positions
 from efficient_attn.ops.routed.selected_tiles import deal
-from efficient_attn.ops.softmax.attention_merge import merge
+from efficient_attn.ops.softmax.attention_merge import merge_attention
 from efficient_attn.ops.softmax.stats import Stats
 from efficient_attn.values import ConfigError
 
@@ -155,7 +155,7 @@ def bucket_attention(
   stats = jax.tree.map(
     lambda x: jnp.moveaxis(x.reshape(B, T, N, R), 3, 0), stats
   )
-  return merge(out, stats)
+  return merge_attention(out, stats)
 
 
 def _bias(query, key, *, causal, own):
@@ -220,6 +220,6 @@ def sorted_chunk_attention(
   stats = jax.tree.map(
     lambda x: jnp.moveaxis(x.reshape(B, R, T, N), 1, 0), stats
   )
-  out, stats = merge(out, stats)
+  out, stats = merge_attention(out, stats)
   nothing = stats.total[..., None] == 0
   return jnp.where(nothing, value.astype(out.dtype), out)

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
-from efficient_attn.ops.softmax.attention_merge import merge
+from efficient_attn.ops.softmax.attention_merge import merge_attention
 from efficient_attn.ops.softmax.stats import Stats, exp_below, largest
 
 
@@ -99,7 +99,7 @@ def attend(options, query, key, value, choice):
       lambda x: _of_pairs(_rows_first(x), target, J, 0), found
     )
     parts = jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), stats)
-    return *merge(out, stats), parts
+    return *merge_attention(out, stats), parts
 
   split = functools.partial(_split, options.chunks)
   inputs = jax.tree.map(split, (query, choice.blocks, choice.query_marks))

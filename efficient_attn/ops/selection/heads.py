@@ -9,10 +9,8 @@ O(N S H), and keys of C heads in the cache; every value is kept.
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from efficient_attn.ops import masks
 from efficient_attn.ops.selection import scoring
 from efficient_attn.ops.selection.kmeans import kmeans
-from efficient_attn.ops.softmax.attention import attention
 
 
 def select_chai(
@@ -43,19 +41,3 @@ def select_chai(
   member = cluster[..., None] == jnp.arange(num_clusters)
   nearest = jnp.argmin(jnp.where(member, distance, jnp.inf), axis=1)
   return jnp.take_along_axis(nearest, cluster, axis=1)
-
-
-def chai_attention(
-  query: Float[Array, 'B T N H'],
-  key: Float[Array, 'B S K H'],
-  value: Float[Array, 'B S K V'],
-  representatives: Int[Array, 'B N'],
-  *,
-  mask: masks.Mask | None = None,
-) -> Float[Array, 'B T N V']:
-  """Attention by the maps of representatives, with each head's own values."""
-  G = query.shape[2] // key.shape[2]
-  heads = representatives[:, None, :, None]
-  query = jnp.take_along_axis(query, heads, axis=2)
-  key = jnp.take_along_axis(key, heads // G, axis=2)
-  return attention(query, key, jnp.repeat(value, G, axis=2), mask=mask)

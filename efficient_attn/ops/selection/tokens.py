@@ -12,7 +12,6 @@ from jaxtyping import Array, Float, Int
 
 from efficient_attn.ops import masks, scores
 from efficient_attn.ops.selection import scoring
-from efficient_attn.ops.softmax.attention import attention
 from efficient_attn.ops.softmax.normalizers import softmax
 
 Query = Float[Array, 'B T N H']
@@ -82,35 +81,9 @@ def select_sparq(
   https://arxiv.org/abs/2312.04985. O(S rank) a query to select, of keys stored
   by channel.
   """
-  base = scoring.causal(query, key)
-  return _sparq(sparq_scores(query, key, rank), base, top_k, local)
-
-
-def _sparq(p, base, top_k, local):
+  base, p = scoring.causal(query, key), sparq_scores(query, key, rank)
   near = masks.Window(local - 1, 0, base.offset).dense(*p.shape[2:])
   return _top_tokens(jnp.where(near, jnp.inf, p), base, top_k)
-
-
-def sparq_attention(
-  query: Query,
-  key: Key,
-  value: Float[Array, 'B S K V'],
-  *,
-  rank: int = 32,
-  top_k: int = 128,
-  local: int = 32,
-) -> Float[Array, 'B T N V']:
-  """The selected keys, and the mean value for the rest: a o + (1 - a) mean(v).
-
-  a is the share of the estimated P that was selected.
-  """
-  base = scoring.causal(query, key)
-  p = sparq_scores(query, key, rank)
-  mask = _sparq(p, base, top_k, local)
-  share = jnp.where(mask.array, p, 0).sum(-1).mT[..., None]
-  mean = attention(jnp.zeros_like(query), key, value, mask=base)
-  out = attention(query, key, value, mask=mask)
-  return (share * out + (1 - share) * mean).astype(out.dtype)
 
 
 def principal_axes(key: Key) -> Float[Array, 'B K H H']:

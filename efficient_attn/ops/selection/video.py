@@ -16,7 +16,6 @@ from efficient_attn.ops.selection import scoring
 from efficient_attn.ops.selection.expressions import Groups
 from efficient_attn.ops.selection.kmeans import kmeans
 from efficient_attn.ops.softmax.attention import attention
-from efficient_attn.ops.softmax.fake_quant import fake_quant
 from efficient_attn.ops.softmax.normalizers import softmax
 
 Query = Float[Array, 'B T N H']
@@ -274,27 +273,3 @@ def select_fps(
   near = masks.Neighborhood(tiles, window)
   layout = near.pairs(index[:, None], index)[None, None]
   return _groups(layout, tile_ids(grid, tile))
-
-
-def fps_attention(
-  query: Query,
-  key: Key,
-  value: Float[Array, 'B T K V'],
-  *,
-  grid: Grid,
-  tile: Grid,
-  window: Grid,
-) -> Float[Array, 'B T N V']:
-  """The window of `select_fps`, of tiles in E4M3 with one scale each.
-
-  The paper trains with it, and coarsens it in the middle of denoising.
-  """
-  mask = select_fps(query, key, grid=grid, tile=tile, window=window)
-  order = np.argsort(tile_ids(grid, tile), kind='stable')
-  group = (1, math.prod(tile), 1, None)
-
-  def rounded(x):
-    found = fake_quant(x[:, order], 'e4m3', group).astype(x.dtype)
-    return found[:, np.argsort(order)]
-
-  return attention(*map(rounded, (query, key, value)), mask=mask)

@@ -32,7 +32,7 @@ IMPLEMENTATIONS = {
   'blockwise': attention_blockwise,
 }
 
-# What `explain` needs of a tensor.
+# What `explain_attention` needs of a tensor.
 Shaped = Array | jax.ShapeDtypeStruct
 
 # Logits per head below which the whole matrix is faster than tiles.
@@ -129,7 +129,7 @@ def attention_with_stats(
   raise NotImplementedError('attention: ' + '; '.join(reasons))
 
 
-def explain(
+def explain_attention(
   query: Float[Shaped, 'B T N H'],
   key: Float[Shaped, 'B S K H'],
   value: Float[Shaped, 'B S K V'],

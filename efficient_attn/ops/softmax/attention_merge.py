@@ -20,7 +20,7 @@ from efficient_attn.ops.softmax.attention import attention_with_stats
 from efficient_attn.ops.softmax.stats import Stats, exp_below, largest
 
 
-def merge(
+def merge_attention(
   outs: Float[Array, 'J *rows V'], stats: Stats
 ) -> tuple[Float[Array, '*rows V'], Stats]:
   """Joins the attention of disjoint pieces of the keys.
@@ -97,4 +97,4 @@ def split_attention(
     )
 
   parts = pieces(key, 1), pieces(value, 1), pieces(admitted, 3)
-  return merge(*jax.vmap(piece)(*parts))
+  return merge_attention(*jax.vmap(piece)(*parts))

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from efficient_attn.ops import masks
 from efficient_attn.ops.softmax.attention import attention_with_stats
-from efficient_attn.ops.softmax.attention_merge import merge
+from efficient_attn.ops.softmax.attention_merge import merge_attention
 from efficient_attn.values import ConfigError
 
 
@@ -162,4 +162,4 @@ def _join(x, stride, T, classes):
 
 
 def _merged(*parts):
-  return merge(*jax.tree.map(lambda *x: jnp.stack(x), *parts))[0]
+  return merge_attention(*jax.tree.map(lambda *x: jnp.stack(x), *parts))[0]

@@ -8,7 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficient_attn.models import cost
-from efficient_attn.ops import delta_rule, fast_weights, lact, linear_attention
+from efficient_attn.ops import (
+  delta_rule,
+  fast_weights,
+  large_chunk_fast_weights,
+  linear_attention,
+)
 from efficient_attn.ops.recurrent.muon import orthogonalize
 from experiments import page
 from experiments.errors import largest
@@ -153,7 +158,7 @@ def norms_by_chunk() -> dict[str, list[float]]:
   weights = [w / H**0.5 for w in normal(3, (1, H, H), (1, H, H), (1, H, H))]
   q, k, v = normal(0, *[(1, CHUNKS * size, 1, H)] * 3)
   rate = jnp.ones((1, size, 1, 3))
-  call = jax.jit(functools.partial(lact, chunk_size=size))
+  call = jax.jit(functools.partial(large_chunk_fast_weights, chunk_size=size))
 
   def norm(now):
     before = jnp.linalg.norm(jnp.stack(weights))

@@ -1,22 +1,19 @@
 """Softmax mixers that keep fewer keys and values."""
 
-from efficient_attn.layers.mixers.compact.differential import Differential
 from efficient_attn.layers.mixers.compact.mfa import MFA
 from efficient_attn.layers.mixers.compact.mla import MLA
 from efficient_attn.layers.mixers.compact.tpa import TPA
-from efficient_attn.layers.mixers.composed import Composed
-from efficient_attn.layers.mixers.softmax.attention import Attention
 from efficient_attn.layers.mixers.spec import MixerSpec
 
 FORMS = ('reference', 'blockwise')
 
-COMPACT: dict[str, MixerSpec] = {
+
+COMPACT = {
   'mla': MixerSpec(
     MLA,
     'Multi-head latent attention (MLA)',
     2024,
     '2405.04434',
-    family='compact',
     forms=('expanded', 'absorbed', *FORMS),
     time=2,
     state=1,
@@ -26,7 +23,6 @@ COMPACT: dict[str, MixerSpec] = {
     'Multi-matrix factorization attention (MFA)',
     2024,
     '2412.19255',
-    family='compact',
     forms=FORMS,
     time=2,
     state=1,
@@ -36,17 +32,6 @@ COMPACT: dict[str, MixerSpec] = {
     'Tensor product attention (TPA)',
     2025,
     '2501.06425',
-    family='compact',
-    forms=FORMS,
-    time=2,
-    state=1,
-  ),
-  'differential': MixerSpec(
-    Composed(Attention, dict(weights=Differential)),
-    'Differential attention',
-    2024,
-    '2410.05258',
-    family='dense',
     forms=FORMS,
     time=2,
     state=1,

@@ -14,7 +14,9 @@ from flax import nnx
 from efficient_attn.layers.head_norm import JointRMSNorm
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.recurrence import Recurrence, Recurrent
-from efficient_attn.ops.recurrent.slots import slot_attention
+from efficient_attn.ops.recurrent.gated_slot_attention import (
+  gated_slot_attention,
+)
 from efficient_attn.values import ChunkSize, Positive, PositiveFloat
 
 
@@ -22,7 +24,7 @@ class GSA(Recurrent):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   recurrence = Recurrence(
-    slot_attention,
+    gated_slot_attention,
     dict(q='BTNH', k='BTNH', v='BTNH', log_decay='BTNM'),
     state=('BNMH', 'BNMH'),
   )

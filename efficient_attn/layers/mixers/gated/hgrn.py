@@ -20,7 +20,7 @@ from flax import nnx
 from efficient_attn import sharding
 from efficient_attn.layers.headwise import split_heads
 from efficient_attn.layers.norm import LayerNorm
-from efficient_attn.layers.param import Projection, param, use
+from efficient_attn.layers.param import Projection, param, value_of
 from efficient_attn.layers.recurrence import DIAGONAL, Recurrent
 from efficient_attn.values import BelowOne, ChunkSize, PositiveFloat
 
@@ -65,7 +65,7 @@ class HGRN(Recurrent):
     turns = jnp.arange(x.shape[1])
     if past.cursor is not None:
       turns = past.cursor.length + turns
-    angle = turns[:, None, None] * use(self.theta, jnp.float32)
+    angle = turns[:, None, None] * value_of(self.theta, jnp.float32)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     forget = self.forget(x).astype(jnp.float32)
     new = (1 - self.lower_bound) * jax.nn.sigmoid(-forget)  # 1 - lambda

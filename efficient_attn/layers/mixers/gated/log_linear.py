@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.layers.mixers.selective.mamba2 import Mamba2
-from efficient_attn.layers.param import Projection, param, use
+from efficient_attn.layers.param import Projection, param, value_of
 from efficient_attn.layers.recurrence import Recurrence
 from efficient_attn.ops.recurrent.log_linear import log_linear_attention
 from efficient_attn.values import Range
@@ -59,7 +59,7 @@ class LogLinear(Mamba2):
   def arrays(self, x, bc, v):
     """Returns the arguments of the op, see `Mamba2.arrays`."""
     f32 = jnp.float32
-    scales = self.levels(x).astype(f32) * use(self.level_scale, f32)
+    scales = self.levels(x).astype(f32) * value_of(self.level_scale, f32)
     arrays = super().arrays(x, bc, v)
     return arrays | dict(level_scales=jax.nn.softplus(scales))
 

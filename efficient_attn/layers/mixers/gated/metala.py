@@ -15,7 +15,7 @@ from flax import nnx
 
 from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.head_norm import HeadLayerNorm
-from efficient_attn.layers.param import Projection, param, use
+from efficient_attn.layers.param import Projection, param, value_of
 from efficient_attn.layers.recurrence import LINEAR, Convolved
 from efficient_attn.values import ChunkSize, Positive, PositiveFloat
 
@@ -67,6 +67,6 @@ class MetaLA(Convolved):
     o, state = self.scan(
       context, past, q=q, k=k.astype(x.dtype), v=v, log_decay=log_decay
     )
-    own = jnp.sum(q * k * use(self.augment, k.dtype), -1, keepdims=True)
+    own = jnp.sum(q * k * value_of(self.augment, k.dtype), -1, keepdims=True)
     o = self.norm(o + jax.nn.sigmoid(own * v).astype(o.dtype))
     return self.out(o * jax.nn.silu(self.gate(x))), state, tail

@@ -16,7 +16,7 @@ from flax import nnx
 
 from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.headwise import Headwise
-from efficient_attn.layers.param import Projection, param, use
+from efficient_attn.layers.param import Projection, param, value_of
 from efficient_attn.layers.recurrence import DIAGONAL, Convolved
 from efficient_attn.ops.recurrent.selective_scan import expm1_ratio
 from efficient_attn.values import ChunkSize, Positive, PositiveFloat
@@ -63,7 +63,7 @@ class RGLRU(Convolved):
     value, tail = self.convolve(self.value(x), context, past)
     r = self.recurrence_gate(value).astype(jnp.float32)
     i = jax.nn.sigmoid(self.input_gate(value).astype(jnp.float32))
-    rate = C * jax.nn.softplus(use(self.rate, jnp.float32))
+    rate = C * jax.nn.softplus(value_of(self.rate, jnp.float32))
     log_decay = -rate * jax.nn.sigmoid(r)
     # sqrt(1 - a^2) in factors: exact for a near 1, and with a finite gradient
     # where the gate is shut (sigmoid(r) = 0, a = 1).

@@ -16,7 +16,7 @@ from flax import nnx
 
 from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.head_norm import JointRMSNorm
-from efficient_attn.layers.param import Projection, param, use
+from efficient_attn.layers.param import Projection, param, value_of
 from efficient_attn.layers.recurrence import Convolved, Recurrence
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
 from efficient_attn.values import ChunkSize, Positive, PositiveFloat
@@ -98,7 +98,7 @@ class Rodimus(Convolved):
       v=u * jax.nn.sigmoid(self.write_up(self.write_down(u))),
       log_decay=-jax.nn.softplus(select) * temper,
     )
-    o = o + use(self.skip, o.dtype) * c
+    o = o + value_of(self.skip, o.dtype) * c
     y = self.out(self.norm(o * jax.nn.silu(self.gate(x))))
     return y, state, tail
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.layers.headwise import split_heads
-from efficient_attn.layers.param import Projection, param, use
+from efficient_attn.layers.param import Projection, param, value_of
 from efficient_attn.layers.recurrence import Recurrence
 from efficient_attn.layers.token_shift import Shifted
 from efficient_attn.ops.recurrent.wkv4 import wkv4
@@ -73,7 +73,7 @@ class RWKV4(Shifted):
     previous, last = self.shifted(x, context, past)
 
     def mixed(mu):
-      mu = use(mu, x.dtype)
+      mu = value_of(mu, x.dtype)
       return mu * x + (1 - mu) * previous
 
     receptance = jax.nn.sigmoid(self.receptance(mixed(self.mix_receptance)))
@@ -82,7 +82,7 @@ class RWKV4(Shifted):
       past,
       k=self.key(mixed(self.mix_key)),
       v=self.value(mixed(self.mix_value)),
-      log_decay=-jnp.exp(use(self.rate, jnp.float32)),
-      bonus=use(self.bonus, jnp.float32),
+      log_decay=-jnp.exp(value_of(self.rate, jnp.float32)),
+      bonus=value_of(self.bonus, jnp.float32),
     )
     return self.out(receptance * wkv), state, last

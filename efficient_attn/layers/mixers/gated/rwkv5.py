@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.layers.head_norm import HeadLayerNorm
-from efficient_attn.layers.param import Projection, param, use
+from efficient_attn.layers.param import Projection, param, value_of
 from efficient_attn.layers.recurrence import LINEAR, Recurrence
 from efficient_attn.layers.token_shift import Shifted
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
@@ -85,15 +85,15 @@ class RWKV5(Shifted):
       k=self.key(k),
       v=self.value(v),
       log_decay=log_decay,
-      bonus=use(self.bonus, jnp.float32),
+      bonus=value_of(self.bonus, jnp.float32),
     )
     return self.out(self.norm(o) * jax.nn.silu(self.gate(g))), state, last
 
   def inputs(self, x, delta):
     """Returns the inputs of r, k, v and g, and the log decay."""
-    shifts = use(self.shifts, x.dtype)
+    shifts = value_of(self.shifts, x.dtype)
     mixed = [x + delta * shifts[i] for i in range(4)]
-    return *mixed, -jnp.exp(use(self.decay, jnp.float32))
+    return *mixed, -jnp.exp(value_of(self.decay, jnp.float32))
 
 
 def shift_init(d_model: int, name: str) -> jax.Array:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.layers.mixers.gated.rwkv5 import RWKV5, shift_init
-from efficient_attn.layers.param import Projection, param, use
+from efficient_attn.layers.param import Projection, param, value_of
 from efficient_attn.values import Positive
 
 
@@ -58,13 +58,13 @@ class RWKV6(RWKV5):
 
   def inputs(self, x, delta):
     """Returns the inputs of r, k, v and g, and the log decays."""
-    shifts = use(self.shifts, x.dtype)
+    shifts = value_of(self.shifts, x.dtype)
     low = jnp.tanh(self.shift_down(x + delta * shifts[0]))
-    moves = jnp.einsum('btir,ird->btid', low, use(self.shift_up, x.dtype))
+    moves = jnp.einsum('btir,ird->btid', low, value_of(self.shift_up, x.dtype))
     moves = moves + shifts[1:]
     *mixed, w = (x + delta * moves[:, :, i] for i in range(5))
     w = self.decay_up(jnp.tanh(self.decay_down(w))).astype(jnp.float32)
-    return *mixed, -jnp.exp(use(self.decay, jnp.float32) + w)
+    return *mixed, -jnp.exp(value_of(self.decay, jnp.float32) + w)
 
 
 def _zeros(key, shape, fan_in):

@@ -17,7 +17,12 @@ from efficient_attn import sharding
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixer import WholeMixer
 from efficient_attn.layers.norm import RMSNorm
-from efficient_attn.layers.param import Projection, fan_in_normal, param, use
+from efficient_attn.layers.param import (
+  Projection,
+  fan_in_normal,
+  param,
+  value_of,
+)
 from efficient_attn.ops.low_rank.lambda_layer import lambda_layer
 from efficient_attn.values import Positive
 
@@ -58,7 +63,7 @@ class LambdaNetwork(WholeMixer):
       self.query_norm(self.query(x)),
       self.key(x),
       self.value_norm(self.value(x)),
-      use(self.embedding, x.dtype),
+      value_of(self.embedding, x.dtype),
     )
     o = sharding.constrain(o, 'batch', None, None, None)
     return o.reshape(x.shape)

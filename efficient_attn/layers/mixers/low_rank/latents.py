@@ -25,7 +25,7 @@ from efficient_attn.layers.cross_attention import CrossAttention
 from efficient_attn.layers.ffn import MLP
 from efficient_attn.layers.mixer import WholeMixer
 from efficient_attn.layers.norm import LayerNorm
-from efficient_attn.layers.param import Projection, param, use
+from efficient_attn.layers.param import Projection, param, value_of
 from efficient_attn.values import Positive
 
 
@@ -44,7 +44,7 @@ class Latents(WholeMixer):
 
   def mix_whole(self, x, context):
     """Mixes tokens; see `layers.mixer` for the contract."""
-    latents = use(self.latents, x.dtype)
+    latents = value_of(self.latents, x.dtype)
     latents = jnp.broadcast_to(latents, (x.shape[0], *latents.shape))
     latents = self.summary(sharding.constrain(latents, 'batch', None, None), x)
     return read(self.read, x, latents)

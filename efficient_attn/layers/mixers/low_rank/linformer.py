@@ -16,7 +16,7 @@ from flax import nnx
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixer import WholeMixer
-from efficient_attn.layers.param import Projection, param, use
+from efficient_attn.layers.param import Projection, param, value_of
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.ops.softmax.attention import attention
 from efficient_attn.values import Positive
@@ -67,6 +67,6 @@ class Linformer(WholeMixer):
 
     op = sharding.local_op(op, ('BTNH',) * 3 + ('RS',) * 2, 'BTNV')
     rows = [
-      use(p, x.dtype)[:, :length] for p in (self.key_rows, self.value_rows)
+      value_of(p, x.dtype)[:, :length] for p in (self.key_rows, self.value_rows)
     ]
     return self.out(op(*self.qkv(x)[0], *rows))

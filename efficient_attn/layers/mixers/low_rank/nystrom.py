@@ -13,7 +13,12 @@ from flax import nnx
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixer import WholeMixer
-from efficient_attn.layers.param import Projection, fan_in_normal, param, use
+from efficient_attn.layers.param import (
+  Projection,
+  fan_in_normal,
+  param,
+  value_of,
+)
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.ops.low_rank.banded_conv import banded_conv
 from efficient_attn.ops.low_rank.nystrom import nystrom_attention
@@ -65,5 +70,5 @@ class Nystrom(WholeMixer):
       return out if taps is None else out + banded_conv(value, taps)
 
     op = sharding.local_op(op, ('BTNH',) * 3 + ('WN',), 'BTNV')
-    taps = None if self.taps is None else use(self.taps, x.dtype)
+    taps = None if self.taps is None else value_of(self.taps, x.dtype)
     return self.out(op(*self.qkv(x)[0], taps))

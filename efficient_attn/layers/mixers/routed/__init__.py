@@ -12,8 +12,8 @@ from efficient_attn.layers.mixers.routed.sinkhorn import Sinkhorn
 from efficient_attn.layers.mixers.routed.vsa import VSA
 from efficient_attn.layers.mixers.spec import MixerSpec
 
-# How the ops run: pairs of queries and blocks, sorted by block.
 FORMS = ('routed',)
+
 
 ROUTED = {
   'reformer': MixerSpec(
@@ -21,7 +21,6 @@ ROUTED = {
     'Reformer',
     2020,
     '2001.04451',
-    family='sparse',
     forms=FORMS,
     packing=False,
     state=1,
@@ -31,7 +30,6 @@ ROUTED = {
     'MoBA',
     2025,
     '2502.13189',
-    family='sparse',
     forms=FORMS,
     packing=False,
     state=1,
@@ -41,7 +39,6 @@ ROUTED = {
     'NSA',
     2025,
     '2502.11089',
-    family='sparse',
     time=1.4,
     forms=FORMS,
     packing=False,
@@ -53,7 +50,6 @@ ROUTED = {
     'DSA',
     2025,
     '2512.02556',
-    family='sparse',
     forms=FORMS,
     time=2,
     state=1,
@@ -63,7 +59,6 @@ ROUTED = {
     'HashAttention',
     2024,
     '2412.14468',
-    family='sparse',
     forms=FORMS,
     time=2,
     state=1,
@@ -73,7 +68,6 @@ ROUTED = {
     'Routing Transformer',
     2020,
     '2003.05997',
-    family='sparse',
     forms=FORMS,
     packing=False,
     state=1,
@@ -83,7 +77,6 @@ ROUTED = {
     'Clustered attention',
     2020,
     '2007.04825',
-    family='sparse',
     forms=FORMS,
     causal=False,
     packing=False,
@@ -93,7 +86,6 @@ ROUTED = {
     'SeerAttention',
     2024,
     '2410.13276',
-    family='sparse',
     time=1.2,
     forms=FORMS,
     packing=False,
@@ -104,7 +96,6 @@ ROUTED = {
     'VSA',
     2025,
     '2505.13389',
-    family='sparse',
     forms=FORMS,
     causal=False,
     packing=False,
@@ -114,7 +105,6 @@ ROUTED = {
     'Sparse Sinkhorn attention',
     2020,
     '2002.11296',
-    family='sparse',
     forms=FORMS,
     packing=False,
     time=1.6,

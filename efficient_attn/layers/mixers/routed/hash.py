@@ -24,7 +24,7 @@ from efficient_attn.layers.mixers.routed.heads import (
   spans,
   token_op,
 )
-from efficient_attn.layers.param import fan_in_normal, param, use
+from efficient_attn.layers.param import fan_in_normal, param, value_of
 from efficient_attn.ops.routed import hash_attention as ops
 from efficient_attn.values import Positive
 
@@ -41,7 +41,7 @@ class Signature(nnx.Module):
 
   def weights(self) -> list[jax.Array]:
     """Returns them in float32: signs do not forgive rounding."""
-    return [use(p, jnp.float32) for p in self.matrices]
+    return [value_of(p, jnp.float32) for p in self.matrices]
 
 
 def signature(x, matrices):

@@ -19,7 +19,12 @@ from flax import nnx
 from efficient_attn import sharding
 from efficient_attn.layers.cache import recall
 from efficient_attn.layers.mixers.routed.heads import GroupedHeads
-from efficient_attn.layers.param import Projection, fan_in_normal, param, use
+from efficient_attn.layers.param import (
+  Projection,
+  fan_in_normal,
+  param,
+  value_of,
+)
 from efficient_attn.ops.routed import nsa
 from efficient_attn.values import Positive
 
@@ -39,7 +44,7 @@ class Compress(nnx.Module):
   def weights(self, dtype) -> nsa.Compressor:
     """Returns them in `dtype`."""
     return nsa.Compressor(
-      *(use(p, dtype) for p in (self.places, self.up, self.down))
+      *(value_of(p, dtype) for p in (self.places, self.up, self.down))
     )
 
 

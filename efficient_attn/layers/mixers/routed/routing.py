@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from efficient_attn import sharding
 from efficient_attn.layers.cache import recall
 from efficient_attn.layers.mixers.routed.heads import Routed, attach
-from efficient_attn.layers.param import Projection, param, use
+from efficient_attn.layers.param import Projection, param, value_of
 from efficient_attn.ops.routed import routing_attention as ops
 from efficient_attn.ops.routed.lsh_attention import bucket_attention
 from efficient_attn.values import Positive
@@ -64,7 +64,7 @@ class Routing(Routed):
   def mix_tokens(self, x, context, cache):
     """Mixes tokens; see `layers.mixer` for the contract."""
     rotate = self.rotation(x, context, cache)
-    centroids = use(self.centroids, jnp.float32)
+    centroids = value_of(self.centroids, jnp.float32)
     plain, value = ops.normalize(self.query(x)), self.value(x)
     layouts = ('BTNH', 'NCH')
     losses = sharding.local_op(ops.clustering_loss, layouts, 'BTN')

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from efficient_attn import sharding
 from efficient_attn.layers.cache import recall
 from efficient_attn.layers.mixers.routed.heads import GroupedHeads, attach
-from efficient_attn.layers.param import fan_in_normal, param, use
+from efficient_attn.layers.param import fan_in_normal, param, value_of
 from efficient_attn.ops.pooling import block_means
 from efficient_attn.ops.positions import rotary
 from efficient_attn.ops.routed.seer import pools, seer_attention
@@ -53,7 +53,7 @@ class Seer(GroupedHeads):
     (key, value), after, offset = recall(
       context, cache, key=rotate(plain_key), value=value
     )
-    gates = (use(p, x.dtype) for p in (self.gate_query, self.gate_key))
+    gates = (value_of(p, x.dtype) for p in (self.gate_query, self.gate_key))
     heads = 'BTNH', 'BTNH', 'BSKH', 'BTKH', 'BSKV', 'N__', 'N__', 'BIK__'
     out = 'BTNV', 'BTN', 'BIK__'
     op = sharding.local_op(self.attend, heads, out, offset='')

@@ -3,9 +3,7 @@
 from efficient_attn.layers.mixers.selective.comba import Comba
 from efficient_attn.layers.mixers.selective.deltanet import DeltaNet
 from efficient_attn.layers.mixers.selective.deltaproduct import DeltaProduct
-from efficient_attn.layers.mixers.selective.gated_deltanet import (
-  GatedDeltaNet,
-)
+from efficient_attn.layers.mixers.selective.gated_deltanet import GatedDeltaNet
 from efficient_attn.layers.mixers.selective.kda import KDA
 from efficient_attn.layers.mixers.selective.mamba import Mamba
 from efficient_attn.layers.mixers.selective.mamba2 import Mamba2

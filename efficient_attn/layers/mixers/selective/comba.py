@@ -27,7 +27,7 @@ from efficient_attn.layers.mixers.selective.gated_deltanet import (
   GatedDeltaNet,
 )
 from efficient_attn.layers.norm import l2_normalize
-from efficient_attn.layers.param import param, use
+from efficient_attn.layers.param import param, value_of
 from efficient_attn.layers.recurrence import (
   DELTA,
   DPLR,
@@ -86,8 +86,8 @@ class Comba(GatedDeltaNet):
 
   def arrays(self, q, k, v, beta):
     """Returns the arguments of the op but the decay; q, k are of any norm."""
-    erase = jax.nn.sigmoid(use(self.erase, jnp.float32))[:, None]
-    correction = use(self.correction, jnp.float32)[:, None]
+    erase = jax.nn.sigmoid(value_of(self.erase, jnp.float32))[:, None]
+    correction = value_of(self.correction, jnp.float32)[:, None]
     if self.rule == 'gated_delta':
       k = l2_normalize(k)
       q = (l2_normalize(q) - correction * erase * k).astype(q.dtype)

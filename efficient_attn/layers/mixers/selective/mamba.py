@@ -19,7 +19,7 @@ from flax import nnx
 from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.decay import time_step_bias
 from efficient_attn.layers.headwise import split_heads
-from efficient_attn.layers.param import Projection, param, use
+from efficient_attn.layers.param import Projection, param, value_of
 from efficient_attn.layers.recurrence import Convolved, Recurrence
 from efficient_attn.ops.recurrent.selective_scan import selective_scan
 from efficient_attn.values import ChunkSize, NonNegative, Positive
@@ -75,16 +75,16 @@ class Mamba(Convolved):
     """Returns y, the state and the tails; see `Recurrent`."""
     value, tail = self.convolve(self.value(x), context, past)
     low, B, C = jnp.split(self.select(value), self.splits, -1)
-    dt = self.dt(low).astype(jnp.float32) + use(self.dt_bias, jnp.float32)
+    dt = self.dt(low).astype(jnp.float32) + value_of(self.dt_bias, jnp.float32)
     y, state = self.scan(
       context,
       past,
       x=value,
       dt=jax.nn.softplus(dt),
-      A=-jnp.exp(use(self.a_log, jnp.float32)),
+      A=-jnp.exp(value_of(self.a_log, jnp.float32)),
       B=B,
       C=C,
-      D=use(self.skip, jnp.float32),
+      D=value_of(self.skip, jnp.float32),
     )
     return self.out(y * jax.nn.silu(self.gate(x))), state, tail
 

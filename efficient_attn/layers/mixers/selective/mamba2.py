@@ -16,7 +16,7 @@ from flax import nnx
 from efficient_attn.layers.conv import ShortConv, convolve
 from efficient_attn.layers.decay import time_step_bias
 from efficient_attn.layers.head_norm import JointRMSNorm
-from efficient_attn.layers.param import Projection, param, use
+from efficient_attn.layers.param import Projection, param, value_of
 from efficient_attn.layers.recurrence import LINEAR, Recurrent
 from efficient_attn.values import ChunkSize, Positive, PositiveFloat
 
@@ -69,20 +69,20 @@ class Mamba2(Recurrent):
       past.tails,
     )
     o, state = self.scan(context, past, **self.arrays(x, bc, v))
-    o = o + use(self.skip, o.dtype) * v
+    o = o + value_of(self.skip, o.dtype) * v
     y = self.out(self.norm(o * jax.nn.silu(self.gate(x))))
     return y, state, tails
 
   def arrays(self, x, bc, v) -> dict[str, jax.Array]:
     """Returns the arguments of the op for x and what the convolutions make."""
     k, q = jnp.split(bc[:, :, None], 2, axis=-1)
-    dt = self.dt(x).astype(jnp.float32) + use(self.dt_bias, jnp.float32)
+    dt = self.dt(x).astype(jnp.float32) + value_of(self.dt_bias, jnp.float32)
     dt = jax.nn.softplus(dt)
     return dict(
       q=q,
       k=k,
       v=(dt[..., None] * v).astype(v.dtype),
-      log_decay=-jnp.exp(use(self.a_log, jnp.float32)) * dt,
+      log_decay=-jnp.exp(value_of(self.a_log, jnp.float32)) * dt,
     )
 
   def init_tails(self, batch, dtype):

@@ -16,7 +16,7 @@ from flax import nnx
 
 from efficient_attn.layers.decay import time_step_bias
 from efficient_attn.layers.norm import RMSNorm
-from efficient_attn.layers.param import Projection, param, use
+from efficient_attn.layers.param import Projection, param, value_of
 from efficient_attn.layers.recurrence import LINEAR, Recurrence, Recurrent
 from efficient_attn.ops.recurrent.trapezoid import trapezoidal_scan
 from efficient_attn.values import ChunkSize, Positive, Share
@@ -76,14 +76,14 @@ class Mamba3(Recurrent):
 
   def recur(self, x, context, past):
     """Returns y, the state and the tails; see `Recurrent`."""
-    k = self.b_norm(self.b(x))[:, :, None] + use(self.b_bias, x.dtype)
-    q = self.c_norm(self.c(x))[:, :, None] + use(self.c_bias, x.dtype)
+    k = self.b_norm(self.b(x))[:, :, None] + value_of(self.b_bias, x.dtype)
+    q = self.c_norm(self.c(x))[:, :, None] + value_of(self.c_bias, x.dtype)
     v = self.x(x)
     dt, rate, right, angles = (
       p(x).astype(jnp.float32)
       for p in (self.dt, self.rate, self.right, self.angles)
     )
-    dt = jax.nn.softplus(dt + use(self.dt_bias, jnp.float32))
+    dt = jax.nn.softplus(dt + value_of(self.dt_bias, jnp.float32))
     rate = jnp.maximum(jax.nn.softplus(rate), MIN_RATE)
     o, state = self.scan(
       context,
@@ -96,5 +96,5 @@ class Mamba3(Recurrent):
       right=jax.nn.sigmoid(right),
       angles=jnp.pi * jnp.tanh(angles)[:, :, None] * dt[..., None],
     )
-    o = o + use(self.skip, o.dtype) * v
+    o = o + value_of(self.skip, o.dtype) * v
     return self.out(o * jax.nn.silu(self.gate(x))), state, None

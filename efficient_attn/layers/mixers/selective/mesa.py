@@ -19,7 +19,7 @@ from flax import nnx
 
 from efficient_attn.layers.conv import ShortConv, convolve
 from efficient_attn.layers.norm import l2_normalize
-from efficient_attn.layers.param import Projection, param, use
+from efficient_attn.layers.param import Projection, param, value_of
 from efficient_attn.layers.recurrence import (
   LINEAR,
   GatedOutput,
@@ -27,7 +27,7 @@ from efficient_attn.layers.recurrence import (
   Recurrence,
   Recurrent,
 )
-from efficient_attn.ops.recurrent.mesa import mesa
+from efficient_attn.ops.recurrent.mesa import mesa_recurrence
 from efficient_attn.values import ChunkSize, Positive, PositiveFloat
 
 SMALLEST_RIDGE = 0.25
@@ -37,7 +37,7 @@ class Mesa(Recurrent):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   recurrence = Recurrence(
-    mesa,
+    mesa_recurrence,
     {**LINEAR.inputs, 'log_decay': 'BTN', 'beta': 'BTN', 'ridge': 'NH'},
     state=('BNHH', 'BNHV'),
   )
@@ -92,7 +92,7 @@ class Mesa(Recurrent):
       v=self.value(x),
       log_decay=jax.nn.log_sigmoid(self.forget(x).astype(f32)),
       beta=jax.nn.sigmoid(self.beta(x).astype(f32)),
-      ridge=SMALLEST_RIDGE + jax.nn.softplus(use(self.ridge, f32)),
+      ridge=SMALLEST_RIDGE + jax.nn.softplus(value_of(self.ridge, f32)),
     )
     return self.out(o, x), state, tails
 

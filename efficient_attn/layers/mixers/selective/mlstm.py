@@ -19,7 +19,7 @@ from efficient_attn.layers.param import (
   Projection,
   fan_in_normal,
   param,
-  use,
+  value_of,
 )
 from efficient_attn.layers.recurrence import LINEAR, Convolved, Recurrence
 from efficient_attn.ops.recurrent.mlstm import mlstm
@@ -91,7 +91,7 @@ class MLSTM(Convolved):
     v = _blocks(u, self.value)
     qkv = jnp.concatenate([q, k, v], axis=-1)
     input_gate, forget = (
-      project(qkv).astype(jnp.float32) + use(bias, jnp.float32)
+      project(qkv).astype(jnp.float32) + value_of(bias, jnp.float32)
       for project, bias in (
         (self.input_gate, self.input_bias),
         (self.forget_gate, self.forget_bias),
@@ -106,7 +106,7 @@ class MLSTM(Convolved):
       input_gate=input_gate,
       log_forget=jax.nn.log_sigmoid(forget),
     )
-    h = self.norm(h) + use(self.skip, x.dtype) * c
+    h = self.norm(h) + value_of(self.skip, x.dtype) * c
     return self.out(h * jax.nn.silu(self.gate(x))), state, tail
 
 
@@ -114,7 +114,7 @@ def _blocks(x, weight):
   """A linear map of every block of channels of every head."""
   heads, blocks, size, _ = weight.shape
   y = x.reshape(*x.shape[:2], heads, blocks, size)
-  y = jnp.einsum('btnpi,npij->btnpj', y, use(weight, x.dtype))
+  y = jnp.einsum('btnpi,npij->btnpj', y, value_of(weight, x.dtype))
   return y.reshape(x.shape)
 
 

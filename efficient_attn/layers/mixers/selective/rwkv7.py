@@ -28,7 +28,7 @@ from flax import nnx
 from efficient_attn.layers.head_norm import HeadLayerNorm
 from efficient_attn.layers.headwise import split_heads
 from efficient_attn.layers.norm import l2_normalize
-from efficient_attn.layers.param import LowRank, Projection, param, use
+from efficient_attn.layers.param import LowRank, Projection, param, value_of
 from efficient_attn.layers.recurrence import DPLR
 from efficient_attn.layers.token_shift import Shifted
 from efficient_attn.values import ChunkSize, Fraction, Positive, PositiveFloat
@@ -105,7 +105,7 @@ class RWKV7(Shifted):
   def recur(self, x, context, past):
     """Returns y, the state and the tails; see `Recurrent`."""
     previous, last = self.shifted(x, context, past)
-    mix = use(self.mix, x.dtype)
+    mix = value_of(self.mix, x.dtype)
     inputs = {
       name: x + (previous - x) * mix[i] for i, name in enumerate(INPUTS)
     }
@@ -114,14 +114,14 @@ class RWKV7(Shifted):
     v = self.value(inputs['v'])
 
     def biased(projection, bias, name):
-      bias = use(bias, jnp.float32)
+      bias = value_of(bias, jnp.float32)
       return projection(inputs[name]).astype(jnp.float32) + bias
 
     decay = jax.nn.sigmoid(biased(self.decay, self.decay_bias, 'w'))
     rate = jax.nn.sigmoid(biased(self.rate, self.rate_bias, 'a'))
     rate = rate.astype(x.dtype)
-    removal = l2_normalize(k * use(self.removal, x.dtype))
-    k = k * (1 + (rate - 1) * use(self.replacement, x.dtype))
+    removal = l2_normalize(k * value_of(self.removal, x.dtype))
+    k = k * (1 + (rate - 1) * value_of(self.replacement, x.dtype))
     o, state = self.scan(
       context,
       past,
@@ -132,7 +132,7 @@ class RWKV7(Shifted):
       b=removal * rate,
       log_decay=-math.exp(-0.5) * decay,
     )
-    bonus = jnp.sum(r * k * use(self.bonus, x.dtype), -1, keepdims=True)
+    bonus = jnp.sum(r * k * value_of(self.bonus, x.dtype), -1, keepdims=True)
     y = (self.norm(o) + bonus * v) * self.gate(inputs['g'])
     return self.out(y), state, last
 

@@ -18,7 +18,7 @@ from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.head_norm import HeadLayerNorm
 from efficient_attn.layers.headwise import Headwise, split_heads
 from efficient_attn.layers.norm import LayerNorm
-from efficient_attn.layers.param import param, use
+from efficient_attn.layers.param import param, value_of
 from efficient_attn.layers.recurrence import Convolved, Recurrence
 from efficient_attn.ops.recurrent.slstm import slstm
 from efficient_attn.values import Fraction, Positive
@@ -82,8 +82,8 @@ class SLSTM(Convolved):
       i=self.i(smooth),
       f=self.f(smooth),
       o=self.o(heads),
-      recurrent=use(self.recurrent, jnp.float32),
-      bias=use(self.bias, jnp.float32),
+      recurrent=value_of(self.recurrent, jnp.float32),
+      bias=value_of(self.bias, jnp.float32),
     )
     y = sharding.constrain(self.norm(h), 'batch', None, None, None)
     return y.reshape(x.shape), state, tail

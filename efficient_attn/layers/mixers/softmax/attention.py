@@ -39,7 +39,7 @@ from efficient_attn.layers.mixers.softmax.heads import Heads
 from efficient_attn.layers.mixers.softmax.mask_rule import MaskRule
 from efficient_attn.layers.mixers.softmax.weights import Softmax
 from efficient_attn.layers.norm import RMSNorm, l2_normalize
-from efficient_attn.layers.param import Projection, use
+from efficient_attn.layers.param import Projection, value_of
 from efficient_attn.layers.position import POSITIONS, T5, Rotary
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.ops import chunks, masks, scores
@@ -231,7 +231,7 @@ class Attention(Mixer):
       slopes = jnp.asarray(scores.alibi_slopes(self.num_heads))
       rule = scores.Alibi(slopes, offset)
     elif self.position == 't5':
-      table = use(self.buckets, jnp.float32)
+      table = value_of(self.buckets, jnp.float32)
       rule = scores.T5(table, not self.causal, self.t5.distance, offset)
     else:
       return found

@@ -23,7 +23,7 @@ from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.layers.mixers.softmax.heads import Heads
-from efficient_attn.layers.param import fan_in_normal, param, use
+from efficient_attn.layers.param import fan_in_normal, param, value_of
 from efficient_attn.ops import masks
 from efficient_attn.ops.softmax import score_functions
 from efficient_attn.ops.softmax.attention import attention
@@ -73,7 +73,7 @@ class Softmax(Weights):
     """Reads shard by shard."""
     sinks = self.sinks
     if sinks is not None:
-      sinks = use(sinks, jnp.promote_types(query.dtype, jnp.float32))
+      sinks = value_of(sinks, jnp.promote_types(query.dtype, jnp.float32))
 
     def op(query, key, value, mask, bias, sinks):
       return attention(
@@ -118,7 +118,7 @@ class Entmax(Weights):
 
     letters = 'N', masks.letters(mask), masks.letters(bias)
     op = sharding.local_op(op, ('BTNH', 'BTKH', 'BTKV', *letters), 'BTNV')
-    return op(query, key, value, use(self.alpha, jnp.float32), mask, bias)
+    return op(query, key, value, value_of(self.alpha, jnp.float32), mask, bias)
 
 
 class ScoreFunction(Weights):
@@ -148,7 +148,7 @@ class ScoreFunction(Weights):
       logits = self.score(query, key, *params)
       return attend_logits(logits, value, mask=mask)
 
-    params = [use(p, query.dtype) for p in self.params]
+    params = [value_of(p, query.dtype) for p in self.params]
     layouts = ['N' + 'HA'[: p.ndim - 1] for p in params]
     op = sharding.local_op(
       op, ('BTNH', 'BTKH', 'BTKV', masks.letters(mask), layouts), 'BTNV'

@@ -10,13 +10,13 @@ from efficient_attn.layers.mixers.test_time.ttt import TTTMLP, TTTLinear
 
 FORMS = ('recurrent', 'chunkwise')
 
+
 TEST_TIME = {
   'ttt_linear': MixerSpec(
     TTTLinear,
     'TTT-Linear',
     2024,
     '2407.04620',
-    family='test-time',
     forms=FORMS,
   ),
   'ttt_mlp': MixerSpec(
@@ -24,7 +24,6 @@ TEST_TIME = {
     'TTT-MLP',
     2024,
     '2407.04620',
-    family='test-time',
     forms=FORMS,
   ),
   'titans': MixerSpec(
@@ -32,7 +31,6 @@ TEST_TIME = {
     'Titans (neural memory)',
     2025,
     '2501.00663',
-    family='test-time',
     gate='scalar',
     forms=FORMS,
     bidirectional=TWO_PASSES,
@@ -42,7 +40,6 @@ TEST_TIME = {
     'LaCT',
     2025,
     '2505.23884',
-    family='test-time',
     forms=FORMS,
   ),
 }

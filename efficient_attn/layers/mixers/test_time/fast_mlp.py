@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_attn.layers.param import param, use
+from efficient_attn.layers.param import param, value_of
 from efficient_attn.layers.recurrence import LINEAR, Recurrence
 from efficient_attn.ops.recurrent.fast_weights import (
   FastState,
@@ -72,7 +72,10 @@ class FastMLP(nnx.Module):
     """Returns the arguments of `ops.fast_weights` that are learned."""
     arrays = dict(weights=self.layers())
     if self.norm:
-      norm = use(self.scale, jnp.float32), use(self.shift, jnp.float32)
+      norm = (
+        value_of(self.scale, jnp.float32),
+        value_of(self.shift, jnp.float32),
+      )
       arrays['norm'] = norm
     return arrays
 
@@ -80,7 +83,10 @@ class FastMLP(nnx.Module):
     """Returns (weight, bias or None) of every layer, float32."""
     biases = self.biases or [None] * len(self.weights)
     return tuple(
-      (use(w, jnp.float32), None if b is None else use(b, jnp.float32))
+      (
+        value_of(w, jnp.float32),
+        None if b is None else value_of(b, jnp.float32),
+      )
       for w, b in zip(self.weights, biases, strict=True)
     )
 

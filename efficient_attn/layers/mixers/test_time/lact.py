@@ -5,10 +5,11 @@
 
 q, k, v are shared: q' and k' of the fast weights are l2norm(silu(.)) of q and
 k with a scale and an offset per channel, rotated as q and k are, v' = silu(v).
-W is what the chunks before the token's left behind (see `ops.lact`): trained
-on -f(k') . v' with rates softplus(.) near 0.001 per token, head and matrix and
-momentum sigmoid(.). The sliding window sees what happens inside a chunk
-("shifted block causal"). The fast weights have few, wide heads.
+W is what the chunks before the token's left behind, trained on -f(k') . v'
+with rates softplus(.) near 0.001 per token, head and matrix and momentum
+sigmoid(.); see `ops.large_chunk_fast_weights`. The sliding window sees what
+happens inside a chunk ("shifted block causal"). The fast weights have few, wide
+heads.
 
 The defaults are those of the published configuration of language models of
 760M parameters: W_1 and W_3 start, to have few parameters, as matrices of rank
@@ -39,12 +40,15 @@ from efficient_attn.layers.mixers.test_time.fast_mlp import (
   state_layout,
 )
 from efficient_attn.layers.norm import RMSNorm, l2_normalize
-from efficient_attn.layers.param import Projection, param, use
+from efficient_attn.layers.param import Projection, param, value_of
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import LINEAR, Recurrence, Recurrent
 from efficient_attn.ops import chunks, masks
 from efficient_attn.ops.positions import rotary
-from efficient_attn.ops.recurrent.lact import fresh_state, lact
+from efficient_attn.ops.recurrent.lact import (
+  fresh_state,
+  large_chunk_fast_weights,
+)
 from efficient_attn.ops.recurrent.muon import JORDAN, TUNED
 from efficient_attn.ops.softmax.attention import attention
 from efficient_attn.values import (
@@ -66,7 +70,7 @@ class LaCT(Recurrent):
   """
 
   recurrence = Recurrence(
-    lact,
+    large_chunk_fast_weights,
     {
       **LINEAR.inputs,
       'learning_rate': 'BTNR',
@@ -156,7 +160,10 @@ class LaCT(Recurrent):
 
   def _recall(self, x, q, k, v, positions, context, past):
     """Reads and trains the fast weights."""
-    scale, offset = use(self.scale, q.dtype), use(self.offset, q.dtype)
+    scale, offset = (
+      value_of(self.scale, q.dtype),
+      value_of(self.offset, q.dtype),
+    )
     q, k = (
       l2_normalize(jax.nn.silu(y * scale[i] + offset[i]))
       for i, y in enumerate((q, k))
@@ -211,7 +218,7 @@ class LaCT(Recurrent):
 
   def _weights(self):
     return tuple(
-      w() if isinstance(w, _LowRankStart) else use(w, jnp.float32)
+      w() if isinstance(w, _LowRankStart) else value_of(w, jnp.float32)
       for w in self.weights
     )
 
@@ -248,7 +255,9 @@ class _LowRankStart(nnx.Module):
       return left @ right + jnp.eye(left.shape[1], right.shape[2]) / 2
 
     op = sharding.local_op(op, ('NHR', 'NRV'), 'NHV')
-    return op(use(self.left, jnp.float32), use(self.right, jnp.float32))
+    return op(
+      value_of(self.left, jnp.float32), value_of(self.right, jnp.float32)
+    )
 
 
 def _regroup(x: jax.Array, width: int) -> jax.Array:

@@ -25,7 +25,7 @@ from efficient_attn.layers.mixers.test_time.fast_mlp import (
   FastMLP,
 )
 from efficient_attn.layers.norm import l2_normalize
-from efficient_attn.layers.param import Projection, param, use
+from efficient_attn.layers.param import Projection, param, value_of
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import GatedOutput, Recurrent
 from efficient_attn.values import (
@@ -81,7 +81,7 @@ class Titans(Recurrent):
     """Returns y, the state and the tails; see `Recurrent`."""
     (q, k, v), tails = self.qkv(x, context, past.tails)
     gates = self.gates(x).astype(jnp.float32)
-    gates = gates + use(self.gate_bias, jnp.float32)
+    gates = gates + value_of(self.gate_bias, jnp.float32)
     o, state = self.scan(
       context,
       past,

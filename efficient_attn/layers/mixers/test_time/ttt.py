@@ -27,7 +27,7 @@ from efficient_attn.layers.mixers.test_time.fast_mlp import (
   FAST_WEIGHTS,
   FastMLP,
 )
-from efficient_attn.layers.param import Projection, param, use
+from efficient_attn.layers.param import Projection, param, value_of
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import Recurrent
 from efficient_attn.ops.positions import rotary
@@ -108,7 +108,7 @@ class TTTLinear(Recurrent):
     if self.shift is None:
       return None
     mean = 1 / jnp.arange(1, self.options['chunk_size'] + 1)
-    return jax.nn.relu(mean + use(self.shift, jnp.float32))
+    return jax.nn.relu(mean + value_of(self.shift, jnp.float32))
 
   def init_state(self, batch, max_len, dtype):
     """Returns the initial weights."""
@@ -139,5 +139,5 @@ class JoinedLayerNorm(nnx.Module):
     x32 = x32 - jnp.mean(x32, axis=(-2, -1), keepdims=True)
     variance = jnp.mean(x32 * x32, axis=(-2, -1), keepdims=True)
     y = x32 * jax.lax.rsqrt(variance + self.eps)
-    y = y * use(self.scale, y.dtype) + use(self.bias, y.dtype)
+    y = y * value_of(self.scale, y.dtype) + value_of(self.bias, y.dtype)
     return y.astype(x.dtype)

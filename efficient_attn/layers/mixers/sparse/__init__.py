@@ -1,36 +1,38 @@
-"""Softmax mixers with a fixed pattern of sparsity."""
+"""Softmax attention with a fixed rule of who sees whom."""
 
 from efficient_attn.layers.mixers.composed import Composed
-from efficient_attn.layers.mixers.patterns.adaptive_span import AdaptiveSpan
-from efficient_attn.layers.mixers.patterns.bigbird import BigBird
-from efficient_attn.layers.mixers.patterns.blockbert import (
+from efficient_attn.layers.mixers.softmax.attention import Attention
+from efficient_attn.layers.mixers.softmax.weights import Softmax
+from efficient_attn.layers.mixers.sparse.adaptive_span import AdaptiveSpan
+from efficient_attn.layers.mixers.sparse.bigbird import BigBird
+from efficient_attn.layers.mixers.sparse.blockbert import (
   BlockBERT,
   ShiftedBlocks,
 )
-from efficient_attn.layers.mixers.patterns.cascade import Cascade
-from efficient_attn.layers.mixers.patterns.dam import DAM
-from efficient_attn.layers.mixers.patterns.duo import DuoAttention, Streaming
-from efficient_attn.layers.mixers.patterns.grid import GridAttention
-from efficient_attn.layers.mixers.patterns.logsparse import LogSparse
-from efficient_attn.layers.mixers.patterns.longformer import (
+from efficient_attn.layers.mixers.sparse.cascade import Cascade
+from efficient_attn.layers.mixers.sparse.dam import DAM
+from efficient_attn.layers.mixers.sparse.duo import DuoAttention, Streaming
+from efficient_attn.layers.mixers.sparse.grid import GridAttention
+from efficient_attn.layers.mixers.sparse.logsparse import LogSparse
+from efficient_attn.layers.mixers.sparse.longformer import (
   LocalGlobal,
   Longformer,
 )
-from efficient_attn.layers.mixers.patterns.moa import MoA
-from efficient_attn.layers.mixers.patterns.neighborhood import Neighborhood
-from efficient_attn.layers.mixers.patterns.radial import Radial
-from efficient_attn.layers.mixers.patterns.sliding_tile import SlidingTile
-from efficient_attn.layers.mixers.patterns.sparse_transformer import (
+from efficient_attn.layers.mixers.sparse.moa import MoA
+from efficient_attn.layers.mixers.sparse.neighborhood import Neighborhood
+from efficient_attn.layers.mixers.sparse.radial import Radial
+from efficient_attn.layers.mixers.sparse.sliding_tile import SlidingTile
+from efficient_attn.layers.mixers.sparse.sparse_transformer import (
   Factorized,
   SparseTransformer,
 )
-from efficient_attn.layers.mixers.patterns.star import Star
-from efficient_attn.layers.mixers.softmax.attention import Attention
-from efficient_attn.layers.mixers.softmax.weights import Entmax, Softmax
+from efficient_attn.layers.mixers.sparse.star import Star
+from efficient_attn.layers.mixers.sparse.window import WindowRule
 from efficient_attn.layers.mixers.spec import MixerSpec
 
 FORMS = ('reference', 'blockwise')
 NO_POSITION = dict(position='none')
+SOFTMAX_WEIGHTS = dict(weights=Softmax)
 
 
 def sparse(mask_rule, mixer=Attention, **told) -> Composed:
@@ -43,13 +45,19 @@ def on_grid(mask_rule) -> Composed:
   return sparse(mask_rule, GridAttention, defaults=NO_POSITION)
 
 
-PATTERNS = {
+SPARSE = {
+  'window': MixerSpec(
+    Composed(Attention, SOFTMAX_WEIGHTS | dict(mask_rule=WindowRule)),
+    'Sliding-window attention',
+    2020,
+    '2004.05150',
+    forms=('reference', 'blockwise'),
+  ),
   'sparse_transformer': MixerSpec(
     sparse(Factorized, SparseTransformer),
     'Sparse Transformer',
     2019,
     '1904.10509',
-    family='sparse',
     forms=FORMS,
     time=1.7,
     state=1,
@@ -59,7 +67,6 @@ PATTERNS = {
     'LogSparse Transformer',
     2019,
     '1907.00235',
-    family='sparse',
     time=1.2,
     forms=FORMS,
     state=1,
@@ -69,7 +76,6 @@ PATTERNS = {
     'Star-Transformer',
     2019,
     '1902.09113',
-    family='sparse',
     forms=FORMS,
     state=1,
   ),
@@ -78,7 +84,6 @@ PATTERNS = {
     'BlockBERT',
     2019,
     '1911.02972',
-    family='sparse',
     forms=FORMS,
     causal=False,
     packing=False,
@@ -89,7 +94,6 @@ PATTERNS = {
     'Cascade Transformer',
     2020,
     '2002.06170',
-    family='sparse',
     forms=FORMS,
     state=1,
   ),
@@ -98,7 +102,6 @@ PATTERNS = {
     'Longformer',
     2020,
     '2004.05150',
-    family='sparse',
     forms=FORMS,
     state=1,
   ),
@@ -107,7 +110,6 @@ PATTERNS = {
     'BigBird',
     2020,
     '2007.14062',
-    family='sparse',
     forms=FORMS,
     state=1,
   ),
@@ -116,7 +118,6 @@ PATTERNS = {
     'Neighborhood attention (NAT)',
     2022,
     '2204.07143',
-    family='sparse',
     forms=FORMS,
     causal=False,
     packing=False,
@@ -126,25 +127,13 @@ PATTERNS = {
     'Adaptive attention span',
     2019,
     '1905.07799',
-    family='sparse',
     forms=FORMS,
-  ),
-  'entmax': MixerSpec(
-    Composed(Attention, dict(weights=Entmax)),
-    'Adaptively sparse attention (entmax)',
-    2019,
-    '1909.00015',
-    family='sparse',
-    forms=('reference',),
-    time=2,
-    state=1,
   ),
   'dam': MixerSpec(
     Composed(DAM, dict(weights=Softmax)),
     'SparseBERT (DAM)',
     2021,
     '2102.12871',
-    family='sparse',
     forms=FORMS,
     time=2,
     state=1,
@@ -154,7 +143,6 @@ PATTERNS = {
     'DuoAttention',
     2024,
     '2410.10819',
-    family='sparse',
     forms=FORMS,
     bidirectional=False,
     time=2,
@@ -165,7 +153,6 @@ PATTERNS = {
     'MoA (mixture of attention)',
     2024,
     '2406.14909',
-    family='sparse',
     forms=FORMS,
     bidirectional=False,
     time=2,
@@ -176,7 +163,6 @@ PATTERNS = {
     'Sliding tile attention (STA)',
     2025,
     '2502.04507',
-    family='sparse',
     forms=FORMS,
     causal=False,
     packing=False,
@@ -186,7 +172,6 @@ PATTERNS = {
     'Radial attention',
     2025,
     '2506.19852',
-    family='sparse',
     time=1.3,
     forms=FORMS,
     causal=False,

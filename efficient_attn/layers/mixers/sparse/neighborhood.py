@@ -7,7 +7,7 @@ inside at its borders. Tokens are its places in row-major order. O(T
 window^axes).
 """
 
-from efficient_attn.layers.mixers.patterns.grid import GridRule, per_axis
+from efficient_attn.layers.mixers.sparse.grid import GridRule, per_axis
 from efficient_attn.ops import masks
 from efficient_attn.values import Positive
 

@@ -20,7 +20,7 @@ from efficient_attn.layers.recurrence import LINEAR, Recurrent
 from efficient_attn.values import ChunkSize
 
 
-class Kernel(Recurrent):
+class KernelAttention(Recurrent):
   """Token mixer [B, T, D] -> [B, T, D]; a subclass gives the `features`."""
 
   recurrence = dataclasses.replace(LINEAR, state=('BNHV', 'BNH'))  # (S, z)

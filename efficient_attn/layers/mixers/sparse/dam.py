@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from efficient_attn.layers.mixers.softmax.attention import Attention
-from efficient_attn.layers.param import param, use
+from efficient_attn.layers.param import param, value_of
 from efficient_attn.ops import scores
 from efficient_attn.values import NonNegativeFloat, Positive, PositiveFloat
 
@@ -49,7 +49,7 @@ class DAM(Attention):
 
   def table(self, key=None):
     """The logarithm of M for every diagonal; `key` draws its noise."""
-    alpha = use(self.alpha, jnp.float32)
+    alpha = value_of(self.alpha, jnp.float32)
     if key is not None:
       noise = jax.random.logistic(key, alpha.shape)  # as g - g' is
       return jax.nn.log_sigmoid((alpha + noise) / self.temperature)

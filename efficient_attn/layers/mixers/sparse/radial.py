@@ -13,7 +13,7 @@ first axis of the grid counts the frames; those of an image are its rows.
 
 import math
 
-from efficient_attn.layers.mixers.patterns.grid import GridRule
+from efficient_attn.layers.mixers.sparse.grid import GridRule
 from efficient_attn.ops import masks
 from efficient_attn.values import Positive
 

@@ -14,8 +14,8 @@ window - 1 keys and values. `penalty_weight` is lambda of the objective
 import jax
 import jax.numpy as jnp
 
-from efficient_attn.layers.mixers.softmax.window import WindowRule
-from efficient_attn.layers.param import clip_to_unit, param, use
+from efficient_attn.layers.mixers.sparse.window import WindowRule
+from efficient_attn.layers.param import clip_to_unit, param, value_of
 from efficient_attn.ops import masks, scores
 from efficient_attn.values import NonNegativeFloat, Positive
 
@@ -40,7 +40,7 @@ class AdaptiveSpan(WindowRule):
 
   def spans(self):
     """The span of every head, in tokens."""
-    return self.window * clip_to_unit(use(self.span, jnp.float32))
+    return self.window * clip_to_unit(value_of(self.span, jnp.float32))
 
   def penalty(self):
     """What the spans add to the objective."""

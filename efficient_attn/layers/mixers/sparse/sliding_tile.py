@@ -13,7 +13,7 @@ import itertools
 import math
 
 from efficient_attn.config import ConfigError
-from efficient_attn.layers.mixers.patterns.grid import GridRule, per_axis
+from efficient_attn.layers.mixers.sparse.grid import GridRule, per_axis
 from efficient_attn.ops import masks
 from efficient_attn.values import Positive
 

@@ -6,6 +6,6 @@ quarter of the time.
 
 import jax
 
-QUICK = {'xla_backend_optimization_level': 0}
+QUICK_COMPILE = {'xla_backend_optimization_level': 0}
 if jax.__version_info__ < (0, 11):  # later versions have one emitter only
-  QUICK['xla_cpu_use_fusion_emitters'] = False
+  QUICK_COMPILE['xla_cpu_use_fusion_emitters'] = False

@@ -11,11 +11,11 @@ Where no key shares a positive channel with the query, the output is zero.
 import jax
 from flax import nnx
 
-from efficient_attn.layers.mixers.ungated.kernel import Kernel
+from efficient_attn.layers.mixers.linear.kernel import KernelAttention
 from efficient_attn.layers.norm import RMSNorm
 
 
-class Sana(Kernel):
+class Sana(KernelAttention):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(self, *, qk_norm: bool = False, **options):

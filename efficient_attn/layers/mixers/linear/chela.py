@@ -23,7 +23,12 @@ from flax import nnx
 from efficient_attn import sharding
 from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.norm import RMSNorm
-from efficient_attn.layers.param import Projection, fan_in_normal, param, use
+from efficient_attn.layers.param import (
+  Projection,
+  fan_in_normal,
+  param,
+  value_of,
+)
 from efficient_attn.layers.recurrence import DIAGONAL, LINEAR, Recurrent
 from efficient_attn.values import ChunkSize, Positive
 
@@ -75,7 +80,7 @@ class Chela(Recurrent):
       state=past.tails,
     )
     z, long = self.long_conv(z, context.segment_ids, long)
-    scale, shift = use(self.scale, x.dtype), use(self.shift, x.dtype)
+    scale, shift = value_of(self.scale, x.dtype), value_of(self.shift, x.dtype)
     o, memory = self.scan(
       context,
       past.replace(state=memory),
@@ -89,7 +94,7 @@ class Chela(Recurrent):
 
   def long_conv(self, u, segment_ids, state):
     """Returns K_long * u for heads u [B, T, N, H], and the last averages."""
-    log_decay = -jnp.exp(use(self.rates, jnp.float32))
+    log_decay = -jnp.exp(value_of(self.rates, jnp.float32))
     inputs = u[..., None] * -jnp.expm1(log_decay).astype(u.dtype)
     arrays = dict(
       x=inputs.reshape(*u.shape[:3], -1),
@@ -99,7 +104,7 @@ class Chela(Recurrent):
       arrays, segment_ids=segment_ids, state=state, **self.options
     )
     averages = averages.reshape(inputs.shape)
-    return jnp.sum(averages * use(self.mixture, u.dtype), -1), state
+    return jnp.sum(averages * value_of(self.mixture, u.dtype), -1), state
 
   def init_state(self, batch, max_len, dtype):
     """Returns the averages and the memory before the first token, zeros."""

@@ -5,11 +5,11 @@ o_t = S_t^T phi(q_t) / (z_t . phi(q_t))        phi(x) = elu(x) + 1
 """
 
 from efficient_attn.config import choose
-from efficient_attn.layers.mixers.ungated.kernel import Kernel
+from efficient_attn.layers.mixers.linear.kernel import KernelAttention
 from efficient_attn.ops.recurrent.feature_maps import FEATURE_MAPS
 
 
-class Linear(Kernel):
+class LinearAttention(KernelAttention):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(self, *, feature_map: str = 'elu_plus_one', **options):

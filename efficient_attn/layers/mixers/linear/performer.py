@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_attn.layers.mixers.ungated.kernel import Kernel
-from efficient_attn.layers.param import param, use
+from efficient_attn.layers.mixers.linear.kernel import KernelAttention
+from efficient_attn.layers.param import param, value_of
 from efficient_attn.ops.recurrent import feature_maps
 from efficient_attn.values import NonNegative
 
 
-class Performer(Kernel):
+class Performer(KernelAttention):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(
@@ -46,7 +46,7 @@ class Performer(Kernel):
 
   def features(self, q, k, positions):
     """Returns phi(q), up to a factor per query, and phi(k)."""
-    w = jax.lax.stop_gradient(use(self.projection, jnp.float32))
+    w = jax.lax.stop_gradient(value_of(self.projection, jnp.float32))
     scale = self.heads[1] ** -0.25
     phi = functools.partial(
       feature_maps.positive_random, projection=w, hyperbolic=self.hyperbolic

@@ -19,12 +19,12 @@ import jax.numpy as jnp
 
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.cache import positions_of
-from efficient_attn.layers.mixers.ungated.kernel import Kernel
+from efficient_attn.layers.mixers.linear.kernel import KernelAttention
 from efficient_attn.ops.recurrent import feature_maps
 from efficient_attn.values import NonNegative
 
 
-class CosFormer(Kernel):
+class CosFormer(KernelAttention):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring.
 
   `max_length` = 0 takes the length of the rows, or of the cache.

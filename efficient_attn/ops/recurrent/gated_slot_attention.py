@@ -20,12 +20,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from efficient_attn.ops import shapes
-from efficient_attn.ops.recurrent import forms, gates, linear_state
+from efficient_attn.ops.recurrent import additive_steps, forms, gates
 
 State: TypeAlias = tuple[Float[Array, 'B N M H'], Float[Array, 'B N M V']]
 
 
-def slot_attention(
+def gated_slot_attention(
   q: Float[Array, 'B T N H'],
   k: Float[Array, 'B T N H'],
   v: Float[Array, 'B T N V'],
@@ -60,7 +60,7 @@ def slot_attention(
       (float64 for float64 inputs).
   """
   shapes.check_qkv(q, k, v)
-  forms.check(form, implementation, 'slot_attention')
+  forms.check(form, implementation, 'gated_slot_attention')
   batch, length, heads, channels = k.shape
   if v.shape[2] != heads:
     raise ValueError(
@@ -85,7 +85,7 @@ def slot_attention(
   else:
     state = keys.astype(dtype), values.astype(dtype)
   q, scale = shapes.fold_scale(q, channels**-0.5 if scale is None else scale)
-  out, state = forms.run(
+  out, state = forms.recur(
     functools.partial(_step, scale=scale),
     functools.partial(_chunk, scale=scale),
     (q, k, v, gate),
@@ -123,7 +123,7 @@ def _chunk(state, tokens, marks, *, scale):
     v[:, :, None],
     gate[:, :, None],
   )
-  values, out = linear_state.chunk(
+  values, out = additive_steps.chunk(
     values[:, :, None], second, marks, inclusive=True
   )
   return (keys, values[:, :, 0]), out[:, :, 0]

@@ -10,7 +10,7 @@ features are the products of two channels, f (f + 1) / 2 = 136 wide.
 
 from flax import nnx
 
-from efficient_attn.layers.mixers.ungated.based import Based
+from efficient_attn.layers.mixers.linear.based import Based
 from efficient_attn.layers.norm import LayerNorm
 from efficient_attn.ops.recurrent import feature_maps
 from efficient_attn.values import PositiveFloat

@@ -20,7 +20,12 @@ from efficient_attn import sharding
 from efficient_attn.config import ConfigError, choose
 from efficient_attn.layers.cache import TokenCache, recall, token_cache
 from efficient_attn.layers.mixer import Mixer
-from efficient_attn.layers.param import Projection, fan_in_normal, param, use
+from efficient_attn.layers.param import (
+  Projection,
+  fan_in_normal,
+  param,
+  value_of,
+)
 from efficient_attn.ops.low_rank import synthesizer as ops
 from efficient_attn.ops.softmax.logits import attend_logits, heads_first
 from efficient_attn.values import Positive
@@ -101,8 +106,8 @@ class Synthesizer(Mixer):
     op = sharding.local_op(op, (*[ranks] * 3, 'BSNV'), 'BTNV', offset='')
     o = op(
       [jax.nn.relu(hidden(x)) for hidden in self.hidden],
-      [use(p, x.dtype) for p in self.tables],
-      [use(p, x.dtype) for p in self.biases],
+      [value_of(p, x.dtype) for p in self.tables],
+      [value_of(p, x.dtype) for p in self.biases],
       value,
       offset=offset,
     )

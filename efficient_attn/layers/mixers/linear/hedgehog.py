@@ -11,12 +11,12 @@ computes them, without overflow. fla's map is softmax([2 y, -2 y]), y = W x + b.
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_attn.layers.mixers.ungated.kernel import Kernel
-from efficient_attn.layers.param import param, use
+from efficient_attn.layers.mixers.linear.kernel import KernelAttention
+from efficient_attn.layers.param import param, value_of
 from efficient_attn.ops.recurrent import feature_maps
 
 
-class Hedgehog(Kernel):
+class Hedgehog(KernelAttention):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(self, **options):
@@ -32,7 +32,7 @@ class Hedgehog(Kernel):
     """Returns phi_q(q), phi_k(k)."""
     return tuple(
       feature_maps.softmax_pair(
-        jnp.einsum('btnh,nhf->btnf', x, use(weight, x.dtype))
+        jnp.einsum('btnh,nhf->btnf', x, value_of(weight, x.dtype))
       )
       for weight, x in zip(self.maps, (q, k), strict=True)
     )

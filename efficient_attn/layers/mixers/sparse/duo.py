@@ -19,7 +19,7 @@ from efficient_attn.layers.cache import Cursor, token_cache, window_cache
 from efficient_attn.layers.mixer import refuse_segments
 from efficient_attn.layers.mixers.softmax.attention import Attention
 from efficient_attn.layers.mixers.softmax.mask_rule import MaskRule
-from efficient_attn.layers.param import clip_to_unit, param, use
+from efficient_attn.layers.param import clip_to_unit, param, value_of
 from efficient_attn.ops import masks
 from efficient_attn.values import NonNegative, NonNegativeFloat, Positive
 
@@ -106,7 +106,7 @@ class DuoAttention(Attention):
       return (alpha * full + (1 - alpha) * streaming).astype(full.dtype)
 
     op = sharding.local_op(op, ('BTNV', 'BTNV', 'K'), 'BTNV')
-    return op(full, streaming, use(self.alpha, jnp.float32)), cache
+    return op(full, streaming, value_of(self.alpha, jnp.float32)), cache
 
   def split(self, query, key, value, context, cache):
     """The first heads one way, the others the other way."""

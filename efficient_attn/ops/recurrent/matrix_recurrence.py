@@ -14,7 +14,7 @@ from efficient_attn.ops import shapes
 from efficient_attn.ops.recurrent import forms, gates
 
 
-def run(
+def recur(
   step: Callable,
   chunk: Callable,
   *,
@@ -30,7 +30,7 @@ def run(
   """Runs the recurrence over tokens (keys, values, gate).
 
   Args:
-    step: see `forms.run`; keys arrive as [B, K, 1, H], values as
+    step: see `forms.recur`; keys arrive as [B, K, 1, H], values as
       [B, K, G, X] and the gate as [B | 1, K, G, H | 1], the state as
       [B, K, G, H, V].
     chunk: the same with C tokens, [B, K, G, C, X].
@@ -38,10 +38,10 @@ def run(
     values: [B, T, N, X] or None; the first are the values of the state.
     log_decay: any kind of gate, see `gates.expand_log_decay`.
     initial_state: [B, N, H, V] or None for zeros.
-    segment_ids: see `forms.run`.
+    segment_ids: see `forms.recur`.
     bidirectional: adds the same op on the reversed sequence.
-    form: see `forms.run`.
-    chunk_size: see `forms.run`.
+    form: see `forms.recur`.
+    chunk_size: see `forms.recur`.
 
   Returns:
     out: [B, T, N, V] and
@@ -76,7 +76,7 @@ def run(
   state = shapes.group(state.astype(dtype), kv_heads, axis=1)
 
   def execute(tokens, segment_ids):
-    return forms.run(
+    return forms.recur(
       step,
       chunk,
       tokens,

@@ -17,7 +17,12 @@ from flax import nnx
 from efficient_attn import sharding
 from efficient_attn.layers.cache import WindowCache, window_cache
 from efficient_attn.layers.mixer import Mixer
-from efficient_attn.layers.param import Projection, fan_in_normal, param, use
+from efficient_attn.layers.param import (
+  Projection,
+  fan_in_normal,
+  param,
+  value_of,
+)
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.ops.softmax import relative_attention as ops
 from efficient_attn.values import Positive
@@ -101,7 +106,7 @@ class Relative(nnx.Module):
   def __call__(self, dtype):
     """Returns (W_R, u, w) in `dtype`, laid out as RELATIVE says."""
     params = (self.weight, self.content_bias, self.position_bias)
-    return tuple(use(p, dtype) for p in params)
+    return tuple(value_of(p, dtype) for p in params)
 
 
 RELATIVE = ('DNH', 'NH', 'NH')

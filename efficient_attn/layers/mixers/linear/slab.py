@@ -14,12 +14,12 @@ from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError
-from efficient_attn.layers.mixers.ungated.kernel import Kernel
-from efficient_attn.layers.param import fan_in_normal, param, use
+from efficient_attn.layers.mixers.linear.kernel import KernelAttention
+from efficient_attn.layers.param import fan_in_normal, param, value_of
 from efficient_attn.ops.recurrent.short_conv import short_conv
 
 
-class SLA(Kernel):
+class SLAB(KernelAttention):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(
@@ -50,11 +50,11 @@ class SLA(Kernel):
       convolve, ('BTNH', 'WNH', 'BT', 'BTNH'), ('BTNH', 'BTNH')
     )(
       arrays['v'],
-      use(self.weight, x.dtype),
+      value_of(self.weight, x.dtype),
       context.segment_ids,
       past.tails,
     )
-    return self.out(o + local + use(self.bias, x.dtype)), state, tail
+    return self.out(o + local + value_of(self.bias, x.dtype)), state, tail
 
   def init_tails(self, batch, dtype):
     """Returns the values before the first token, zeros."""

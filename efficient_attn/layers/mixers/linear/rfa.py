@@ -16,16 +16,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_attn.layers.mixers.ungated.kernel import Kernel
-from efficient_attn.layers.param import Projection, param, use
+from efficient_attn.layers.mixers.linear.kernel import KernelAttention
+from efficient_attn.layers.param import Projection, param, value_of
 from efficient_attn.ops.recurrent import feature_maps
 from efficient_attn.values import Positive
 
 
-class RFA(Kernel):
+class RFA(KernelAttention):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
-  recurrence = Kernel.recurrence.taking(log_decay='BTN')
+  recurrence = KernelAttention.recurrence.taking(log_decay='BTN')
 
   def __init__(
     self,
@@ -52,8 +52,8 @@ class RFA(Kernel):
   def features(self, q, k, positions):
     """Returns phi(q), phi(k)."""
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    w = jax.lax.stop_gradient(use(self.projection, dtype))
-    w = w * use(self.sigma, dtype)[:, None]
+    w = jax.lax.stop_gradient(value_of(self.projection, dtype))
+    w = w * value_of(self.sigma, dtype)[:, None]
     return tuple(feature_maps.fourier(feature_maps.unit(x), w) for x in (q, k))
 
   def arrays(self, x, positions):

@@ -10,12 +10,12 @@ f^2 = 273. The paper alternates it with short sliding windows, which here is a
 pattern of two mixers.
 """
 
-from efficient_attn.layers.mixers.ungated.kernel import Kernel
+from efficient_attn.layers.mixers.linear.kernel import KernelAttention
 from efficient_attn.ops.recurrent import feature_maps
 from efficient_attn.values import Positive
 
 
-class Based(Kernel):
+class Based(KernelAttention):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(self, *, feature_dim: Positive = 16, **options):

@@ -14,12 +14,12 @@ sum_i (q_i k_i + 1 / sqrt(H))^2 is not negative.
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_attn.layers.mixers.ungated.kernel import Kernel
-from efficient_attn.layers.param import param, use
+from efficient_attn.layers.mixers.linear.kernel import KernelAttention
+from efficient_attn.layers.param import param, value_of
 from efficient_attn.ops.recurrent import feature_maps
 
 
-class QTViT(Kernel):
+class QTViT(KernelAttention):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
 
   def __init__(self, *, compact: bool = True, **options):
@@ -30,7 +30,7 @@ class QTViT(Kernel):
   def features(self, q, k, positions):
     """Returns phi(q), phi(k)."""
     if self.scalars:
-      scalars = [use(scalar, q.dtype) for scalar in self.scalars]
+      scalars = [value_of(scalar, q.dtype) for scalar in self.scalars]
       return tuple(feature_maps.taylor_diagonal(x, *scalars) for x in (q, k))
     scale = self.heads[1] ** -0.25
     return feature_maps.taylor(q * scale), feature_maps.taylor(k * scale)

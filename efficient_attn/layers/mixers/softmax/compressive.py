@@ -20,11 +20,16 @@ from efficient_attn import sharding
 from efficient_attn.config import ConfigError, choose
 from efficient_attn.layers.cache import RecurrentCache
 from efficient_attn.layers.mixer import Mixer
-from efficient_attn.layers.mixers.low_rank.transformer_xl import (
+from efficient_attn.layers.mixers.softmax.transformer_xl import (
   RELATIVE,
   Relative,
 )
-from efficient_attn.layers.param import Projection, fan_in_normal, param, use
+from efficient_attn.layers.param import (
+  Projection,
+  fan_in_normal,
+  param,
+  value_of,
+)
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.ops.softmax import compressive as ops
 from efficient_attn.values import NonNegative, Positive
@@ -95,7 +100,7 @@ class Compressive(Mixer):
     layouts = ('BTD', 'CDE', 'BTD', '')
     slots, tail = sharding.local_op(compress, layouts, ('BTD', 'BTD'))(
       x,
-      None if self.taps is None else use(self.taps, x.dtype),
+      None if self.taps is None else value_of(self.taps, x.dtype),
       tail,
       jnp.zeros((), jnp.int32) if state is None else state.length,
     )
