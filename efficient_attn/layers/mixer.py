@@ -5,9 +5,10 @@
 
 x and y are [B, T, D]; `context` says where the tokens stand, see `Context`.
 Without a cache the call sees whole sequences; with one the same call continues
-where the cache ends, by one token or by many. What padding holds, NaN and
-infinities too, reaches no other token. A NaN in another segment or in the
-future stays there only where it is in another chunk or tile.
+where the cache ends, by one token or by many. Prompts of unequal length begin
+with padding, ids of 0, and tokens after them need no ids. What padding holds,
+NaN and infinities too, reaches no other token. A NaN in another segment or in
+the future stays there only where it is in another chunk or tile.
 """
 
 from typing import Protocol, runtime_checkable
