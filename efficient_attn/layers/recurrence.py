@@ -165,7 +165,9 @@ def _choose(rows, before, after):
     return after
   if not sharding.off_mesh():
     before = jax.sharding.reshard(before, jax.typeof(after).sharding.spec)
-  return jnp.where(jnp.expand_dims(rows, range(1, after.ndim)), before, after)
+  return jnp.where(
+    jnp.expand_dims(rows, tuple(range(1, after.ndim))), before, after
+  )
 
 
 class GatedOutput(nnx.Module):
