@@ -59,8 +59,8 @@ class LogLinear(Mamba2):
   def arrays(self, x, bc, v):
     """Returns the arguments of the op, see `Mamba2.arrays`."""
     f32 = jnp.float32
-    scales = self.levels(x).astype(f32) * value_of(self.level_scale, f32)
     arrays = super().arrays(x, bc, v)
+    scales = self.levels(x).astype(f32) * value_of(self.level_scale, f32)
     return arrays | dict(level_scales=jax.nn.softplus(scales))
 
   def init_state(self, batch, max_len, dtype):
