@@ -6,6 +6,7 @@ from experiments.survey.claims.budgets import BUDGETS
 from experiments.survey.claims.caches import CACHES
 from experiments.survey.claims.complexity import COMPLEXITY
 from experiments.survey.claims.compression import COMPRESSION
+from experiments.survey.claims.cost_tables import COST_TABLES
 from experiments.survey.claims.decoding import DECODING
 from experiments.survey.claims.errata import ERRATA
 from experiments.survey.claims.fast_weights import FAST_WEIGHTS
@@ -13,12 +14,14 @@ from experiments.survey.claims.feature_maps import FEATURE_MAPS
 from experiments.survey.claims.hardware import HARDWARE
 from experiments.survey.claims.hashing import HASHING
 from experiments.survey.claims.layouts import LAYOUTS
+from experiments.survey.claims.linear_forms import LINEAR_FORMS
 from experiments.survey.claims.low_rank import LOW_RANK
 from experiments.survey.claims.lra import LRA
 from experiments.survey.claims.memory import MEMORY
 from experiments.survey.claims.memory_tricks import MEMORY_TRICKS
 from experiments.survey.claims.patterns import PATTERNS
 from experiments.survey.claims.quality import QUALITY
+from experiments.survey.claims.quality_rows import QUALITY_ROWS
 from experiments.survey.claims.quantization import QUANTIZATION
 from experiments.survey.claims.random_features import RANDOM_FEATURES
 from experiments.survey.claims.recurrences import RECURRENCES
@@ -54,5 +57,8 @@ GROUPS = (
   ARITHMETIC,
   FAST_WEIGHTS,
   SPEED,
+  COST_TABLES,
+  LINEAR_FORMS,
+  QUALITY_ROWS,
 )
 CLAIMS = dict(sorted({k: v for g in GROUPS for k, v in g.items()}.items()))
