@@ -15,6 +15,7 @@ from experiments.survey.claims.hardware import HARDWARE
 from experiments.survey.claims.hashing import HASHING
 from experiments.survey.claims.layouts import LAYOUTS
 from experiments.survey.claims.linear_forms import LINEAR_FORMS
+from experiments.survey.claims.linear_gates import LINEAR_GATES
 from experiments.survey.claims.low_rank import LOW_RANK
 from experiments.survey.claims.lra import LRA
 from experiments.survey.claims.memory import MEMORY
@@ -59,6 +60,7 @@ GROUPS = (
   SPEED,
   COST_TABLES,
   LINEAR_FORMS,
+  LINEAR_GATES,
   QUALITY_ROWS,
 )
 CLAIMS = dict(sorted({k: v for g in GROUPS for k, v in g.items()}.items()))

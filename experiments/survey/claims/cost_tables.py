@@ -169,8 +169,9 @@ def table(values) -> list:
   note = (
     'Exponents of operations (time) and of the largest array (memory) of a '
     f'forward pass: in N over {LENGTHS}, in the head width d over {WIDTHS}, '
-    f'in the window k over {WINDOWS} of {LONG:,}; of the cache of latent attention in N '
-    f'and in d_c over {LATENT}; of what linear attention keeps (state).'
+    f'in the window k over {WINDOWS} of {LONG:,}; of the cache of latent '
+    f'attention in N and in d_c over {LATENT}; of what linear attention keeps '
+    '(state).'
   )
   return [page.Table(['', *keys], rows), page.Text(note, note=True)]
 

@@ -154,8 +154,8 @@ def tables(values) -> list:
   ]
   note = (
     'Text: bits per byte of decoders of 4 layers on 128 bytes of source code, '
-    'windows of 32, two rounds of buckets of 16. Images: accuracy of encoders of 2 layers on '
-    'digits of 64 pixels, of which Linformer makes 16 rows.'
+    'windows of 32, two rounds of buckets of 16. Images: accuracy of encoders '
+    'of 2 layers on digits of 64 pixels, of which Linformer makes 16 rows.'
   )
   return [page.Table(head, made), page.Text(note, note=True)]
 
