@@ -1,6 +1,7 @@
 """Every claim, by its number."""
 
 from experiments.survey.claims.arithmetic import ARITHMETIC
+from experiments.survey.claims.attention_guide import ATTENTION_GUIDE
 from experiments.survey.claims.blocks import BLOCKS
 from experiments.survey.claims.budgets import BUDGETS
 from experiments.survey.claims.caches import CACHES
@@ -62,5 +63,6 @@ GROUPS = (
   LINEAR_FORMS,
   LINEAR_GATES,
   QUALITY_ROWS,
+  ATTENTION_GUIDE,
 )
 CLAIMS = dict(sorted({k: v for g in GROUPS for k, v in g.items()}.items()))

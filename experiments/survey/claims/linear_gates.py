@@ -147,7 +147,8 @@ def gated(
 
   wanted = (
     f'the state is {"" if forgets else "not "}decayed, and what is written '
-    f'{"depends" if selects else "does not depend"} on more than keys and values'
+    f'{"depends" if selects else "does not depend"} on more than keys and '
+    'values'
   )
   return Statement(
     says=says,
