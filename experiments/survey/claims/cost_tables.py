@@ -1,7 +1,8 @@
-"""The tables of costs in two study guides, cell by cell, counted on the ops."""
+"""The tables of costs in the study guides, cell by cell, counted on the ops."""
 
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +19,22 @@ from experiments.survey.claim import (
   Claim,
   Statement,
 )
-from experiments.survey.models import cache_bytes, forward_flops, mixer
+from experiments.survey.models import (
+  cache_bytes,
+  forward_flops,
+  mixer,
+  training_pass,
+)
 
 # Long beside tiles, chunks and windows; each varies with the others fixed.
 LENGTHS = (16_384, 65_536)
-WIDTHS = (256, 1024)  # of a head: wide beside what a chunk or softmax adds
-WINDOWS = (4096, 16_384)  # wide beside tiles, of
-LONG = 262_144  # tokens
+WIDTHS = (1024, 4096)  # of a head: wide beside what a chunk or softmax adds
+WINDOWS = (4096, 16_384)  # wide beside tiles
 LATENT = (256, 1024)  # d_c
-LENGTH, WIDTH, WINDOW = LENGTHS[0], 64, 1024
+RANKS = (1024, 4096)  # rows of Linformer
+LENGTH, WIDTH, WINDOW, STATES = LENGTHS[0], 64, 1024, 16
+LONGER = (65_536, 262_144)
+N_LOG_N = slope(LONGER, [n * math.log(n) for n in LONGER])
 NEAR = 0.15
 
 
@@ -36,11 +44,42 @@ def pass_over(op: Callable, length: int, width: int) -> cost.Counts:
   return cost.count(op, x, x, x)
 
 
+def powers(letter: str, sizes: Sequence[int], counts) -> dict[str, float]:
+  """Exponents of operations (time) and of the largest array (memory)."""
+  return {
+    f'time {letter}': slope(sizes, [c.operations for c in counts]),
+    f'memory {letter}': slope(sizes, [c.largest_array for c in counts]),
+  }
+
+
 def windowed(size: int) -> Callable:
   """Causal attention to the last `size` tokens, tile by tile."""
   return functools.partial(
     ops.attention, mask=masks.Window(size - 1, 0), implementation='blockwise'
   )
+
+
+def gla(query, key, value):
+  """A recurrence with a gate for every channel."""
+  return ops.linear_attention(query, key, value, log_decay=-key * key)
+
+
+def deltanet(query, key, value):
+  """The delta rule."""
+  return ops.delta_rule(query, key, value, key[..., 0])
+
+
+def kda(query, key, value):
+  """The delta rule with a gate for every channel."""
+  decay = -key * key
+  return ops.delta_rule(query, key, value, key[..., 0], log_decay=decay)
+
+
+def mamba(query, key, value):
+  """A selective state space of 16 states for every channel."""
+  rates = -jnp.ones((1, value.shape[-1], STATES))
+  read, write = query[:, :, 0, :STATES], key[:, :, 0, :STATES]
+  return ops.selective_scan(value, key * key, rates, write, read)
 
 
 OPS = {
@@ -52,41 +91,68 @@ OPS = {
   ),
   'sparse': windowed(WINDOW),
   'linear': ops.linear_attention,
+  'gla': gla,
+  'deltanet': deltanet,
+  'kda': kda,
+  'mamba': mamba,
 }
+RECURRENT = ('linear', 'gla', 'deltanet', 'kda', 'mamba')
 
 
 def exponents(op: Callable) -> dict[str, float]:
-  """Exponents of operations (time) and of the largest array (memory)."""
+  """Exponents of a pass in the length and in the width."""
   by_length = [pass_over(op, n, WIDTH) for n in LENGTHS]
   by_width = [pass_over(op, LENGTH, d) for d in WIDTHS]
-  return {
-    'time N': slope(LENGTHS, [c.operations for c in by_length]),
-    'memory N': slope(LENGTHS, [c.largest_array for c in by_length]),
-    'time d': slope(WIDTHS, [c.operations for c in by_width]),
-    'memory d': slope(WIDTHS, [c.largest_array for c in by_width]),
-  }
+  return powers('N', LENGTHS, by_length) | powers('d', WIDTHS, by_width)
 
 
 def by_window() -> dict[str, float]:
   """Exponents of a pass in the keys that a token sees."""
-  counts = [pass_over(windowed(k), LONG, WIDTH) for k in WINDOWS]
-  return {
-    'time k': slope(WINDOWS, [c.operations for c in counts]),
-    'memory k': slope(WINDOWS, [c.largest_array for c in counts]),
-  }
+  counts = [pass_over(windowed(k), LONGER[-1], WIDTH) for k in WINDOWS]
+  return powers('k', WINDOWS, counts)
 
 
-def state() -> dict[str, float]:
-  """Exponents of what linear attention keeps of the past."""
+def state(op: Callable) -> dict[str, float]:
+  """Exponents of what a recurrence keeps of the past."""
 
   def kept(length, width):
     x = jax.ShapeDtypeStruct((1, length, 1, width), jnp.float32)
-    return cost.array_bytes(jax.eval_shape(ops.linear_attention, x, x, x)[1])
+    return cost.array_bytes(jax.eval_shape(op, x, x, x)[1])
 
   return {
     'state N': slope(LENGTHS, [kept(n, WIDTH) for n in LENGTHS]),
     'state d': slope(WIDTHS, [kept(LENGTH, d) for d in WIDTHS]),
   }
+
+
+def linformer() -> dict[str, float]:
+  """Exponents of a training pass of Linformer in N and in its k rows."""
+
+  def of(length, rank):
+    x = jax.ShapeDtypeStruct((1, length, WIDTH), jnp.float32)
+    options = dict(causal=False, rank=rank, max_len=length)
+    return training_pass(mixer('linformer', WIDTH, 1, **options), x)
+
+  by_length = [of(n, RANKS[0]) for n in LENGTHS]
+  by_rank = [of(LENGTH, k) for k in RANKS]
+  return powers('N', LENGTHS, by_length) | powers('k', RANKS, by_rank)
+
+
+def reformer() -> dict[str, float]:
+  """Exponents of a training pass of Reformer in N.
+
+  There are 2 N / 64 buckets in two factors, as its paper advises.
+  """
+
+  def of(length):
+    power = (length // 32).bit_length() - 1
+    factors = 2 ** (power // 2), 2 ** (power - power // 2)
+    module = mixer('reformer', WIDTH, 1, causal=True, num_buckets=factors)
+    return training_pass(
+      module, jax.ShapeDtypeStruct((1, length, WIDTH), jnp.float32)
+    )
+
+  return powers('N', LONGER, [of(n) for n in LONGER])
 
 
 def compact() -> dict[str, float]:
@@ -110,11 +176,14 @@ def compact() -> dict[str, float]:
 
 
 def costs() -> dict:
-  """R40: exponents of every row of both tables."""
+  """R40: exponents of every row of the tables."""
   found = {name: exponents(op) for name, op in OPS.items()}
   found['sparse'] |= by_window()
-  found['linear'] |= state()
-  return found | dict(compact=compact())
+  for name in RECURRENT:
+    found[name] |= state(OPS[name])
+  return found | dict(
+    compact=compact(), linformer=linformer(), reformer=reformer()
+  )
 
 
 def near(row: Mapping, wanted: Mapping[str, float]) -> bool:
@@ -154,8 +223,20 @@ def cell(
   )
 
 
+def hashed_memory(values) -> str:
+  """The exponent of the largest array."""
+  return f'N^{values["reformer"]["memory N"]:.2f}'
+
+
+def hashed_bound(values) -> str:
+  """A bound holds where less is needed."""
+  found = values['reformer']['memory N']
+  return HOLDS if found < N_LOG_N + NEAR else FAILS
+
+
 TABLE = 'S001 Complexity Comparison'
 GLANCE = 'S002 Complexity at a Glance'
+MASTER = 'S003 Master Comparison Table'
 STATE = 'only what is kept of the past has it, and not a pass over N tokens'
 
 
@@ -169,15 +250,16 @@ def table(values) -> list:
   note = (
     'Exponents of operations (time) and of the largest array (memory) of a '
     f'forward pass: in N over {LENGTHS}, in the head width d over {WIDTHS}, '
-    f'in the window k over {WINDOWS} of {LONG:,}; of the cache of latent '
-    f'attention in N and in d_c over {LATENT}; of what linear attention keeps '
-    '(state).'
+    f'in the window k over {WINDOWS} of {LONGER[-1]:,}; of the cache of latent '
+    f'attention in N and in d_c over {LATENT}; of what recurrences keep '
+    '(state). Of Linformer and Reformer it is a training pass, in the rows k '
+    f'over {RANKS}, and in N over {LONGER}, where N log N is N^{N_LOG_N:.2f}.'
   )
   return [page.Table(['', *keys], rows), page.Text(note, note=True)]
 
 
 R40 = Claim(
-  title='Costs of standard, tiled, sparse, linear and compact attention',
+  title='Costs in the tables of the study guides',
   tier='a',
   measure=costs,
   parts=table,
@@ -185,29 +267,29 @@ R40 = Claim(
     cell(
       'standard',
       'Standard attention takes time O(N^2 d)',
-      TABLE,
+      f'{TABLE}; {MASTER}',
       'O(N²d)',
       {'time N': 2, 'time d': 1},
     ),
     cell(
       'flash',
       'FlashAttention takes the time of standard attention',
-      TABLE,
+      f'{TABLE}; {MASTER}',
       'O(N²d)',
       {'time N': 2, 'time d': 1},
     ),
     cell(
       'sparse',
       'Sparse attention takes time O(N k)',
-      f'{TABLE}; {GLANCE}',
-      'O(N·k), O(n·w)',
+      f'{TABLE}; {GLANCE}; {MASTER}',
+      'O(N·k), O(n·w), O(nwd)',
       {'time N': 1, 'time k': 1},
     ),
     cell(
       'sparse',
       'Sparse attention takes memory O(N k)',
-      f'{TABLE}; {GLANCE}',
-      'O(N·k), O(n·w)',
+      f'{TABLE}; {GLANCE}; {MASTER}',
+      'O(N·k), O(n·w), O(nw)',
       {'memory N': 1, 'memory k': 1},
       instead={'memory N': 1, 'memory k': 0},
       why='it is a bound: in tiles a pass holds O(N), whatever k is',
@@ -215,7 +297,7 @@ R40 = Claim(
     cell(
       'linear',
       'Linear attention takes time O(N d^2)',
-      TABLE,
+      f'{TABLE}; {MASTER}',
       'O(Nd²)',
       {'time N': 1, 'time d': 2},
     ),
@@ -238,7 +320,7 @@ R40 = Claim(
     cell(
       'standard',
       'Dense attention takes time and memory O(n^2)',
-      GLANCE,
+      f'{GLANCE}; {MASTER}',
       'O(n²), O(n²)',
       {'time N': 2, 'memory N': 2},
     ),
@@ -255,6 +337,65 @@ R40 = Claim(
       TABLE,
       'O(N·d_c)',
       {'memory N': 1, 'memory d_c': 1},
+    ),
+    cell(
+      'linear',
+      'Linear attention takes memory O(n d)',
+      MASTER,
+      'O(nd)',
+      {'memory N': 1, 'memory d': 1},
+    ),
+    *(
+      cell(
+        name,
+        f'{title} takes time O(n d^2) and memory O(n d)',
+        MASTER,
+        'O(nd²), O(nd)',
+        {'time N': 1, 'time d': 2, 'memory N': 1, 'memory d': 1},
+      )
+      for name, title in (
+        ('gla', 'GLA'),
+        ('deltanet', 'DeltaNet'),
+        ('kda', 'KDA'),
+      )
+    ),
+    cell(
+      'mamba',
+      'Mamba takes time O(n d) and memory O(d)',
+      MASTER,
+      'O(nd), O(d)',
+      {'time N': 1, 'time d': 1, 'memory N': 0, 'memory d': 1},
+      instead={'time N': 1, 'time d': 1, 'state N': 0, 'state d': 1},
+      why=STATE,
+    ),
+    cell(
+      'mamba',
+      'Mamba takes time O(n), with a state of O(1) per step',
+      'S003 State Space Models (Mamba)',
+      'O(n) time, O(1) state per step',
+      {'time N': 1, 'state N': 0},
+    ),
+    cell(
+      'linformer',
+      'Linformer takes time O(n k d) and memory O(n k)',
+      MASTER,
+      'O(nkd), O(nk)',
+      {'time N': 1, 'time k': 1, 'memory N': 1, 'memory k': 1},
+    ),
+    cell(
+      'reformer',
+      'LSH attention takes time O(n log n)',
+      MASTER,
+      'O(n log n)',
+      {'time N': N_LOG_N},
+    ),
+    Statement(
+      says='LSH attention takes memory O(n log n) at most',
+      source=MASTER,
+      printed='O(n log n)',
+      measured=hashed_memory,
+      judge=hashed_bound,
+      rule=f'no more than {NEAR} above the exponent of n log n, {N_LOG_N:.2f}',
     ),
   ),
 )
