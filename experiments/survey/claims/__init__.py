@@ -12,6 +12,7 @@ from experiments.survey.claims.decoding import DECODING
 from experiments.survey.claims.errata import ERRATA
 from experiments.survey.claims.fast_weights import FAST_WEIGHTS
 from experiments.survey.claims.feature_maps import FEATURE_MAPS
+from experiments.survey.claims.guide_equations import GUIDE_EQUATIONS
 from experiments.survey.claims.hardware import HARDWARE
 from experiments.survey.claims.hashing import HASHING
 from experiments.survey.claims.layouts import LAYOUTS
@@ -31,6 +32,7 @@ from experiments.survey.claims.scaling import SCALING
 from experiments.survey.claims.selectors import SELECTORS
 from experiments.survey.claims.speed import SPEED
 from experiments.survey.claims.traffic import TRAFFIC
+from experiments.survey.claims.transformer_guide import TRANSFORMER_GUIDE
 
 GROUPS = (
   MEMORY,
@@ -64,5 +66,7 @@ GROUPS = (
   LINEAR_GATES,
   QUALITY_ROWS,
   ATTENTION_GUIDE,
+  TRANSFORMER_GUIDE,
+  GUIDE_EQUATIONS,
 )
 CLAIMS = dict(sorted({k: v for g in GROUPS for k, v in g.items()}.items()))
