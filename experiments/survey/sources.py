@@ -77,11 +77,6 @@ SOURCES = {
     '2020',
     'https://arxiv.org/abs/2004.02984',
   ),
-  'Leviathan': Source(
-    'Yaniv Leviathan, Matan Kalman, Yossi Matias',
-    'Fast Inference from Transformers via Speculative Decoding, 2022',
-    'https://arxiv.org/abs/2211.17192',
-  ),
 }
 
 

@@ -20,6 +20,7 @@ from experiments.survey.claim import (
   statement,
 )
 from experiments.survey.models import forward_flops
+from experiments.survey.sources import OURS
 
 VOCAB, AHEAD = 64, 4  # tokens drafted
 PROMPT = (1, 2, 3, 4)
@@ -206,9 +207,9 @@ def _table(v) -> list:
 
 
 @statement(
-  'Speculative decoding draws from the distribution of the target',
-  'Leviathan abstract',
-  'without changing the distribution',
+  'Accepting x of the draft q with min(1, p(x) / q(x)), and drawing from '
+  'max(0, p - q) otherwise, draws from the target p',
+  f'{OURS}, on S003 Speculative Decoding',
   rule='chi-squared over pairs of tokens: p above 1e-3, where the draft and '
   'the wrong rule are below',
 )
@@ -226,8 +227,7 @@ def speculation_keeps_the_distribution(v):
 
 @statement(
   'A block yields (1 - a^(g + 1)) / (1 - a) tokens',
-  'Leviathan eq. 1',
-  'equal',
+  f'{OURS}, on S003 Speculative Decoding',
   rule='within 3 percent, a being the part of drafted tokens accepted',
 )
 def blocks_yield_the_formula(v):
