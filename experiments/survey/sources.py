@@ -40,6 +40,12 @@ SOURCES = {
     'Surveys 2023, pages of 2103.14636v2',
     'https://arxiv.org/abs/2103.14636v2',
   ),
+  'S000': Source(
+    'Gaurav14cs17',
+    'Attention Mechanisms: The Complete Visual Encyclopedia, read-me of a '
+    'study guide, 2025',
+    GUIDE,
+  ),
   'S001': Source(
     'Gaurav14cs17',
     'Efficient Attention Methods Survey, read-me of a study guide, 2025',

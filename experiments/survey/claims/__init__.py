@@ -24,6 +24,7 @@ from experiments.survey.claims.memory import MEMORY
 from experiments.survey.claims.memory_tricks import MEMORY_TRICKS
 from experiments.survey.claims.patterns import PATTERNS
 from experiments.survey.claims.quality import QUALITY
+from experiments.survey.claims.quality_compact import QUALITY_COMPACT
 from experiments.survey.claims.quality_rows import QUALITY_ROWS
 from experiments.survey.claims.quantization import QUANTIZATION
 from experiments.survey.claims.random_features import RANDOM_FEATURES
@@ -68,5 +69,6 @@ GROUPS = (
   ATTENTION_GUIDE,
   TRANSFORMER_GUIDE,
   GUIDE_EQUATIONS,
+  QUALITY_COMPACT,
 )
 CLAIMS = dict(sorted({k: v for g in GROUPS for k, v in g.items()}.items()))
