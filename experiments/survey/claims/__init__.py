@@ -32,6 +32,7 @@ from experiments.survey.claims.recurrences import RECURRENCES
 from experiments.survey.claims.scaling import SCALING
 from experiments.survey.claims.selectors import SELECTORS
 from experiments.survey.claims.speed import SPEED
+from experiments.survey.claims.swaps import SWAPS
 from experiments.survey.claims.traffic import TRAFFIC
 from experiments.survey.claims.transformer_guide import TRANSFORMER_GUIDE
 
@@ -70,5 +71,6 @@ GROUPS = (
   TRANSFORMER_GUIDE,
   GUIDE_EQUATIONS,
   QUALITY_COMPACT,
+  SWAPS,
 )
 CLAIMS = dict(sorted({k: v for g in GROUPS for k, v in g.items()}.items()))
