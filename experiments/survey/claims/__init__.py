@@ -8,6 +8,7 @@ from experiments.survey.claims.caches import CACHES
 from experiments.survey.claims.complexity import COMPLEXITY
 from experiments.survey.claims.compression import COMPRESSION
 from experiments.survey.claims.cost_tables import COST_TABLES
+from experiments.survey.claims.decisions import DECISIONS
 from experiments.survey.claims.decoding import DECODING
 from experiments.survey.claims.errata import ERRATA
 from experiments.survey.claims.fast_weights import FAST_WEIGHTS
@@ -33,6 +34,7 @@ from experiments.survey.claims.scaling import SCALING
 from experiments.survey.claims.selectors import SELECTORS
 from experiments.survey.claims.speed import SPEED
 from experiments.survey.claims.swaps import SWAPS
+from experiments.survey.claims.toolkit import TOOLKIT
 from experiments.survey.claims.traffic import TRAFFIC
 from experiments.survey.claims.transformer_guide import TRANSFORMER_GUIDE
 
@@ -72,5 +74,7 @@ GROUPS = (
   GUIDE_EQUATIONS,
   QUALITY_COMPACT,
   SWAPS,
+  DECISIONS,
+  TOOLKIT,
 )
 CLAIMS = dict(sorted({k: v for g in GROUPS for k, v in g.items()}.items()))

@@ -1,0 +1,162 @@
+"""Stars and savings of methods, as an index of guides gives them."""
+
+import functools
+
+from flax import nnx
+
+from experiments.survey.claim import (
+  FAILS,
+  HOLDS,
+  RESTATED,
+  UNDEFINED,
+  Claim,
+  Statement,
+  elsewhere,
+)
+from experiments.survey.claims.decisions import (
+  HEADS,
+  LENGTHS,
+  WINDOW,
+  D,
+  tokens,
+)
+from experiments.survey.encoders import Bert, Encoder
+from experiments.survey.models import (
+  cache_bytes,
+  mixer,
+  parameters,
+  training_pass,
+)
+
+
+def stars() -> dict[str, dict[str, float]]:
+  """By approach: operations of training, and bytes of the decode state."""
+  rows = {
+    'flash': ('attention', {}),
+    'grouped': ('attention', dict(num_kv_heads=2)),
+    'sparse': ('window', dict(window=WINDOW)),
+    'linear': ('linear', {}),
+  }
+  found = {}
+  for name, (row, options) in rows.items():
+    module = mixer(row, D, HEADS, **options)
+    found[name] = dict(
+      operations=training_pass(module, tokens(LENGTHS[1])).operations,
+      state=cache_bytes(module, LENGTHS[1]),
+    )
+  return found
+
+
+def distilled() -> dict[str, float]:
+  """How many times smaller than BERT-base its students are."""
+  students = {
+    'DistilBERT': Encoder(layers=6, types=0, pooler=False),
+    'TinyBERT': Encoder(layers=4, width=312, ffn=1200),
+  }
+  teacher = size(Encoder())
+  return {name: teacher / size(shape) for name, shape in students.items()}
+
+
+def size(shape: Encoder) -> int:
+  """Counts the parameters of an encoder."""
+  return parameters(nnx.eval_shape(functools.partial(build, shape)))
+
+
+def build(shape: Encoder) -> Bert:
+  """Builds an encoder."""
+  return Bert(shape, rngs=nnx.Rngs(0))
+
+
+def measure() -> dict:
+  """R50: both."""
+  return dict(stars=stars(), distilled=distilled())
+
+
+def speed(values) -> str:
+  """Both take fewer operations than FlashAttention, or one does."""
+  counts = {name: row['operations'] for name, row in values['stars'].items()}
+  less = [counts[name] < 0.9 * counts['flash'] for name in ('sparse', 'linear')]
+  return HOLDS if all(less) else RESTATED if any(less) else FAILS
+
+
+def memory(values) -> str:
+  """Both keep less than FlashAttention, and sparse attention as much."""
+  states = {name: row['state'] for name, row in values['stars'].items()}
+  best = max(states['grouped'], states['linear'])
+  if best > 0.9 * states['flash']:
+    return FAILS
+  return HOLDS if states['sparse'] > best else RESTATED
+
+
+def shown_stars(what: str, names: tuple[str, ...]):
+  """Shares of what FlashAttention takes."""
+
+  def measured(values):
+    found = values['stars']
+    return ', '.join(
+      f'{name} {found[name][what] / found["flash"][what]:.1%}' for name in names
+    )
+
+  return measured
+
+
+def in_range(values) -> str:
+  """All within; or the range is between them."""
+  sizes = sorted(values['distilled'].values())
+  if 5 <= sizes[0] and sizes[-1] <= 7:
+    return HOLDS
+  return UNDEFINED if sizes[0] < 5 and sizes[-1] > 7 else FAILS
+
+
+def shown_sizes(values) -> str:
+  """How much smaller each is."""
+  found = values['distilled'].items()
+  return ', '.join(f'{name} {ratio:.2f}x' for name, ratio in found)
+
+
+STARS, TOOLS = 'S000 Efficiency Trade-offs', 'S000 Complete Efficiency Toolkit'
+R50 = Claim(
+  title='Stars and savings of methods',
+  tier='a',
+  measure=measure,
+  statements=(
+    Statement(
+      says='Sparse and linear attention have five stars of speed, '
+      'FlashAttention three',
+      source=STARS,
+      printed='5, 5, 3 stars',
+      measured=shown_stars('operations', ('sparse', 'linear')),
+      judge=speed,
+      rule='a tenth fewer operations in training on 64K tokens',
+    ),
+    Statement(
+      says='Grouped queries and linear attention have five stars of memory, '
+      'FlashAttention and sparse attention four',
+      source=STARS,
+      printed='5, 5, 4, 4 stars',
+      measured=shown_stars('state', ('grouped', 'linear', 'sparse')),
+      judge=memory,
+      rule='a tenth less in the cache of 64K tokens than FlashAttention, and '
+      'less than windows of 4,096 keep; restated if these keep less than one '
+      'of the two',
+    ),
+    Statement(
+      says='Distillation makes models 5 to 7 times smaller',
+      source=TOOLS,
+      printed='5-7x smaller',
+      measured=shown_sizes,
+      judge=in_range,
+      rule='both students of BERT-base, by count, in the range; not well '
+      'defined if the range lies between them',
+    ),
+    elsewhere(
+      'Experts train 5 times as fast',
+      TOOLS,
+      '5x faster training',
+      'a dense model and one of experts, trained to the same quality on an '
+      'accelerator',
+    ),
+  ),
+)
+
+TOOLKIT = {'R50': R50}
