@@ -237,3 +237,10 @@ TRAINED = {
   'Mamba': ('', '', 'mamba'),
   'KDA (Kimi)': ('kda', '', ''),
 }
+# Those that R43 trains instead: on what, and the row there.
+ALONE = {
+  'Sliding Window': ('text', 'window'),
+  'Linformer': ('images', 'linformer'),
+  'LSH (Reformer)': ('text', 'reformer'),
+  'Mamba': ('text', 'mamba'),
+}

@@ -210,6 +210,16 @@ def master(claims: Mapping) -> page.Table:
       return found
     return f'{100 * (dense / found if claim == "R29" else found / dense):.1f} %'
 
+  def alone(name):
+    task, row = printed.ALONE[name]
+    found, dense = (
+      value(claims, 'R43', task, n, 'mean') for n in (row, 'attention')
+    )
+    if isinstance(found, str):
+      return found
+    share = dense / found if task == 'text' else found / dense
+    return f'{100 * share:.1f} %' + ' (images)' * (task == 'images')
+
   rows = []
   for name, (ours, time, memory, quality) in printed.S003.items():
     counts = [
@@ -221,8 +231,9 @@ def master(claims: Mapping) -> page.Table:
     pairs = zip(counts, (time, memory, memory), strict=True)
     counted, trained, decoded = (compared(*pair) for pair in pairs)
     costs = [name, time, counted, memory, trained, decoded]
+    texts = percent('R29', 'mean', text, 'attention')
     qualities = [
-      percent('R29', 'mean', text, 'attention'),
+      alone(name) if name in printed.ALONE else texts,
       percent('R30', 'average', arena, 'Transformer'),
       percent('R21', 'mean', recall, 'attention'),
     ]
@@ -277,11 +288,11 @@ TABLES = {
     master,
     f'{RULE} Quality is in percent of softmax attention without a metric, so '
     'nothing can agree with it. Text: bits per byte of attention over its own '
-    '(R29). LRA: average over '
-    'that of the Transformer, from the published accuracies (R30; Longformer, '
-    'Reformer). Recall: accuracy over that of attention (R21). Counts of KDA '
-    'are of its own layers; the largest array of Linformer is its projection, '
-    'made for the longest input.',
+    '(R29, R43), and accuracy on digits over that of attention (images). LRA: '
+    'average over that of the Transformer, from the published accuracies '
+    '(R30; Longformer, Reformer). Recall: accuracy over that of attention '
+    '(R21). Counts of KDA are of its own layers; the largest array of '
+    'Linformer is its projection, made for the longest input.',
   ),
 }
 

@@ -22,9 +22,12 @@ from efficient_attn.ops.softmax import attention, paged_attention
 from experiments.survey import errata_linear, misprints, run
 from experiments.survey.claims import (
   CLAIMS,
+  attention_guide,
   fast_weights,
+  guide_equations,
   hardware,
   layouts,
+  linear_gates,
   random_features,
   recurrences,
 )
@@ -125,6 +128,10 @@ CASES = {
         lambda: misprint('E8'),
         ['Kv heads are repeated as K (x) 1'],
       ),
+      'R44': (
+        attention_guide.formula,
+        ['Attention is softmax(Q K^T / sqrt(d_k)) V'],
+      ),
     },
   ),
   'the pages of paged_attention': (
@@ -182,6 +189,14 @@ CASES = {
       'R38': (
         lambda: dict(identities=fast_weights.identities()),
         ['TTT-Linear with a token a step is DeltaNet'],
+      ),
+      'R42': (
+        lambda: dict(deltanet=linear_gates.changes('deltanet')),
+        ['DeltaNet has a forget and a select gate'],
+      ),
+      'R46': (
+        guide_equations.equations,
+        ['The delta rule adds k beta (v - S^T k)^T to the state'],
       ),
     },
   ),

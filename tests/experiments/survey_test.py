@@ -26,7 +26,8 @@ from experiments.survey.claims import CLAIMS
 from experiments.survey.claims.complexity import agrees, exponents
 from launch import survey
 
-# Statements that counting shows to be wrong, or to say nothing.
+# Statements that counting shows to be wrong, to want another wording, or to say
+# nothing.
 WRONG = {
   'R01': {'Scores of 128K tokens take 64 GB'},
   'R03': {
@@ -41,6 +42,11 @@ WRONG = {
   'R24': {
     'A window needs O(sqrt n) layers to reach every token',
     'Sinkhorn attention stays quadratic in the length',
+  },
+  'R40': {
+    'Sparse attention takes memory O(N k)',
+    'Linear attention takes memory O(d^2)',
+    'Mamba takes time O(n d) and memory O(d)',
   },
 }
 
