@@ -2,9 +2,11 @@
 
 import functools
 
+import numpy as np
 from flax import nnx
 
 from experiments.survey.claim import (
+  DERIVED,
   FAILS,
   HOLDS,
   RESTATED,
@@ -67,9 +69,34 @@ def build(shape: Encoder) -> Bert:
   return Bert(shape, rngs=nnx.Rngs(0))
 
 
+def kv_heads(heads: int = 32, group: int = 4) -> dict[str, float]:
+  """How many times less is cached with one kv head, and with one a group."""
+  whole, shared, one = (
+    cache_bytes(mixer('attention', 4096, heads, num_kv_heads=kv), LENGTHS[0])
+    for kv in (heads, heads // group, 1)
+  )
+  return dict(h=heads, g=group, mqa=whole / one, gqa=whole / shared)
+
+
+def pruned(shares=(0.5, 0.75)) -> list[float]:
+  """How many times smaller half and a quarter of a matrix in 16 bits are.
+
+  Stored are the weights that are left, and a bit for each that says where.
+  """
+  matrix = np.random.default_rng(0).standard_normal((512, 512))
+  found = []
+  for share in shares:
+    left = np.abs(matrix) > np.quantile(np.abs(matrix), share)
+    stored = 2 * left.sum() + np.packbits(left).nbytes
+    found.append(float(2 * matrix.size / stored))
+  return found
+
+
 def measure() -> dict:
-  """R50: both."""
-  return dict(stars=stars(), distilled=distilled())
+  """R50: all of these."""
+  return dict(
+    stars=stars(), distilled=distilled(), kv=kv_heads(), pruned=pruned()
+  )
 
 
 def speed(values) -> str:
@@ -114,11 +141,44 @@ def shown_sizes(values) -> str:
   return ', '.join(f'{name} {ratio:.2f}x' for name, ratio in found)
 
 
+def sparse_sizes(values) -> str:
+  """Both within 2 to 4; or one; or none."""
+  inside = [2 <= ratio <= 4 for ratio in values['pruned']]
+  return HOLDS if all(inside) else UNDEFINED if any(inside) else FAILS
+
+
+def shown_sparse(values) -> str:
+  """How much smaller each is."""
+  half, quarter = values['pruned']
+  return f'{half:.2f}x without half of the weights, {quarter:.2f}x without 3/4'
+
+
+def reduced(key: str, by: str):
+  """Whether the cache is as many times smaller as printed."""
+
+  def judge(values):
+    found = values['kv']
+    return HOLDS if abs(found[key] / found[by] - 1) < 0.01 else FAILS
+
+  return judge
+
+
+def shown_reduced(key: str, by: str):
+  """The ratio and what is printed."""
+
+  def measured(values):
+    found = values['kv']
+    return f'{found[key]:g}x, {by} = {found[by]}'
+
+  return measured
+
+
 STARS, TOOLS = 'S000 Efficiency Trade-offs', 'S000 Complete Efficiency Toolkit'
 R50 = Claim(
   title='Stars and savings of methods',
   tier='a',
   measure=measure,
+  seeds=(0,),
   statements=(
     Statement(
       says='Sparse and linear attention have five stars of speed, '
@@ -148,6 +208,31 @@ R50 = Claim(
       judge=in_range,
       rule='both students of BERT-base, by count, in the range; not well '
       'defined if the range lies between them',
+    ),
+    Statement(
+      says='Pruning makes models 2 to 4 times smaller',
+      source=TOOLS,
+      printed='2-4x smaller',
+      measured=shown_sparse,
+      judge=sparse_sizes,
+      rule='without half and without three quarters of the weights, in 16 bits '
+      'and a bit for the place of each; not well defined if one of the two',
+      provenance=DERIVED,
+    ),
+    *(
+      Statement(
+        says=says,
+        source='S001 Class 2: Compact Attention',
+        printed=printed,
+        measured=shown_reduced(key, printed[0]),
+        judge=reduced(key, printed[0]),
+        rule='bytes of the cache, to 1 percent, of 32 heads'
+        + ' and 8 kv heads' * (key == 'gqa'),
+      )
+      for says, printed, key in (
+        ('MQA reduces the cache of h heads h times', 'h×', 'mqa'),
+        ('GQA with h / g kv heads reduces the cache g times', 'g×', 'gqa'),
+      )
     ),
     elsewhere(
       'Experts train 5 times as fast',
