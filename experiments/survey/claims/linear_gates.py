@@ -71,7 +71,7 @@ def changes(name: str) -> dict[str, float]:
   x = np.random.default_rng(2).standard_normal((2, 1, 1, D))
   empty = module.init_cache(1, 1, jnp.float32)
   leaves, tree = jax.tree.flatten(empty)
-  at = max(range(len(leaves)), key=lambda i: leaves[i].size)
+  at = int(np.argmax([leaf.size for leaf in leaves]))
 
   @jax.jit
   def states(params, token, memory):
