@@ -1,5 +1,7 @@
 """What a trained model loses when its attention is exchanged untrained."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +32,13 @@ LENGTH, COUNT, WINDOW, NARROW = 256, 32, 64, 16
 HEADS = CONFIG['model']['num_heads']
 
 
+def changed(model: nnx.Module, change: Callable) -> nnx.Module:
+  """The model with change(path, array) of every parameter."""
+  graphdef, params = nnx.split(model)
+  params = jax.tree_util.tree_map_with_path(change, params)
+  return nnx.merge(graphdef, params)
+
+
 def shared(model: nnx.Module) -> nnx.Module:
   """The model with one kv head in place of all: their mean, as for GQA."""
 
@@ -40,17 +49,16 @@ def shared(model: nnx.Module) -> nnx.Module:
     axis = x.shape.index(HEADS)
     return jnp.mean(x, axis, keepdims=True)
 
-  pooled = jax.tree_util.tree_map_with_path(mean, nnx.state(model))
-  return with_mixer(pooled, 'attention', num_kv_heads=1)
+  return with_mixer(changed(model, mean), 'attention', num_kv_heads=1)
 
 
 def pruned(model: nnx.Module) -> nnx.Module:
   """The model without the smaller half of every matrix."""
 
-  def half(x):
+  def half(path, x):
     return x if x.ndim < 2 else jnp.where(abs(x) < jnp.median(abs(x)), 0, x)
 
-  return with_mixer(jax.tree.map(half, nnx.state(model)), 'attention')
+  return changed(model, half)
 
 
 def swapped() -> dict[str, float]:
