@@ -211,9 +211,9 @@ def master(claims: Mapping) -> page.Table:
     return f'{100 * (dense / found if claim == "R29" else found / dense):.1f} %'
 
   def alone(name):
-    task, row = printed.ALONE[name]
+    claim, task, row = printed.ALONE[name]
     found, dense = (
-      value(claims, 'R43', task, n, 'mean') for n in (row, 'attention')
+      value(claims, claim, task, n, 'mean') for n in (row, 'attention')
     )
     if isinstance(found, str):
       return found
@@ -288,7 +288,7 @@ TABLES = {
     master,
     f'{RULE} Quality is in percent of softmax attention without a metric, so '
     'nothing can agree with it. Text: bits per byte of attention over its own '
-    '(R29, R43), and accuracy on digits over that of attention (images). LRA: '
+    '(R29, R43), and accuracy on digits over that of attention (R51). LRA: '
     'average over that of the Transformer, from the published accuracies '
     '(R30; Longformer, Reformer). Recall: accuracy over that of attention '
     '(R21). Counts of KDA are of its own layers; the largest array of '

@@ -1,7 +1,7 @@
 """Rows of the master comparison that another claim does not train.
 
 A decoder reads text where the row can decode. Linformer cannot: its row reads
-images, pixel by pixel.
+images, patch by patch.
 """
 
 from collections.abc import Mapping
@@ -25,6 +25,7 @@ PRINTED = {
   'mamba': ('Mamba', 97, '~97%'),
   'linformer': ('Linformer', 96, '~96%'),
 }
+DECODERS = ('window', 'reformer', 'mamba')
 # A quarter of the 128 bytes; two rounds of buckets of 16 of them.
 TEXT = {
   'attention': {},
@@ -32,8 +33,8 @@ TEXT = {
   'reformer': dict(num_buckets=8, chunk_size=16, num_hashes=2),
   'mamba': {},
 }
-# A quarter of the 64 pixels.
-IMAGES = {'attention': {}, 'linformer': dict(rank=16, max_len=64)}
+# A quarter of the 16 patches.
+IMAGES = {'attention': {}, 'linformer': dict(rank=4, max_len=16)}
 
 
 def architectures(rows: Mapping[str, dict]) -> dict:
@@ -44,22 +45,25 @@ def architectures(rows: Mapping[str, dict]) -> dict:
   }
 
 
-def rows() -> dict:
-  """R43: bits per byte of decoders, accuracy of encoders."""
+def text() -> dict:
+  """R43: bits per byte of decoders."""
   return dict(
     text=run_study(
       'lm_quality.py:tiny',
       architectures=architectures(TEXT),
       learning_rates=(6e-3,),
-    ),
+    )
+  )
+
+
+def images() -> dict:
+  """R51: accuracy of encoders."""
+  return dict(
     images=run_study(
       'vit_mixers.py:tiny',
-      architectures={
-        name: {'model.patch_size': 1, **changes}
-        for name, changes in architectures(IMAGES).items()
-      },
-      learning_rates=(3e-3,),
-    ),
+      architectures=architectures(IMAGES),
+      learning_rates=(3e-3, 1e-2),
+    )
   )
 
 
@@ -115,13 +119,13 @@ def quality(name: str) -> Statement:
     judge=judge,
     rule='no metric, size or data is stated; restated if it lies in the '
     f'interval of the {metric} relative to that of attention, at parameters '
-    'matched to 10 percent, equal steps and one learning rate, 3 seeds',
+    'matched to 10 percent and equal steps, 3 seeds',
   )
 
 
 def none_better(values) -> str:
   """No interval above that of attention, one at least below."""
-  spans = [percent(values, name) for name in PRINTED]
+  spans = [percent(values, name) for name in DECODERS]
   if any(least > 100 for least, _ in spans):
     return FAILS
   return HOLDS if any(most < 100 for _, most in spans) else UNDEFINED
@@ -129,7 +133,7 @@ def none_better(values) -> str:
 
 def spans(values) -> str:
   """The percentages of all rows."""
-  found = {name: percent(values, name) for name in PRINTED}
+  found = {name: percent(values, name) for name in DECODERS}
   return ', '.join(
     f'{name} {least:.0f} to {most:.0f} %'
     for name, (least, most) in found.items()
@@ -154,22 +158,23 @@ def tables(values) -> list:
   ]
   note = (
     'Text: bits per byte of decoders of 4 layers on 128 bytes of source code, '
-    'windows of 32, two rounds of buckets of 16. Images: accuracy of encoders '
-    'of 2 layers on digits of 64 pixels, of which Linformer makes 16 rows.'
+    'at one learning rate, windows of 32, two rounds of buckets of 16. Images: '
+    'accuracy of encoders of 2 layers on digits in 16 patches, of which '
+    'Linformer makes 4 rows, at the better of two learning rates.'
   )
   return [page.Table(head, made), page.Text(note, note=True)]
 
 
 R43 = Claim(
-  title='Quality of windows, hashing, projections and Mamba, trained',
+  title='Quality of windows, hashing and Mamba, trained',
   tier='b',
-  measure=rows,
+  measure=text,
   seeds=(0, 1, 2),
   parts=tables,
   statements=(
-    *map(quality, PRINTED),
+    *map(quality, DECODERS),
     Statement(
-      says='Windows, hashing, projections and Mamba lose quality',
+      says='Windows, hashing and Mamba lose quality',
       source=f'{OURS}, on S003 Master Comparison Table',
       measured=spans,
       judge=none_better,
@@ -178,5 +183,13 @@ R43 = Claim(
     ),
   ),
 )
+R51 = Claim(
+  title='Quality of Linformer, trained',
+  tier='b',
+  measure=images,
+  seeds=(0, 1, 2),
+  parts=tables,
+  statements=(quality('linformer'),),
+)
 
-QUALITY_ROWS = {'R43': R43}
+QUALITY_ROWS = {'R43': R43, 'R51': R51}
