@@ -146,6 +146,12 @@ def _move(given, options):
   return found
 
 
+def renamed(mixer: str) -> str | None:
+  """Returns today's name of a mixer that had another; None if it had not."""
+  found = (names.get(mixer) for names in MIXER_NAMES.values())
+  return next(filter(None, found), None)
+
+
 def moved(row: str, option: str) -> str | None:
   """Says where an option of a mixer has gone; None if it was never there."""
   for rows in MOVED.values():

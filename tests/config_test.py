@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+from flax import nnx
 
 from efficient_attn import config as configs
 from efficient_attn import formats
-from efficient_attn.config import ConfigError
+from efficient_attn.config import ConfigError, LMConfig
+from efficient_attn.layers.stack import Stack
 from efficient_attn.values import Dtype, OneOf, Positive, Range, read
 
 TINY = dict(model=dict(name='lm', d_model=16, num_heads=4))
@@ -213,7 +215,7 @@ def test_an_older_format_keeps_the_options_that_it_implied(
   tmp_path, monkeypatch, caplog
 ):
   implied = {'gla': dict(conv_width=4, expand_k=0.25)}
-  monkeypatch.setitem(formats.IMPLIED, configs.FORMAT, implied)
+  monkeypatch.setattr(formats, 'IMPLIED', {configs.FORMAT: implied})
   config = configs.resolve(
     configs.override(
       TINY,
@@ -235,7 +237,8 @@ def test_an_older_format_keeps_the_options_that_it_implied(
       'gla:far': dict(conv_width=2, expand_k=0.25),
     }
     configs.load(str(file))
-  notes = [f'format {w}; as they were: gla:far, gla' for w in (0, 1)]
+  older = (0, configs.FORMAT - 1)
+  notes = [f'format {w}; as they were: gla:far, gla' for w in older]
   assert [r.message.partition(' is of ')[2] for r in caplog.records] == notes
 
 
@@ -250,3 +253,42 @@ def test_gelu_of_an_older_format_is_that_of_tanh(tmp_path):
   stored['model']['activation'] = ['gelu']  # refused elsewhere
   file.write_text(json.dumps(stored | {'format': 1}))
   assert configs.load(str(file))['model']['activation'] == ['gelu']
+
+
+def test_words_of_an_older_format_are_those_of_today(tmp_path, caplog):
+  config = configs.resolve(configs.override(TINY, {'model.mixers': {}}))
+  file = tmp_path / 'config.json'
+  configs.save(config, file)
+  stored = json.loads(file.read_text())
+  stored['model'] |= {
+    'pattern': ['sla', 'lambda:near', 'attention', 'neighborhood'],
+    'mixers': {
+      'sla': {'dwc_width': 4},
+      'lambda:near': {'window': 5},
+      'attention': {'rotary_base': 1e6, 't5_buckets': 8, 'gate': 'head'},
+      'neighborhood': {'grid': [4, 4], 'window': 3},
+    },
+  }
+  file.write_text(json.dumps(stored | {'format': 2}))
+  found = configs.load(str(file))['model']
+  assert found['pattern'] == (
+    'slab',
+    'lambda_network:near',
+    'attention',
+    'neighborhood',
+  )
+  assert found['mixers'] == {
+    'slab': {'dwc_width': 4},
+    'lambda_network:near': {'window': 5},
+    'attention': {
+      'rotary': {'base': 1e6},
+      't5': {'buckets': 8},
+      'gate': 'head',
+    },
+    'neighborhood': {'window': 3},
+  }
+  assert len(caplog.records) == 1
+  # A new config says the words of today.
+  for name, word in (('sla', 'slab'), ('lambda', 'lambda_network')):
+    with pytest.raises(ConfigError, match=f"is called '{word}' now"):
+      Stack(LMConfig(pattern=(name,)), causal=False, rngs=nnx.Rngs(0))

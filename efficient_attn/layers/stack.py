@@ -18,7 +18,7 @@ from efficient_attn.layers.context import Context
 from efficient_attn.layers.dropout import dropout
 from efficient_attn.layers.ffn import ACTIVATIONS, FFNS
 from efficient_attn.layers.mixer import Penalized, SharesKeys
-from efficient_attn.layers.mixers import MIXERS, build_mixer, read_options
+from efficient_attn.layers.mixers import build_mixer, choose_mixer, read_options
 from efficient_attn.layers.norm import NORMS
 from efficient_attn.values import under
 
@@ -177,7 +177,7 @@ class Stack(nnx.Module):
 
   def __init__(self, config: ModelConfig, causal: bool, *, rngs: nnx.Rngs):
     for name, options in config.mixers.items():  # the pattern has some of them
-      choose('model.mixers', row_of(name), MIXERS)
+      choose_mixer('model.mixers', row_of(name))
       read_options(row_of(name), options, f'model.mixers.{name}')
     pattern = config.pattern
     self.repeats, rest = divmod(config.num_layers, len(pattern))

@@ -14,8 +14,13 @@ import jax
 
 from efficient_attn import config as configs
 from efficient_attn import data, sharding
-from efficient_attn.config import Config, ConfigError, choose
-from efficient_attn.layers.mixers import MIXERS, mixer_options, read_options
+from efficient_attn.config import Config, ConfigError
+from efficient_attn.layers.mixers import (
+  MIXERS,
+  choose_mixer,
+  mixer_options,
+  read_options,
+)
 from efficient_attn.layers.stack import row_of
 from efficient_attn.models import cost
 from efficient_attn.train.loss import make_loss
@@ -100,7 +105,7 @@ def complete(config: Config) -> Config:
   for name in dict.fromkeys((*config.model.pattern, *config.model.mixers)):
     row = row_of(name)
     key = 'model.pattern' if name in config.model.pattern else 'model.mixers'
-    choose(key, row, MIXERS)
+    choose_mixer(key, row)
     given = config.model.mixers.get(name, {})
     defaults = {k: p.default for k, p in mixer_options(row).items()}
     mixers[name] = defaults | read_options(row, given, f'model.mixers.{name}')

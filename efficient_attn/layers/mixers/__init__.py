@@ -13,7 +13,7 @@ from typing import Any
 from flax import nnx
 
 from efficient_attn.config import ConfigError, choose
-from efficient_attn.formats import moved
+from efficient_attn.formats import moved, renamed
 from efficient_attn.layers.mixers.attention_free import ATTENTION_FREE
 from efficient_attn.layers.mixers.both_ways import BothWays
 from efficient_attn.layers.mixers.compact import COMPACT
@@ -34,6 +34,7 @@ __all__ = [
   'MIXERS',
   'MixerSpec',
   'build_mixer',
+  'choose_mixer',
   'mixer_options',
   'read_options',
 ]
@@ -54,6 +55,13 @@ FAMILIES = {
 MIXERS = {name: row for rows in FAMILIES.values() for name, row in rows.items()}
 
 
+def choose_mixer(key: str, name: str) -> MixerSpec:
+  """Returns a row; an unknown name is a `ConfigError` about `key`."""
+  if isinstance(name, str) and (now := renamed(name)):
+    raise ConfigError(f'{key}={name!r} is called {now!r} now')
+  return choose(key, name, MIXERS)
+
+
 def build_mixer(
   name: str,
   *,
@@ -70,7 +78,7 @@ def build_mixer(
       causal=False for a mixer that is causal only, or causal=True for one of
       encoders.
   """
-  spec = choose('model.pattern', name, MIXERS)
+  spec = choose_mixer('model.pattern', name)
   if not causal and not spec.bidirectional:
     able = [n for n, s in MIXERS.items() if s.bidirectional]
     raise ConfigError(
