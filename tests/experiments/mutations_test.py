@@ -71,11 +71,9 @@ def gates_twice(query, key, value, *, log_decay=None, **options):
   )
 
 
-def nothing_erased(query, key, value, beta, **options):
+def nothing_erased(q, k, v, beta, **options):
   """A delta rule that only adds."""
-  return linear_attention.linear_attention(
-    query, key, beta[..., None] * value, **options
-  )
+  return linear_attention.linear_attention(q, k, beta[..., None] * v, **options)
 
 
 def misprint(name):

@@ -6,6 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
+from efficient_attn.ops.recurrent.forms import FORMS
 from experiments.survey import run
 from experiments.survey.claim import (
   FAILS,
@@ -142,6 +143,9 @@ def verdicts(statement, values):
 BY_HAND = {
   'RMSNorm is 10 to 15 percent faster than LayerNorm': lambda v: (
     v | dict(norms={name: [1.12] * 3 for name in v['norms']})
+  ),
+  'All methods of linear attention have all three forms': lambda v: (
+    v | dict(forms={name: dict.fromkeys(FORMS, 0.0) for name in v['forms']})
   ),
 }
 
