@@ -267,11 +267,13 @@ def evict(model: nnx.Module, policy: str, budget: int) -> nnx.Module:
 
 def _check(mixer):
   """Refuses what scores or keeps its keys in a way of its own."""
-  own = ('mix_tokens', 'mix_sharing', 'bias')
-  plain = all(
-    getattr(type(mixer), name, None) is getattr(Attention, name) for name in own
+  plain = (
+    isinstance(mixer, Attention)
+    and mixer.shares_keys
+    and not mixer.shared_kv
+    and type(mixer).bias is Attention.bias
   )
-  if not plain or mixer.shared_kv:
+  if not plain:
     raise NotImplementedError(
       f'a kv policy cannot evict from {type(mixer).__name__}: every layer must'
       ' be attention with keys of its own'
