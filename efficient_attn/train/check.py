@@ -108,7 +108,8 @@ def complete(config: Config) -> Config:
     choose_mixer(key, row)
     given = config.model.mixers.get(name, {})
     defaults = {k: p.default for k, p in mixer_options(row).items()}
-    mixers[name] = defaults | read_options(row, given, f'model.mixers.{name}')
+    options = read_options(row, given, f'model.mixers.{name}')
+    mixers[name] = configs.as_dict(defaults | options)
   return dataclasses.replace(
     config,
     model=dataclasses.replace(config.model, mixers=mixers),

@@ -164,7 +164,7 @@ def _sums(objective, nll, logits, labels, weights):
     loss=jnp.sum(nll * weights),
     correct=jnp.sum(hits * weights),
     weight=jnp.sum(weights),
-    read=jnp.float32(weights.size),  # tokens or images, answered or not
+    tokens_read=jnp.float32(weights.size),  # tokens or images, answered or not
   )
 
 

@@ -141,7 +141,9 @@ class Architecture:
     key = jax.random.key(config.seed)
     # Outside of the mesh, so that XLA may spread the drawing itself.
     with jax.set_mesh(None):
-      params = jit_init(self.draw, out_shardings=self.shardings(mesh))(key)
+      params = jit_init(
+        self.initial_params, out_shardings=self.shardings(mesh)
+      )(key)
     with jax.set_mesh(mesh):
       key = jax.device_put(key, NamedSharding(mesh, P()))
       return jax.jit(

@@ -147,7 +147,7 @@ def runs_at_once(config: Config) -> int:
   """Returns how many runs of a config fit into memory together."""
   architecture = Architecture(config.model)
   loss = make_loss(config)
-  params = jax.eval_shape(architecture.draw, jax.random.key(0))
+  params = jax.eval_shape(architecture.initial_params, jax.random.key(0))
 
   def gradient(params, batch):
     def objective(params):

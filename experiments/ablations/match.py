@@ -39,7 +39,7 @@ def count(config: Config, batch: dict, quantity: str) -> float:
   """Counts one quantity of `sizes`."""
   config = dataclasses.replace(config, model=models.with_dtype(config.model))
   architecture = Architecture(config.model)
-  params = jax.eval_shape(architecture.draw, jax.random.key(0))
+  params = jax.eval_shape(architecture.initial_params, jax.random.key(0))
   return COUNTS[quantity](config, architecture, params, batch)
 
 

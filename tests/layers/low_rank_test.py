@@ -10,8 +10,12 @@ import pytest
 from flax import nnx
 
 from efficient_attn.config import ConfigError
-from efficient_attn.layers.mixers import MIXERS, build_mixer, mixer_options
-from efficient_attn.layers.mixers.low_rank import LOW_RANK
+from efficient_attn.layers.mixers import (
+  FAMILIES,
+  MIXERS,
+  build_mixer,
+  mixer_options,
+)
 from efficient_attn.models import cost
 from tests.oracles import attention as attention_oracle
 from tests.oracles import low_rank as oracle
@@ -223,7 +227,7 @@ def compressive(mixer, x):
 def scored(score):
   def mix(mixer, x):
     query, key, v = qkv(mixer, x)
-    logits = score(query, key, *map(value, mixer.params))
+    logits = score(query, key, *map(value, mixer.weights.params))
     o = oracle.from_logits(logits, v, np.tri(x.shape[1], dtype=bool))
     return project(mixer.out, o)
 
@@ -274,7 +278,11 @@ CASES = {
 
 
 def test_every_row_has_an_oracle():
-  assert set(CASES) == set(LOW_RANK)
+  assert set(CASES) == {
+    *FAMILIES['low_rank'],
+    *FAMILIES['attention_free'],
+    *('additive', 'luong', 'compressive', 'transformer_xl'),
+  }
 
 
 @pytest.mark.parametrize(
@@ -302,9 +310,9 @@ def counts(name, length):
   return cost.flops(step, mixer, x), cost.largest_array(step, mixer, x)
 
 
-@pytest.mark.parametrize('name', sorted(LOW_RANK))
+@pytest.mark.parametrize('name', sorted(CASES))
 def test_cost_grows_as_the_row_says(name):
-  time = LOW_RANK[name].time
+  time = MIXERS[name].time
   length = 2**15 if time == 1 else 2**13
   growth = [
     math.log2(max(b, 1) / max(a, 1))
@@ -368,7 +376,7 @@ WRONG = [
   ('compressive', dict(mem_len=6, compression_rate=4), 'not a multiple'),
   ('compressive', dict(compression='median'), "did you mean 'mean'"),
   ('funnel', dict(position='alibi'), 'valid: none, rotary'),
-  ('additive', dict(logits_soft_cap=3.0), 'for the mixer attention'),
+  ('additive', dict(logits_soft_cap=3.0), 'not an option of additive'),
   ('luong', dict(position='alibi'), 'valid: none, rotary'),
 ]
 

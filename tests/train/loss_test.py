@@ -127,7 +127,7 @@ def test_only_answers_get_logits():
     )
   )
   architecture = Architecture(config.model)
-  params = jax.eval_shape(architecture.draw, jax.random.key(0))
+  params = jax.eval_shape(architecture.initial_params, jax.random.key(0))
   batch = {name: np.zeros((2, 64), int) for name in ('tokens', 'labels')}
   batch['weights'] = np.zeros((2, 64), np.float32)
   loss = make_loss(config)

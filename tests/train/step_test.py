@@ -148,7 +148,9 @@ def test_parts_drop_with_keys_of_their_own():
     jax.debug.callback(lambda k: keys.append(k), jax.random.key_data(key))
     total = jnp.sum(model.embed.table[...]) * jnp.sum(batch['tokens'])
     one = jnp.float32(1)
-    return dict(objective=total, loss=total, correct=one, weight=one, read=one)
+    return dict(
+      objective=total, loss=total, correct=one, weight=one, tokens_read=one
+    )
 
   mesh = make_mesh('data=1')
   with jax.set_mesh(mesh):
