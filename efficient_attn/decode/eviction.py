@@ -187,7 +187,7 @@ class Evicting(Mixer):
     at = held['position'].swapaxes(1, 2)  # [B, K, S]
     distance = jnp.repeat(at, num_heads // at.shape[1], axis=1)[:, :, None]
     distance = distance - rows[:, None, :, None]
-    whole = self.mixer.bias(0, None, None)
+    whole = self.mixer.bias(0)
     if isinstance(whole, scores.Alibi):
       found = -jnp.asarray(whole.slopes)[:, None, None] * jnp.abs(distance)
     elif isinstance(whole, scores.T5):  # [B, N, T, heads, S], of which its own

@@ -158,7 +158,7 @@ def test_what_is_received_is_the_column_sum_of_the_map(options):
   found = jax.jit(lambda: small.received(query, jnp.arange(7)[None], held))()
   # One key at a time holds a value: what is read of it is its weight.
   marks = jnp.broadcast_to(jnp.eye(7)[None, :, None], (2, 7, 4, 7))
-  bias = mixer.bias(0, None, None)
+  bias = mixer.bias(0)
   read = mixer.weights(query, key, marks, masks.Causal(), bias, mixer.scale)
   np.testing.assert_allclose(
     found, read.sum(1).swapaxes(1, 2), rtol=1e-5, atol=1e-6

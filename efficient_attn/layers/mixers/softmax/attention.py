@@ -153,10 +153,10 @@ class Attention(Mixer):
     if cursor is not None:
       offset = self.mask_rule.remembers
       offset = cursor.length if offset is None else offset
-    places = self.places(context, cursor, offset, x.shape[1], key.shape[1])
-    rule = self.mask_rule.mask(key.shape[1])
-    mask = self.mask(rule, context, cursor, offset, places, x.shape[1])
-    bias = self.bias(offset, context, places)
+    T, S = x.shape[1], key.shape[1]
+    rule = self.mask_rule.mask(S)
+    mask = self.mask(rule, context, cursor, offset, T, S)
+    bias = self.bias(offset, context, cursor, T, S)
     o = self.weights(query, key, value, mask, bias, self.scale)
     return self.output(o, x), cache, shared
 
@@ -186,21 +186,21 @@ class Attention(Mixer):
       kept, cache = cache.append(context, key=key, value=value)
     return kept['key'], kept['value'], cache
 
-  def places(self, context, cursor, offset, queries: int, keys: int):
+  def places(self, context, cursor, offset, T: int, S: int):
     """Counts the keys from the first token of their row, [#B, S].
 
     Behind a cache the first key may be padding, or no longer the first token.
     """
     if cursor is None and context.segment_ids is None:
-      return jnp.arange(keys)[None]
+      return jnp.arange(S)[None]
     if cursor is None:
       return chunks.segment_positions(context.segment_ids)
-    start = cursor.advance(queries, context).start
-    places = cursor.length - offset + jnp.arange(keys)[None]
+    start = cursor.advance(T, context).start
+    places = cursor.length - offset + jnp.arange(S)[None]
     return places if start is None else places - start[:, None]
 
-  def mask(self, mask, context, cursor, offset, places, queries: int):
-    """Which of the keys each query sees by the rule `mask`, or None for all."""
+  def mask(self, mask, context, cursor, offset, T: int, S: int):
+    """Which of S keys T queries see by the rule `mask`, or None for all."""
     if not self.mask_rule.packs:
       name = f'a bidirectional {type(self.mask_rule).__name__}'
       refuse_segments(name, context)
@@ -208,13 +208,14 @@ class Attention(Mixer):
       if isinstance(mask, masks.Window):
         mask = dataclasses.replace(mask, offset=offset)
       elif mask is not None:
-        rows = places[:, :1] + offset + jnp.arange(queries)
+        places = self.places(context, cursor, offset, T, S)
+        rows = places[:, :1] + offset + jnp.arange(T)
         mask = masks.At(mask, rows, places)
-      starts = cursor.starts(context, queries)
+      starts = cursor.starts(context, T)
       if starts is None and self.mask_rule.remembers is not None:
-        starts = jnp.zeros((1, queries), jnp.int32)
+        starts = jnp.zeros((1, T), jnp.int32)
       if starts is not None:
-        index = cursor.length - offset + jnp.arange(places.shape[1])
+        index = cursor.length - offset + jnp.arange(S)
         begun = masks.At(~masks.Causal(-1), starts, index[None])
         mask = begun if mask is None else mask & begun
     elif context.segment_ids is not None:
@@ -224,8 +225,11 @@ class Attention(Mixer):
       mask = causal if mask is None else causal & mask
     return mask
 
-  def bias(self, offset, context, places) -> scores.Score | None:
-    """What is added to the logits of queries that start at `offset`."""
+  def bias(self, offset, *where) -> scores.Score | None:
+    """What is added to the logits of queries that start at `offset`.
+
+    A rule may ask `where` the rows begin: the arguments of `places`.
+    """
     found = self.mask_rule.bias(offset)
     if self.position == 'alibi':
       slopes = jnp.asarray(scores.alibi_slopes(self.num_heads))

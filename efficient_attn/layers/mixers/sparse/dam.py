@@ -40,11 +40,12 @@ class DAM(Attention):
     self.temperature = temperature
     self.penalty_weight = penalty_weight
 
-  def bias(self, offset, context, places):
+  def bias(self, offset, context, cursor, T, S):
     """The logarithm of M, but at the ends of a sequence."""
     score = scores.Diagonal(self.table(), offset)
+    places = self.places(context, cursor, offset, T, S)
     score = scores.Except(score, self.ends(context, places), offset)
-    more = super().bias(offset, context, places)
+    more = super().bias(offset, context, cursor, T, S)
     return score if more is None else score + more
 
   def table(self, key=None):

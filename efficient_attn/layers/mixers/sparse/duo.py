@@ -88,15 +88,15 @@ class DuoAttention(Attention):
 
   def gated(self, query, key, value, context, cache):
     """Every head both ways, mixed by its gate."""
-    cursor, queries = cache and cache.cursor, query.shape[1]
+    cursor, T = cache and cache.cursor, query.shape[1]
     key, value, cache = self.remember(key, value, context, cache)
     offset = 0 if cursor is None else cursor.length
-    places = self.places(context, cursor, offset, queries, key.shape[1])
+    S = key.shape[1]
     full, streaming = (
       self.weights(query, key, value, mask, None, self.scale)
       for mask in (
-        self.mask(rule, context, cursor, offset, places, queries)
-        for rule in (None, self.mask_rule.mask(key.shape[1]))
+        self.mask(rule, context, cursor, offset, T, S)
+        for rule in (None, self.mask_rule.mask(S))
       )
     )
 

@@ -47,7 +47,7 @@ class GridAttention(WholeMixer, Attention):
       )
     heads = self.project(x, context, None)
     query, key, value = (self.mask_rule.arrange(h, grid) for h in heads)
-    bias = self.bias(0, context, None)
+    bias = self.bias(0)
     mask = self.mask_rule.mask(grid)
     o = self.weights(query, key, value, mask, bias, self.scale)
     return self.output(self.mask_rule.arrange(o, grid, back=True), x)

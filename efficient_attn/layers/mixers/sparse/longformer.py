@@ -74,7 +74,7 @@ class Longformer(Attention):
     _, _, cache = self.remember(None, None, context, cache)
     first = masks.Leading(self.mask_rule.num_global)
     near = self.mask_rule.mask(x.shape[1]) & ~first
-    bias, o = self.bias(0, context, None), 0
+    bias, o = self.bias(0), 0
     for qkv, mask in ((self.qkv, near), (self.global_qkv, first)):
       if context.segment_ids is not None:
         mask = masks.packed(mask, context.segment_ids)
