@@ -158,7 +158,7 @@ def additive(length) -> Pair:
     draw(N, H, H, seed=4),
     draw(N, H),
   )
-  for p, value in zip(ours.params, (rows, columns, weight), strict=True):
+  for p, value in zip(ours.weights.params, (rows, columns, weight), strict=True):
     put(p, value)
   theirs = [layers.AdditiveAttention() for _ in range(N)]
   for layer, w in zip(theirs, weight, strict=True):
@@ -182,7 +182,7 @@ def luong(length) -> Pair:
   ours = build('luong', causal=False)
   project = heads_of(ours, {x: draw(D, D, seed=i) for i, x in enumerate('qkv')})
   weight = draw(N, H, H, seed=3)
-  put(ours.params[0], weight)
+  put(ours.weights.params[0], weight)
 
   def run(x):
     q, k, v = project(x)
