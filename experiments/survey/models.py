@@ -10,6 +10,7 @@ from flax import nnx
 from efficient_attn.config import LMConfig
 from efficient_attn.layers.context import Context
 from efficient_attn.layers.mixers import build_mixer
+from efficient_attn.layers.mixers.sparse.radial import Radial
 from efficient_attn.models import cost
 
 # A decoder of 7B parameters, as that of Llama.
@@ -85,13 +86,18 @@ def forward_flops(module, x) -> float:
   return cost.flops(lambda p, x: nnx.merge(graphdef, p)(x), params, x)
 
 
+def _grid(module: nnx.Module, length: int) -> tuple[int, ...]:
+  """A line of tokens as a grid of one axis, or frames of 256 for a video."""
+  frames = isinstance(getattr(module, 'mask_rule', None), Radial)
+  return (length // 256, 256) if frames else (length,)
+
+
 def training_pass(module, x, wrt=(0, 1)) -> cost.Counts:
   """Counts the gradient of sum(module(x)[0]) for parameters (0) and x (1)."""
   graphdef, params = nnx.split(module)
 
   def loss(params, x):
-    # A line of tokens is a grid of one axis.
-    context = Context(grid=x.shape[1:2])
+    context = Context(grid=_grid(module, x.shape[1]))
     return jnp.sum(nnx.merge(graphdef, params)(x, context)[0])
 
   return cost.count(jax.grad(loss, wrt), params, x)

@@ -158,7 +158,9 @@ def additive(length) -> Pair:
     draw(N, H, H, seed=4),
     draw(N, H),
   )
-  for p, value in zip(ours.weights.params, (rows, columns, weight), strict=True):
+  for p, value in zip(
+    ours.weights.params, (rows, columns, weight), strict=True
+  ):
     put(p, value)
   theirs = [layers.AdditiveAttention() for _ in range(N)]
   for layer, w in zip(theirs, weight, strict=True):
