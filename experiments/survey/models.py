@@ -92,12 +92,15 @@ def _grid(module: nnx.Module, length: int) -> tuple[int, ...]:
   return (length // 256, 256) if frames else (length,)
 
 
-def training_pass(module, x, wrt=(0, 1)) -> cost.Counts:
-  """Counts the gradient of sum(module(x)[0]) for parameters (0) and x (1)."""
+def training_pass(module, x, wrt=(0, 1), grid=()) -> cost.Counts:
+  """Counts the gradient of sum(module(x)[0]) for parameters (0) and x (1).
+
+  The tokens stand in a `grid`, by default in a line.
+  """
   graphdef, params = nnx.split(module)
 
   def loss(params, x):
-    context = Context(grid=_grid(module, x.shape[1]))
+    context = Context(grid=grid or _grid(module, x.shape[1]))
     return jnp.sum(nnx.merge(graphdef, params)(x, context)[0])
 
   return cost.count(jax.grad(loss, wrt), params, x)

@@ -134,20 +134,18 @@ def documents() -> dict[str, float]:
 def images() -> dict[str, float]:
   """Exponents of training in the patches: windows of 7 x 7, and all."""
   sizes = [side**2 for side in SIDES]
-  windows = [
-    mixer('neighborhood', 64, 4, causal=False, grid=(side, side), window=7)
-    for side in SIDES
-  ]
-  whole = [mixer('attention', 64, 4, causal=False)] * 2
+  modules = dict(
+    windows=mixer('neighborhood', 64, 4, causal=False, window=7),
+    whole=mixer('attention', 64, 4, causal=False),
+  )
+
+  def operations(module, side):
+    x = tokens(side**2, 64)
+    return training_pass(module, x, grid=(side, side)).operations
+
   return {
-    name: slope(
-      sizes,
-      [
-        training_pass(module, tokens(n, 64)).operations
-        for module, n in zip(modules, sizes, strict=True)
-      ],
-    )
-    for name, modules in (('windows', windows), ('whole', whole))
+    name: slope(sizes, [operations(module, side) for side in SIDES])
+    for name, module in modules.items()
   }
 
 
