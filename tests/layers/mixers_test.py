@@ -21,6 +21,7 @@ from efficient_attn.layers.mixers import (
   build_mixer,
   mixer_options,
 )
+from efficient_attn.layers.position import Rotary
 
 B, T, D, N = 4, 24, 32, 4
 
@@ -68,7 +69,7 @@ MORE = [
   ('deltanet', dict(chunk_size=8, negative_eigenvalues=True, conv_width=0)),
   ('attention', dict(num_kv_heads=1, gate='channel', sinks=True)),
   ('attention', dict(position='alibi', logits_soft_cap=5.0)),
-  ('attention', dict(gate='head', rotary=dict(fraction=0.5))),
+  ('attention', dict(gate='head', rotary=Rotary(fraction=0.5))),
   ('attention', dict(position='t5')),
   ('attention', dict(qkv_bias=True, out_bias=True)),
   ('attention', dict(cosine=True, num_kv_heads=2)),

@@ -97,7 +97,10 @@ class PaTH(Mixer):
     o, past = op(q, k, v, w, gates, segment_ids, past)
     if cache is not None:
       cache = TokenCache(
-        buffers={name: past[name] for name in cache.buffers},
+        buffers={
+          name: past[name].astype(buffer.dtype)
+          for name, buffer in cache.buffers.items()
+        },
         cursor=cache.cursor.advance(x.shape[1], context),
         state=tail,
       )
