@@ -35,7 +35,7 @@ SMALL = {
   'compress_size': 4,
   'compress_stride': 2,
   'compressed_len': 3,
-  'cube': (4,),
+  'cube': (2, 2),
   'max_blocks': 6,
   'mem_len': 8,
   'min_width': 1,
