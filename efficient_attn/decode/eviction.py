@@ -117,7 +117,7 @@ class Held(masks.Mask):
 
 @chex.dataclass(frozen=True)
 class EvictingCache:
-  """What is left of the tokens so far.
+  """The tokens that were kept so far.
 
   Attributes:
     held: key, value, position and score of what each kv head holds, each
@@ -146,8 +146,9 @@ class Evicting(Mixer):
     query, key, value = self.mixer.project(x, context, cache.cursor)
     B, T, N, _ = query.shape
     cursor = cache.cursor.advance(T, context)
+    start = 0 if cursor.start is None else cursor.start[:, None]
     # Padding in front has negative positions.
-    rows = jnp.atleast_2d(cursor.positions(-T, 0))
+    rows = cache.cursor.length + jnp.arange(T)[None] - start
     at = jnp.broadcast_to(
       jnp.maximum(rows, -1)[:, :, None], (B, T, key.shape[2])
     )

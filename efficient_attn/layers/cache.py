@@ -23,7 +23,7 @@ from efficient_attn.ops import chunks, masks
 
 @chex.dataclass(frozen=True)
 class Cursor:
-  """How far a cache has come.
+  """The place of a cache in its rows.
 
   Attributes:
     length: [] int32, how many tokens it has seen, with what was padding.
@@ -33,14 +33,6 @@ class Cursor:
 
   length: jax.Array
   start: jax.Array | None = None
-
-  def positions(self, *span: int) -> jax.Array:
-    """Returns those of the tokens of range(*span) from here on.
-
-    They are [T], or [B, T] with padding, where those are negative.
-    """
-    new = self.length + jnp.arange(*span)
-    return new if self.start is None else new - self.start[:, None]
 
   def starts(self, context: Context, count: int) -> jax.Array | None:
     """Returns the first token that each of `count` new ones may see, [B, T].
@@ -78,8 +70,8 @@ def new_cursor() -> Cursor:
 def positions_of(context: Context, cursor: Cursor | None, count: int):
   """Returns the positions of `count` new tokens, [T] or [B, T].
 
-  The context has them, or they count on from what a cache has seen, else from
-  0. Padding that begins here counts down to -1.
+  The context has them, or they count from the first token of the segment of
+  each, which may be in what a cache has seen.
   """
   if context.positions is not None:
     return context.positions
@@ -88,6 +80,10 @@ def positions_of(context: Context, cursor: Cursor | None, count: int):
   starts = cursor.starts(context, count)
   new = cursor.length + jnp.arange(count)
   return new if starts is None else new - starts
+
+
+def _tokens(arrays: Mapping[str, jax.Array]) -> int:
+  return next(iter(arrays.values())).shape[1]
 
 
 @chex.dataclass(frozen=True)
@@ -106,8 +102,7 @@ class TokenCache:
 
   def append(self, context: Context, **new: jax.Array) -> 'TokenCache':
     """Writes the new tokens [B, T, ...] behind those before."""
-    at, count = self.cursor.length, next(iter(new.values())).shape[1]
-    room = next(iter(self.buffers.values())).shape[1]
+    at, count, room = self.cursor.length, _tokens(new), _tokens(self.buffers)
     if count > room:
       raise ValueError(f'{count} tokens but a cache of {room}; make it larger')
     buffers = {
@@ -142,37 +137,6 @@ def token_cache(
   return TokenCache(buffers=buffers, cursor=new_cursor(), state=state)
 
 
-def recall(context: Context, cache: TokenCache | None, **new: jax.Array):
-  """Returns a tuple of arrays of all tokens, the next cache, and an offset.
-
-  The offset is the index of the first of the `new` tokens [B, T, ...], which
-  are all that there are without a cache.
-  """
-  if cache is None:
-    return tuple(new.values()), None, 0
-  offset, cache = cache.cursor.length, cache.append(context, **new)
-  return tuple(cache.buffers[name] for name in new), cache, offset
-
-
-def restrict(
-  mask: masks.Mask | None, context: Context, cache: TokenCache | None, count
-) -> masks.Mask | None:
-  """Restricts the mask of `count` new tokens to the segment of each.
-
-  `cache` is the one before them, whose padding in front is hidden too. `mask`
-  is causal where there is one, and counts tokens from the first that it holds.
-  """
-  if cache is None:
-    ids = context.segment_ids
-    return mask if ids is None else masks.packed(mask, ids)
-  starts = cache.cursor.starts(context, count)
-  if starts is None:
-    return mask
-  room = next(iter(cache.buffers.values())).shape[1]
-  begun = masks.At(~masks.Causal(-1), starts, jnp.arange(room)[None])
-  return mask & begun
-
-
 @chex.dataclass(frozen=True)
 class WindowCache:
   """Something of the last M tokens.
@@ -185,12 +149,17 @@ class WindowCache:
   buffers: dict[str, jax.Array]
   cursor: Cursor
 
+  @property
+  def size(self) -> int:
+    """How many tokens it keeps."""
+    return _tokens(self.buffers)
+
   def append(self, context: Context, **new: jax.Array):
     """Returns what was kept with the new tokens behind it, and the next cache.
 
-    Joined arrays are [B, M + T, ...]. `real` tells which of them are tokens.
+    Joined arrays are [B, M + T, ...].
     """
-    count = next(iter(new.values())).shape[1]
+    count = _tokens(new)
     joined = {
       name: jnp.concatenate(
         [sharding.like(buffer, new[name]), new[name].astype(buffer.dtype)],
@@ -204,8 +173,7 @@ class WindowCache:
 
   def real(self) -> jax.Array:
     """Tells which of the kept are tokens of their row, bool [#B, M]."""
-    kept = next(iter(self.buffers.values())).shape[1]
-    at = self.cursor.length - kept + jnp.arange(kept)
+    at = self.cursor.length - self.size + jnp.arange(self.size)
     start = self.cursor.start
     return at[None] >= (0 if start is None else start[:, None])
 
@@ -233,6 +201,55 @@ class RecurrentCache:
   cursor: Cursor | None = None
 
 
-def nbytes(cache: Any) -> int:
-  """Returns the bytes of a cache, or of its shapes."""
-  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+def recall(
+  context: Context, cache: TokenCache | WindowCache | None, **new: jax.Array
+):
+  """Returns a tuple of arrays of all that is kept, the next cache, an offset.
+
+  The offset is the place in them of the first of the `new` tokens [B, T, ...],
+  which are all that there are without a cache; an int for a window.
+  """
+  if cache is None:
+    return tuple(new.values()), None, 0
+  if isinstance(cache, WindowCache):
+    offset = cache.size
+    found, cache = cache.append(context, **new)
+  else:
+    offset, cache = cache.cursor.length, cache.append(context, **new)
+    found = cache.buffers
+  return tuple(found[name] for name in new), cache, offset
+
+
+def restrict(
+  mask: masks.Mask | None,
+  context: Context,
+  cursor: Cursor | None,
+  count: int,
+  offset: int | jax.Array,
+  keys: int,
+) -> masks.Mask | None:
+  """Restricts the mask of `count` new tokens to the segment of each.
+
+  Args:
+    mask: None for all; without a later key where there is a cache.
+    context: of the new tokens.
+    cursor: of the cache before them; None for none.
+    count: of new tokens.
+    offset: the place of the first of them among the keys. An int, that of a
+      window, may leave room for tokens before the first one.
+    keys: how many there are.
+
+  Returns:
+    The mask, without padding in front too; None for all.
+  """
+  if cursor is None:
+    ids = context.segment_ids
+    return mask if ids is None else masks.packed(mask, ids)
+  starts = cursor.starts(context, count)
+  if starts is None and not isinstance(offset, int):
+    return mask
+  if starts is None:
+    starts = jnp.zeros((1, count), jnp.int32)
+  index = cursor.length - offset + jnp.arange(keys)
+  begun = masks.At(~masks.Causal(-1), starts, index[None])
+  return begun if mask is None else mask & begun

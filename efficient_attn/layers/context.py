@@ -1,4 +1,4 @@
-"""What a mixer is told beside its tokens."""
+"""The circumstances of tokens, handed to every mixer beside them."""
 
 import chex
 import jax

@@ -37,9 +37,12 @@ class Mixer(nnx.Module):
   def __call__(self, x: jax.Array, context: Context | None = None, cache=None):
     """Returns y [B, T, D] and the next cache (None without one)."""
     context = Context() if context is None else context
+    return self.mix_tokens(self.ready(x, context, cache), context, cache)
+
+  def ready(self, x: jax.Array, context: Context, cache) -> jax.Array:
+    """Returns x with finite padding, where it can mix such rows."""
     self.check_rows(context, cache)
-    x = context.without_padding(x, entirely=cache is not None)
-    return self.mix_tokens(x, context, cache)
+    return context.without_padding(x, entirely=cache is not None)
 
   def check_rows(self, context: Context, cache) -> None:
     """Raises where it cannot mix such rows."""

@@ -163,11 +163,8 @@ def _choose(rows, before, after):
   """Takes the rows [B] of leaves [B, ...] from before; scalars are the same."""
   if not after.ndim:
     return after
-  if not sharding.off_mesh():
-    before = jax.sharding.reshard(before, jax.typeof(after).sharding.spec)
-  return jnp.where(
-    jnp.expand_dims(rows, tuple(range(1, after.ndim))), before, after
-  )
+  rows = jnp.expand_dims(rows, tuple(range(1, after.ndim)))
+  return jnp.where(rows, sharding.like(before, after), after)
 
 
 class GatedOutput(nnx.Module):

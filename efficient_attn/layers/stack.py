@@ -83,7 +83,7 @@ class Block(nnx.Module):
       nonlocal cache, shared
       with under(f'model.mixers.{self.name}'):
         if self.shares:
-          x = context.without_padding(x)
+          x = self.mixer.ready(x, context, cache)
           y, cache, shared = self.mixer.mix_sharing(x, context, cache, shared)
         else:
           y, cache = self.mixer(x, context, cache)

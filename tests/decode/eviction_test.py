@@ -46,25 +46,27 @@ def plain():
 TOKENS = jax.random.randint(jax.random.key(5), (2, 24), 0, 32)
 
 
+def decoded(model, tokens):
+  """Logits of a prompt of 9, then of one token at a time."""
+  cache = model.init_cache(*tokens.shape)
+  first, cache = model(tokens[:, :9], cache=cache)
+
+  def step(cache, token):
+    logits, cache = model(token[:, None], cache=cache)
+    return cache, logits[:, 0]
+
+  _, logits = jax.lax.scan(step, cache, tokens[:, 9:].T)
+  return jnp.concatenate([first, logits.swapaxes(0, 1)], axis=1)
+
+
 @functools.cache
 def logits_of(name):
   """Of TOKENS with a prompt of 9, the rest one at a time, at two budgets."""
 
-  def decode(model, tokens):
-    cache = model.init_cache(*tokens.shape)
-    first, cache = model(tokens[:, :9], cache=cache)
-
-    def step(cache, token):
-      logits, cache = model(token[:, None], cache=cache)
-      return cache, logits[:, 0]
-
-    _, logits = jax.lax.scan(step, cache, tokens[:, 9:].T)
-    return jnp.concatenate([first, logits.swapaxes(0, 1)], axis=1)
-
   def run(model, tokens):
     if name is None:
       return model(tokens)[0]
-    return [decode(evict(model, name, n), tokens) for n in (6, 24)]
+    return [decoded(evict(model, name, n), tokens) for n in (6, 24)]
 
   return jax.jit(run)(plain(), TOKENS)
 
@@ -117,19 +119,8 @@ def test_a_budget_of_everything_is_plain_decoding_with_all_options(options):
 def test_every_cache_of_keys_and_values_can_be_evicted_from(name, options):
   model = model_of(name, **options)
 
-  def decode(model, tokens):
-    cache = model.init_cache(*tokens.shape)
-    first, cache = model(tokens[:, :9], cache=cache)
-
-    def step(cache, token):
-      logits, cache = model(token[:, None], cache=cache)
-      return cache, logits[:, 0]
-
-    _, rest = jax.lax.scan(step, cache, tokens[:, 9:].T)
-    return jnp.concatenate([first, rest.swapaxes(0, 1)], 1)
-
   def run(model, tokens):
-    held = [decode(evict(model, 'h2o', budget), tokens) for budget in (24, 12)]
+    held = [decoded(evict(model, 'h2o', n), tokens) for n in (24, 12)]
     return model(tokens)[0], *held
 
   whole, everything, half = jax.jit(run)(model, TOKENS)

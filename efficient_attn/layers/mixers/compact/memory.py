@@ -34,7 +34,9 @@ class Compact(Mixer):
     query, memory = self.project(x, positions)
     seen, after, offset = recall(context, cache, **memory)
     mask = masks.Causal(offset) if self.causal else None
-    mask = restrict(mask, context, cache, T)
+    mask = restrict(
+      mask, context, cache and cache.cursor, T, offset, seen[0].shape[1]
+    )
     memory = dict(zip(memory, seen, strict=True))
     return self.attend(query, memory, mask), after
 

@@ -132,5 +132,5 @@ class SetTransformer(Latents):
 
 
 def read(attention: CrossAttention, x, memory) -> jax.Array:
-  """What x [B, T, D] reads in a memory [B, S, D]."""
+  """Returns the reads of x [B, T, D] in a memory [B, S, D]."""
   return attention(x, Context(memory=memory))[0]

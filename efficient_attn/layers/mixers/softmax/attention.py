@@ -29,6 +29,8 @@ from efficient_attn.layers.cache import (
   Cursor,
   RecurrentCache,
   positions_of,
+  recall,
+  restrict,
   token_cache,
   window_cache,
 )
@@ -124,6 +126,13 @@ class Attention(Mixer):
     self.num_heads = num_heads
     self.scale = 1.0 if cosine else None
 
+  def check_rows(self, context, cache):
+    """Raises where it, or its mask rule, cannot mix such rows."""
+    super().check_rows(context, cache)
+    if not self.mask_rule.packs:
+      name = f'a bidirectional {type(self.mask_rule).__name__}'
+      refuse_segments(name, context)
+
   def mix_tokens(self, x, context, cache):
     """Mixes tokens; see `layers.mixer` for the contract."""
     y, cache, _ = self.mix_sharing(x, context, cache, None)
@@ -144,15 +153,12 @@ class Attention(Mixer):
       key, value, cursor = (shared[k] for k in ('key', 'value', 'cursor'))
       positions = positions_of(context, cursor, x.shape[1])
       query = self.turn(self.query(x), self.query_norm, positions)
+      offset = 0 if cursor is None else cursor.length
     else:
       cursor = cache and cache.cursor
       query, key, value = self.project(x, context, cursor)
-      key, value, cache = self.remember(key, value, context, cache)
+      (key, value), cache, offset = recall(context, cache, key=key, value=value)
       shared = dict(key=key, value=value, cursor=cursor)
-    offset = 0  # the place of query 0 among the keys
-    if cursor is not None:
-      offset = self.mask_rule.remembers
-      offset = cursor.length if offset is None else offset
     T, S = x.shape[1], key.shape[1]
     rule = self.mask_rule.mask(S)
     mask = self.mask(rule, context, cursor, offset, T, S)
@@ -175,17 +181,6 @@ class Attention(Mixer):
     parts = jnp.split(heads, self.weights.parts_of_a_head, axis=-1)
     return jnp.concatenate([self.rotate(p, positions) for p in parts], axis=-1)
 
-  def remember(self, key, value, context, cache):
-    """Returns all keys and values that may be seen, and the cache after."""
-    if cache is None:
-      return key, value, None
-    if self.mask_rule.remembers is None:
-      cache = cache.append(context, key=key, value=value)
-      kept = cache.buffers
-    else:
-      kept, cache = cache.append(context, key=key, value=value)
-    return kept['key'], kept['value'], cache
-
   def places(self, context, cursor, offset, T: int, S: int):
     """Counts the keys from the first token of their row, [#B, S].
 
@@ -200,33 +195,24 @@ class Attention(Mixer):
     return places if start is None else places - start[:, None]
 
   def mask(self, mask, context, cursor, offset, T: int, S: int):
-    """Which of S keys T queries see by the rule `mask`, or None for all."""
-    if not self.mask_rule.packs:
-      name = f'a bidirectional {type(self.mask_rule).__name__}'
-      refuse_segments(name, context)
-    if cursor is not None:
-      if isinstance(mask, masks.Window):
-        mask = dataclasses.replace(mask, offset=offset)
-      elif mask is not None:
-        places = self.places(context, cursor, offset, T, S)
-        rows = places[:, :1] + offset + jnp.arange(T)
-        mask = masks.At(mask, rows, places)
-      starts = cursor.starts(context, T)
-      if starts is None and self.mask_rule.remembers is not None:
-        starts = jnp.zeros((1, T), jnp.int32)
-      if starts is not None:
-        index = cursor.length - offset + jnp.arange(S)
-        begun = masks.At(~masks.Causal(-1), starts, index[None])
-        mask = begun if mask is None else mask & begun
-    elif context.segment_ids is not None:
-      mask = masks.packed(mask, context.segment_ids)
+    """Returns the mask of T queries and S keys by the rule `mask`.
+
+    Query 0 has place `offset` among the keys.
+    """
+    if isinstance(mask, masks.Window):
+      mask = dataclasses.replace(mask, offset=offset)
+    elif mask is not None and cursor is not None:
+      places = self.places(context, cursor, offset, T, S)
+      rows = places[:, :1] + offset + jnp.arange(T)
+      mask = masks.At(mask, rows, places)
+    mask = restrict(mask, context, cursor, T, offset, S)
     if self.causal:
       causal = masks.Causal(offset)
       mask = causal if mask is None else causal & mask
     return mask
 
   def bias(self, offset, *where) -> scores.Score | None:
-    """What is added to the logits of queries that start at `offset`.
+    """Returns what is added to the logits of queries from `offset` on.
 
     A rule may ask `where` the rows begin: the arguments of `places`.
     """

@@ -72,7 +72,8 @@ class FoX(Mixer):
     (key, value, log_forget), after, offset = recall(
       context, cache, key=key, value=value, log_forget=log_forget
     )
-    mask = restrict(masks.Causal(offset), context, cache, x.shape[1])
+    cursor, (T, S) = cache and cache.cursor, (x.shape[1], key.shape[1])
+    mask = restrict(masks.Causal(offset), context, cursor, T, offset, S)
 
     def op(query, key, value, log_forget, mask, *, offset):
       return attention(

@@ -1,4 +1,4 @@
-"""What the parts of an attention layer are told of its heads."""
+"""The sizes of an attention layer, handed to its parts."""
 
 from typing import NamedTuple
 

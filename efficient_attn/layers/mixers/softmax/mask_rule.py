@@ -23,7 +23,7 @@ class MaskRule(nnx.Module):
     self.heads = heads
 
   def mask(self, count: int) -> masks.Mask | None:
-    """Which of `count` keys each query sees, by their places; None: all."""
+    """Returns the mask of `count` keys by their places; None for all."""
     return None
 
   def bias(self, offset) -> scores.Score | None:

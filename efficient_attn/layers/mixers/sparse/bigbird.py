@@ -36,7 +36,7 @@ class BigBird(MaskRule):
     self.seed = seed
 
   def mask(self, count):
-    """Which of `count` keys each query sees."""
+    """Returns the mask of `count` keys."""
     size, causal = self.block_size, self.heads.causal
     first = self.num_global or size
     mask = (

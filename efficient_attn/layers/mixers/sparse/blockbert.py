@@ -39,7 +39,7 @@ class ShiftedBlocks(MaskRule):
     self.shifts = tuple(shifts) or tuple(n % num_blocks for n in range(heads))
 
   def mask(self, count):
-    """Which of `count` keys each query sees, as `BlockBERT` computes it."""
+    """Returns the mask of `count` keys, as `BlockBERT` computes it."""
     if count % self.num_blocks:
       raise ConfigError(
         f'T is {count}, no multiple of num_blocks={self.num_blocks}; pad the'

@@ -33,5 +33,5 @@ class Cascade(MaskRule):
     self.sizes = base, factor, level
 
   def mask(self, count):
-    """Which of `count` keys each query sees."""
+    """Returns the mask of `count` keys."""
     return masks.cascade(*self.sizes)

@@ -15,7 +15,12 @@ import jax.numpy as jnp
 
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError
-from efficient_attn.layers.cache import Cursor, token_cache, window_cache
+from efficient_attn.layers.cache import (
+  Cursor,
+  recall,
+  token_cache,
+  window_cache,
+)
 from efficient_attn.layers.mixer import refuse_segments
 from efficient_attn.layers.mixers.softmax.attention import Attention
 from efficient_attn.layers.mixers.softmax.mask_rule import MaskRule
@@ -37,7 +42,7 @@ class Streaming(MaskRule):
     self.num_sinks = num_sinks
 
   def mask(self, count):
-    """Which of `count` keys each query sees."""
+    """Returns the mask of `count` keys."""
     return masks.streaming(self.num_sinks, self.window)
 
 
@@ -89,8 +94,7 @@ class DuoAttention(Attention):
   def gated(self, query, key, value, context, cache):
     """Every head both ways, mixed by its gate."""
     cursor, T = cache and cache.cursor, query.shape[1]
-    key, value, cache = self.remember(key, value, context, cache)
-    offset = 0 if cursor is None else cursor.length
+    (key, value), cache, offset = recall(context, cache, key=key, value=value)
     S = key.shape[1]
     full, streaming = (
       self.weights(query, key, value, mask, None, self.scale)
@@ -118,8 +122,9 @@ class DuoAttention(Attention):
     full = [x[:, :, :cut] for x, cut in zip(heads, cuts, strict=True)]
     rest = [x[:, :, cut:] for x, cut in zip(heads, cuts, strict=True)]
     past = cache or dict(full=None, first=None, last=None)
-    offset = 0 if cache is None else past['full'].cursor.length
-    key, value, past['full'] = self.remember(*full[1:], context, past['full'])
+    (key, value), past['full'], offset = recall(
+      context, past['full'], key=full[1], value=full[2]
+    )
     mask = masks.Causal(offset)
     if cache is None and context.segment_ids is not None:
       mask = masks.packed(mask, context.segment_ids)

@@ -17,7 +17,7 @@ class GridRule(MaskRule):
     check_has_grid(type(self).__name__, grid)
 
   def mask(self, grid: tuple[int, ...]) -> masks.Mask:
-    """Which places each place sees."""
+    """Returns the mask of the places."""
     raise NotImplementedError
 
   def arrange(self, heads, grid, back=False):

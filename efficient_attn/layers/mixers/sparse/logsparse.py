@@ -20,5 +20,5 @@ class LogSparse(MaskRule):
     self.local = local
 
   def mask(self, count):
-    """Which of `count` keys each query sees."""
+    """Returns the mask of `count` keys."""
     return masks.LogSparse(self.local)

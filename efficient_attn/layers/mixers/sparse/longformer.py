@@ -34,7 +34,7 @@ class LocalGlobal(MaskRule):
     self.num_global = num_global
 
   def mask(self, count):
-    """Which of `count` keys each query sees."""
+    """Returns the mask of `count` keys."""
     side = self.window // 2
     near = masks.Window(side, side)
     if self.dilation > 1:
@@ -71,7 +71,6 @@ class Longformer(Attention):
     """Reads once, or by both projections: each row is in one of the masks."""
     if self.global_qkv is None:
       return super().mix_sharing(x, context, cache, shared)
-    _, _, cache = self.remember(None, None, context, cache)
     first = masks.Leading(self.mask_rule.num_global)
     near = self.mask_rule.mask(x.shape[1]) & ~first
     bias, o = self.bias(0), 0
@@ -80,4 +79,4 @@ class Longformer(Attention):
         mask = masks.packed(mask, context.segment_ids)
       heads = self.project(x, context, None, qkv)
       o = o + self.weights(*heads, mask, bias, self.scale)
-    return self.output(o, x), cache, shared
+    return self.output(o, x), None, shared

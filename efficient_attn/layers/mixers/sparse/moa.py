@@ -44,7 +44,7 @@ class MoA(MaskRule):
     self.num_sinks = num_sinks
 
   def mask(self, count):
-    """Which of `count` keys each query sees."""
+    """Returns the mask of `count` keys."""
     window = masks.ElasticWindow(
       jnp.asarray(self.alpha), jnp.asarray(self.beta)
     )

@@ -25,5 +25,5 @@ class Neighborhood(GridRule):
     per_axis('window', self.window, grid)
 
   def mask(self, grid):
-    """Which places each place sees."""
+    """Returns the mask of the places."""
     return masks.Neighborhood(grid, per_axis('window', self.window, grid))

@@ -26,5 +26,5 @@ class Radial(GridRule):
     self.min_width = min_width
 
   def mask(self, grid):
-    """Which places each place sees."""
+    """Returns the mask of the places."""
     return masks.Radial(math.prod(grid[1:]), grid[0], self.min_width)

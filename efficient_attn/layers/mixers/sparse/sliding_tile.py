@@ -63,7 +63,7 @@ class SlidingTile(GridRule):
     return y.reshape(heads.shape)
 
   def mask(self, grid):
-    """Which places each place sees, in the order of the tiles."""
+    """Returns the mask of the places in the order of the tiles."""
     tile, cells = self.tiles(grid)
     window = per_axis('window', self.window, grid)
     return masks.Neighborhood(cells, window, math.prod(tile))

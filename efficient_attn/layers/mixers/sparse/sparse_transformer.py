@@ -52,7 +52,7 @@ class Factorized(MaskRule):
         )
 
   def mask(self, count):
-    """Which of `count` keys each query sees."""
+    """Returns the mask of `count` keys."""
     return self.rule(**self.sizes)
 
 

@@ -16,5 +16,5 @@ class Star(MaskRule):
   """The ring and the relay."""
 
   def mask(self, count):
-    """Which of `count` keys each query sees."""
+    """Returns the mask of `count` keys."""
     return masks.Window(1, 1) | masks.Global((0,))

@@ -21,7 +21,7 @@ class WindowRule(MaskRule):
     self.remembers = window - 1
 
   def mask(self, count):
-    """Which of `count` keys each query sees."""
+    """Returns the mask of `count` keys."""
     if self.heads.causal:
       return masks.Window(self.window - 1, 0)
     return masks.Window(self.window // 2, self.window // 2)

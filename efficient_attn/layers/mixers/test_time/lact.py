@@ -34,7 +34,12 @@ from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError
-from efficient_attn.layers.cache import WindowCache, positions_of
+from efficient_attn.layers.cache import (
+  WindowCache,
+  positions_of,
+  recall,
+  restrict,
+)
 from efficient_attn.layers.mixers.test_time.fast_mlp import (
   own_state,
   state_layout,
@@ -43,7 +48,7 @@ from efficient_attn.layers.norm import RMSNorm, l2_normalize
 from efficient_attn.layers.param import Projection, param, value_of
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import LINEAR, Recurrence, Recurrent
-from efficient_attn.ops import chunks, masks
+from efficient_attn.ops import masks
 from efficient_attn.ops.positions import rotary
 from efficient_attn.ops.recurrent.lact import (
   fresh_state,
@@ -189,28 +194,23 @@ class LaCT(Recurrent):
     left, right = self.window - 1, 0
     if not self.causal:
       left = right = self.window // 2
-    mask, tails = masks.Window(left, right), None
-    if past.tails is not None:
-      # Key 0 stands `left` tokens before query 0.
-      mask = masks.Window(left, right, left)
-      window = WindowCache(buffers=past.tails, cursor=past.cursor)
-      joined, window = window.append(context, key=k, value=v)
-      real = WindowCache(buffers=joined, cursor=window.cursor).real()
-      mask &= masks.Dense(real[:, None, None])
-      k, v, tails = joined['key'], joined['value'], window.buffers
-    if context.segment_ids is not None:
-      counts = chunks.segment_counts(context.segment_ids)
-      of_keys = None
-      if past.tails is not None:  # of the first segment
-        of_keys = jnp.pad(counts, ((0, 0), (left, 0)))
-      mask &= masks.Segments(counts, of_keys)
+    window = past.tails and WindowCache(buffers=past.tails, cursor=past.cursor)
+    (k, v), window, offset = recall(context, window, key=k, value=v)
+    mask = restrict(
+      masks.Window(left, right, offset),
+      context,
+      past.cursor,
+      q.shape[1],
+      offset,
+      k.shape[1],
+    )
 
     def op(q, k, v, mask):
       return attention(q, k, v, mask=mask)
 
     layouts = ('BTNH', 'BTNH', 'BTNV', masks.letters(mask))
     op = sharding.local_op(op, layouts, 'BTNV')
-    return _regroup(op(q, k, v, mask), width), tails
+    return _regroup(op(q, k, v, mask), width), window and window.buffers
 
   def _rotate(self, x, positions):
     """Rotates wide heads as the narrow ones they consist of."""
