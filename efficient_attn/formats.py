@@ -45,20 +45,21 @@ ATTENTION = (
 
 # Format -> mixer -> option that earlier formats had -> what it is now: an
 # option of a part, or '' where the model knows it.
+POSITIONS = {
+  'rotary_base': 'rotary.base',
+  'rotary_fraction': 'rotary.fraction',
+  't5_buckets': 't5.buckets',
+  't5_distance': 't5.distance',
+}
 MOVED: dict[int, dict[str, dict[str, str]]] = {
-  3: {
-    row: {
-      'rotary_base': 'rotary.base',
-      'rotary_fraction': 'rotary.fraction',
-      't5_buckets': 't5.buckets',
-      't5_distance': 't5.distance',
-    }
-    for row in ATTENTION
+  3: dict.fromkeys(ATTENTION, POSITIONS)
+  | {
+    'neighborhood': {**POSITIONS, 'grid': ''},
+    'sliding_tile': {**POSITIONS, 'grid': ''},
+    'radial': {**POSITIONS, 'frame_size': ''},
+    'vsa': {'grid': ''},
   },
 }
-for _row in ('neighborhood', 'sliding_tile', 'vsa'):
-  MOVED[3].setdefault(_row, {})['grid'] = ''
-MOVED[3]['radial']['frame_size'] = ''
 
 # Parameters (part, name) of a mixer that had no part before.
 OF_PARTS = {

@@ -121,7 +121,7 @@ def print_samples(args: argparse.Namespace) -> None:
     rows,
     jax.random.key(args.seed),
     length=args.length,
-    prompt_lengths=lengths if lengths.min() < lengths.max() else None,
+    prompt_lengths=lengths,
     temperature=args.temperature,
     top_k=args.top_k,
     top_p=args.top_p,

@@ -55,24 +55,24 @@ def generate(
     ConfigError: an option is out of range, or the model has fewer learned
       positions than the tokens that it reads.
   """
-  size = prompt.shape[1]
+  batch, size = prompt.shape
   check_length(model, size, length)
   if prompt_lengths is None:
+    prompt_lengths = [size] * batch
+  prompt_lengths = np.asarray(prompt_lengths, np.int32)
+  inside = (1 <= prompt_lengths) & (prompt_lengths <= size)
+  if prompt_lengths.shape != (batch,) or not inside.all():
+    raise ConfigError(
+      f'prompt_lengths={prompt_lengths.tolist()} must be one number from 1 to'
+      f' {size} for each of {batch} prompts'
+    )
+  prefix = size
+  if (prompt_lengths == size).all():
     ragged = 'no'
-    prompt_lengths = np.full(len(prompt), size, np.int32)
+  elif all(b.mixer.left_padding for b in model.stack.blocks()):
+    ragged = 'padding'
   else:
-    prompt_lengths = np.asarray(prompt_lengths, np.int32)
-    if (
-      prompt_lengths.shape != (len(prompt),)
-      or not ((1 <= prompt_lengths) & (prompt_lengths <= size)).all()
-    ):
-      raise ConfigError(
-        f'prompt_lengths={prompt_lengths.tolist()} must be one number from 1 to'
-        f' {size} for each of {len(prompt)} prompts'
-      )
-    padded = all(b.mixer.left_padding for b in model.stack.blocks())
-    ragged = 'padding' if padded else 'steps'
-  prefix = size if ragged != 'steps' else int(prompt_lengths.min())
+    ragged, prefix = 'steps', int(prompt_lengths.min())
   return _generate(
     model,
     prompt,
