@@ -11,6 +11,7 @@ import sys
 import jax
 
 from efficient_attn import config as configs
+from efficient_attn import config_files
 from efficient_attn.config import Config, ConfigError
 
 
@@ -32,7 +33,7 @@ def parse_config(
     '--config.model.d_model=128 changes a key',
   )
   args, changes = parse_changes(parser, argv)
-  values = configs.override(configs.load(args.config), changes)
+  values = configs.override(config_files.load(args.config), changes)
   return configs.resolve(values), args
 
 

@@ -14,7 +14,8 @@ from collections.abc import Callable
 import jax
 from jax.sharding import PartitionSpec as P
 
-from efficient_attn.config import ConfigError, nearest
+from efficient_attn.config import ConfigError
+from efficient_attn.values import nearest
 
 MESH_AXES = ('data', 'fsdp', 'tensor')
 

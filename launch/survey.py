@@ -13,7 +13,8 @@ import shlex
 import sys
 
 from efficient_attn import cli
-from efficient_attn.config import ConfigError, nearest
+from efficient_attn.config import ConfigError
+from efficient_attn.values import nearest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from efficient_attn import config as configs
-from efficient_attn import formats
+from efficient_attn import config_files, formats
 from efficient_attn.config import ConfigError, LMConfig
 from efficient_attn.layers.stack import Stack
 from efficient_attn.values import Dtype, OneOf, Positive, Range, read
@@ -146,10 +146,10 @@ def test_a_config_imports_its_neighbour_and_takes_words(tmp_path):
     '  found = words(arg, "tiny")\n'
     '  return dict(steps=shared_by_configs.STEPS, tiny="tiny" in found)\n',
   )
-  assert configs.load(path) == dict(steps=7, tiny=False)
-  assert configs.load(f'{path}:tiny') == dict(steps=7, tiny=True)
+  assert config_files.load(path) == dict(steps=7, tiny=False)
+  assert config_files.load(f'{path}:tiny') == dict(steps=7, tiny=True)
   with pytest.raises(ConfigError, match="'tinny' is unknown; did you mean"):
-    configs.load(f'{path}:tinny')
+    config_files.load(f'{path}:tinny')
 
 
 @pytest.mark.parametrize(
@@ -160,8 +160,8 @@ def test_a_config_imports_its_neighbour_and_takes_words(tmp_path):
     ('x.json', '{}', 'is not the config of a run'),
     ('x.json', '', 'is not JSON'),
     ('x.json', '[' * 10**5, 'is not JSON'),
-    ('x.json', '{"model": {}, "format": 99}', f'reads up to {configs.FORMAT}'),
-    ('x.json', '{"model": {}, "format": "a"}', f'reads up to {configs.FORMAT}'),
+    ('x.json', '{"model": {}, "format": 99}', f'reads up to {formats.FORMAT}'),
+    ('x.json', '{"model": {}, "format": "a"}', f'reads up to {formats.FORMAT}'),
     ('x.py', '', r'has no get_config\(\)'),
     ('x.py', 'get_config = 3', r'has no get_config\(\)'),
     ('x.py', 'def get_config(): return 3', 'returned a int'),
@@ -171,30 +171,30 @@ def test_a_config_imports_its_neighbour_and_takes_words(tmp_path):
 def test_files_that_are_no_config(tmp_path, name, text, message):
   write(tmp_path / name.partition(':')[0], text)
   with pytest.raises(ConfigError, match=message) as error:
-    configs.load(str(tmp_path / name))
+    config_files.load(str(tmp_path / name))
   assert '\n' not in str(error.value)
 
 
 def test_a_missing_file_names_its_neighbour(tmp_path):
   write(tmp_path / 'quick.py', '')
   with pytest.raises(ConfigError, match="did you mean 'quick.py'"):
-    configs.load(str(tmp_path / 'quik.py'))
+    config_files.load(str(tmp_path / 'quik.py'))
 
 
 def test_a_bug_in_a_config_keeps_its_traceback(tmp_path):
   path = write(tmp_path / 'x.py', 'def get_config(): return [][0]')
   with pytest.raises(IndexError):
-    configs.load(path)
+    config_files.load(path)
 
 
 def test_a_folder_with_a_colon(tmp_path):
   folder = tmp_path / '2026-11-27_12:30'
   folder.mkdir()
-  configs.save(configs.resolve(TINY), folder / 'config.json')
-  saved = configs.load(str(folder / 'config.json'))
+  config_files.save(configs.resolve(TINY), folder / 'config.json')
+  saved = config_files.load(str(folder / 'config.json'))
   assert configs.resolve(saved) == configs.resolve(TINY)
   write(folder / 'x.py', 'def get_config(arg=""): return dict(arg=arg)')
-  assert configs.load(f'{folder}/x.py:b') == dict(arg='b')
+  assert config_files.load(f'{folder}/x.py:b') == dict(arg='b')
 
 
 def test_saved_values_are_plain(tmp_path):
@@ -203,11 +203,11 @@ def test_saved_values_are_plain(tmp_path):
     learning_rate=np.float32(0.5), options=dict(mu_dtype=jnp.bfloat16)
   )
   config = configs.resolve(values)
-  configs.save(config, tmp_path / 'config.json')
+  config_files.save(config, tmp_path / 'config.json')
   stored = json.loads((tmp_path / 'config.json').read_text())
-  assert stored['format'] == configs.FORMAT
+  assert stored['format'] == formats.FORMAT
   assert stored['optimizer']['options'] == {'mu_dtype': 'bfloat16'}
-  again = configs.resolve(configs.load(str(tmp_path / 'config.json')))
+  again = configs.resolve(config_files.load(str(tmp_path / 'config.json')))
   assert again == config and dataclasses.asdict(again)['model']['name'] == 'lm'
 
 
@@ -215,7 +215,7 @@ def test_an_older_format_keeps_the_options_that_it_implied(
   tmp_path, monkeypatch, caplog
 ):
   implied = {'gla': dict(conv_width=4, expand_k=0.25)}
-  monkeypatch.setattr(formats, 'IMPLIED', {configs.FORMAT: implied})
+  monkeypatch.setattr(formats, 'IMPLIED', {formats.FORMAT: implied})
   config = configs.resolve(
     configs.override(
       TINY,
@@ -226,18 +226,18 @@ def test_an_older_format_keeps_the_options_that_it_implied(
     )
   )
   file = tmp_path / 'config.json'
-  configs.save(config, file)
-  assert configs.resolve(configs.load(str(file))) == config
+  config_files.save(config, file)
+  assert configs.resolve(config_files.load(str(file))) == config
   stored = json.loads(file.read_text())
-  for written in (0, configs.FORMAT - 1):
+  for written in (0, formats.FORMAT - 1):
     file.write_text(json.dumps(stored | {'format': written}))
-    found = configs.load(str(file))['model']['mixers']
+    found = config_files.load(str(file))['model']['mixers']
     assert found == {
       'gla': implied['gla'],
       'gla:far': dict(conv_width=2, expand_k=0.25),
     }
-    configs.load(str(file))
-  older = (0, configs.FORMAT - 1)
+    config_files.load(str(file))
+  older = (0, formats.FORMAT - 1)
   notes = [f'format {w}; as they were: gla:far, gla' for w in older]
   assert [r.message.partition(' is of ')[2] for r in caplog.records] == notes
 
@@ -245,20 +245,20 @@ def test_an_older_format_keeps_the_options_that_it_implied(
 def test_gelu_of_an_older_format_is_that_of_tanh(tmp_path):
   config = configs.resolve(configs.override(TINY, {'model.activation': 'gelu'}))
   file = tmp_path / 'config.json'
-  configs.save(config, file)
+  config_files.save(config, file)
   stored = json.loads(file.read_text())
   for written, name in ((0, 'gelu_tanh'), (1, 'gelu_tanh'), (2, 'gelu')):
     file.write_text(json.dumps(stored | {'format': written}))
-    assert configs.load(str(file))['model']['activation'] == name
+    assert config_files.load(str(file))['model']['activation'] == name
   stored['model']['activation'] = ['gelu']  # refused elsewhere
   file.write_text(json.dumps(stored | {'format': 1}))
-  assert configs.load(str(file))['model']['activation'] == ['gelu']
+  assert config_files.load(str(file))['model']['activation'] == ['gelu']
 
 
 def test_words_of_an_older_format_are_those_of_today(tmp_path, caplog):
   config = configs.resolve(configs.override(TINY, {'model.mixers': {}}))
   file = tmp_path / 'config.json'
-  configs.save(config, file)
+  config_files.save(config, file)
   stored = json.loads(file.read_text())
   stored['model'] |= {
     'pattern': ['sla', 'lambda:near', 'attention', 'neighborhood'],
@@ -270,7 +270,7 @@ def test_words_of_an_older_format_are_those_of_today(tmp_path, caplog):
     },
   }
   file.write_text(json.dumps(stored | {'format': 2}))
-  found = configs.load(str(file))['model']
+  found = config_files.load(str(file))['model']
   assert found['pattern'] == (
     'slab',
     'lambda_network:near',

@@ -23,17 +23,18 @@ MODELS = {
 MAY_IMPORT = {
   'values': set(),
   'formats': set(),
-  'config': {'values', 'formats'},
+  'config': {'values'},
+  'config_files': {'config', 'values', 'formats'},
   'quick_compile': set(),
-  'sharding': {'config'},
-  'cli': {'config'},
+  'sharding': {'config', 'values'},
+  'cli': {'config', 'config_files'},
   'data': {'values', 'config'},
   'kernels': set(),
   'ops': {'values', 'kernels'},
   'layers': {'values', 'formats', 'config', 'sharding', 'ops'},
   'models': MODELS,
   'decode': MODELS,
-  'train': MODELS | {'data', 'decode'},
+  'train': MODELS | {'config_files', 'data', 'decode'},
   'interop': MODELS,
 }
 OUTSIDE = {'launch', 'experiments', 'configs', 'tests'}

@@ -16,9 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from efficient_attn.config import ConfigError, DataConfig, nearest
+from efficient_attn.config import ConfigError, DataConfig
 from efficient_attn.data import batches, files, optional, records, sources
 from efficient_attn.data.damage import BadDataError, line
+from efficient_attn.values import nearest
 
 # In the standard library's folder but not its text: installed packages,
 # caches, and the tests, which some distributions leave out.

@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 import grain
 import numpy as np
 
-from efficient_attn.config import nearest
 from efficient_attn.data import files, optional
 from efficient_attn.data.damage import BadDataError, line
 from efficient_attn.data.files import File
 from efficient_attn.data.sources import Part
+from efficient_attn.values import nearest
 
 SPACE = b' \t\r\n'  # as JSON has it
 WHITE = np.isin(np.arange(256), list(SPACE))

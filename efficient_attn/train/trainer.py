@@ -13,18 +13,17 @@ import pathlib
 import jax
 from jax.sharding import NamedSharding
 
-from efficient_attn import config as configs
-from efficient_attn import data, sharding
+from efficient_attn import config_files, data, sharding
 from efficient_attn.config import Config, ConfigError
 from efficient_attn.models import with_dtype
 from efficient_attn.train import workdir as folder
 from efficient_attn.train.check import check
 from efficient_attn.train.checkpoint import Checkpoints
 from efficient_attn.train.evaluate import evaluate
-from efficient_attn.train.loss import make_loss
 from efficient_attn.train.machine import memory_total
 from efficient_attn.train.meter import Meter
 from efficient_attn.train.metrics import MetricWriter, plot_loss
+from efficient_attn.train.loss import make_loss
 from efficient_attn.train.optimizer import make_schedule
 from efficient_attn.train.state import Architecture
 from efficient_attn.train.step import (
@@ -103,7 +102,7 @@ def run(
     batches = Batches(iterator)
     if jax.process_index() == 0:
       with folder.naming(workdir / 'config.json'):
-        configs.save(config, workdir / 'config.json')
+        config_files.save(config, workdir / 'config.json')
 
     # The two compiled functions.
     train_step = jax.jit(

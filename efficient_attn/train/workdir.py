@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from efficient_attn import config as configs
-from efficient_attn import data, formats
+from efficient_attn import config_files, data, formats
 from efficient_attn.config import Config, ConfigError
 
 # A disk that is full or failing: a file cannot be written, whoever writes it.
@@ -96,7 +96,7 @@ def read_config(workdir: pathlib.Path) -> Config | None:
   if not file.exists():
     return None
   try:
-    return configs.resolve(configs.read_json(file))
+    return configs.resolve(config_files.read_json(file))
   except ConfigError as e:
     raise ConfigError(
       f'{file} cannot be read: {e}. Delete it and run the training command '

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 from efficient_attn import config as configs
+from efficient_attn import config_files
 from efficient_attn.config import Config, ConfigError, DataConfig, choose
 from efficient_attn.train.grid import Run
 from efficient_attn.values import (
@@ -127,8 +128,8 @@ def load(path: str, changes: Mapping[str, Any]) -> tuple[dict, Study]:
 
   Changes of keys `sweep.*` are made to the study.
   """
-  module, arg = configs.load_module(path)
-  values = configs.as_dict(configs.call(module, 'get_config', arg))
+  module, arg = config_files.load_module(path)
+  values = configs.as_dict(config_files.call(module, 'get_config', arg))
   if not hasattr(module, 'sweep'):
     raise ConfigError(f'--config={path!r} has no sweep(): it is not a study')
   of_study = {
@@ -137,7 +138,7 @@ def load(path: str, changes: Mapping[str, Any]) -> tuple[dict, Study]:
     if key.startswith('sweep.')
   }
   rest = {k: v for k, v in changes.items() if not k.startswith('sweep.')}
-  study = configs.override(configs.call(module, 'sweep', arg), of_study)
+  study = configs.override(config_files.call(module, 'sweep', arg), of_study)
   return (
     configs.override(values, rest),
     build(Study, study, 'sweep.'),

@@ -10,11 +10,11 @@ import time
 import jax
 import optax
 
-from efficient_attn import cli, data, sharding
+from efficient_attn import cli, config_files, data, sharding
 from efficient_attn import config as configs
 from efficient_attn.models import init, with_dtype
-from efficient_attn.train.loss import make_loss
 from efficient_attn.train.metrics import read_metrics
+from efficient_attn.train.loss import make_loss
 from efficient_attn.train.state import Architecture
 from efficient_attn.train.trainer import batch_putter, run
 
@@ -33,7 +33,7 @@ def measure(rounds: int) -> dict[str, float]:
 
 def quickstart(**changes) -> configs.Config:
   """Returns the quickstart's config with changes."""
-  values = configs.load(QUICKSTART)
+  values = config_files.load(QUICKSTART)
   config = configs.resolve(configs.override(values, changes))
   return dataclasses.replace(config, model=with_dtype(config.model))
 

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from efficient_attn import config as configs
-from efficient_attn import data, models
+from efficient_attn import config_files, data, models
 from efficient_attn.config import ConfigError
 from experiments.ablations import study
 
@@ -66,7 +66,7 @@ def test_every_program_of_a_study_builds(file):
 
 @pytest.mark.parametrize('file', FILES + ARGUMENTS)
 def test_config_builds(file):
-  config = configs.resolve(configs.load(str(ROOT / file)))
+  config = configs.resolve(config_files.load(str(ROOT / file)))
   assert models.parameter_count(config.model) > 10_000
 
 
@@ -81,4 +81,4 @@ def test_unknown_arguments_are_refused():
     with pytest.raises(
       ConfigError, match='after the colon|no argument|takes no'
     ):
-      configs.load(str(ROOT / f'{file}:{argument}'))
+      config_files.load(str(ROOT / f'{file}:{argument}'))

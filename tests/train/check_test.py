@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from efficient_attn import config as configs
+from efficient_attn import config_files
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixers import MIXERS, mixer_options
 from efficient_attn.train.check import check, report
@@ -129,8 +130,8 @@ def test_the_checked_config_holds_every_option(values, tmp_path):
   assert config.optimizer.options['b2'] == 0.999
   if values is TASK:
     assert config.data.options == {'vocab_size': 17, 'seq_len': 64}
-  configs.save(config, tmp_path / 'config.json')
-  saved = configs.resolve(configs.load(str(tmp_path / 'config.json')))
+  config_files.save(config, tmp_path / 'config.json')
+  saved = configs.resolve(config_files.load(str(tmp_path / 'config.json')))
   assert check(saved).config == config
 
 

@@ -5,7 +5,7 @@ import pytest
 from jax.experimental import topologies
 
 from efficient_attn import config as configs
-from efficient_attn import sharding
+from efficient_attn import config_files, sharding
 from efficient_attn.train.loss import make_loss
 from efficient_attn.train.state import Architecture
 from efficient_attn.train.step import make_train_step
@@ -26,7 +26,7 @@ def test_quickstart_compiles_for_v5e(mesh, collectives):
     platform='tpu', topology_name='v5e:2x4'
   )
   values = configs.override(
-    configs.load('configs/lm/quickstart.py'),
+    config_files.load('configs/lm/quickstart.py'),
     {'mesh': mesh, 'model.dtype': 'bfloat16'},
   )
   config = configs.resolve(values)
@@ -38,7 +38,9 @@ def test_quickstart_compiles_for_v5e(mesh, collectives):
   shape = (config.batch_size, config.data.seq_len + 1)
   leaf = jax.ShapeDtypeStruct(shape, 'int32', sharding=rows)
   batch = dict(tokens=leaf, segment_ids=leaf, positions=leaf)
-  step = make_train_step(config, architecture, optimizer, make_loss(config))
+  step = make_train_step(
+    config, architecture, optimizer, make_loss(config)
+  )
   with jax.set_mesh(mesh):
     lowered = jax.jit(step, donate_argnums=0).lower(state, batch)
   compiled = lowered.compile()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from efficient_attn import config as configs
-from efficient_attn import sharding
+from efficient_attn import config_files, sharding
 from efficient_attn.config import ConfigError
 from efficient_attn.train.check import check
 from efficient_attn.train.checkpoint import CHECKSUMS
@@ -76,7 +76,7 @@ def test_leaves_what_it_promises(one_device):
     'train/memory_gib',
   } <= set(train[2])
   assert all(np.isfinite(value) for row in rows for value in row.values())
-  saved = configs.resolve(configs.load(str(one_device / 'config.json')))
+  saved = configs.resolve(config_files.load(str(one_device / 'config.json')))
   assert saved.model.dtype == 'float32'  # resolved, not ''
 
 
@@ -272,9 +272,9 @@ def test_parse_mesh():
 
 
 def test_saved_config_relaunches(one_device):
-  saved = configs.load(str(one_device / 'config.json'))
+  saved = config_files.load(str(one_device / 'config.json'))
   assert json.dumps(saved) == json.dumps(
-    configs.load(str(one_device / 'config.json'))
+    config_files.load(str(one_device / 'config.json'))
   )
   config = configs.resolve(saved)
   assert config.data == tiny().data and check(config).config == config
