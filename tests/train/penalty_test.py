@@ -9,7 +9,7 @@ import pytest
 
 from efficient_attn import config as configs
 from efficient_attn import sharding
-from efficient_attn.train.loss import make_loss
+from efficient_attn.train.objectives import make_objective
 from efficient_attn.train.state import Architecture, first_state
 from efficient_attn.train.step import make_train_step
 
@@ -47,7 +47,9 @@ def after_a_step(weight, mesh='', **changes):
   optimizer = architecture.optimizer(config)
   tokens = jax.random.randint(jax.random.key(1), (4, 13), 0, 16)
   batch = dict(tokens=tokens, segment_ids=jnp.ones_like(tokens))
-  step = make_train_step(config, architecture, optimizer, make_loss(config))
+  step = make_train_step(
+    config, architecture, optimizer, make_objective(config)
+  )
 
   def run(key, batch):
     params = architecture.initial_params(key)
@@ -84,7 +86,7 @@ def test_penalties_add_their_gradient(changes):
   found = jax.tree.map(jnp.subtract, state.params, before.params)
   for block, name in enumerate(OPTIONS):
     mixer = found['stack']['periods']['blocks'][block]['mixer']
-    for parameter, move in mixer.items():
+    for path, move in jax.tree.leaves_with_path(mixer):
+      parameter = path[-1].key
       expected = -RATE * WEIGHT * moves.get((name, parameter), 0.0)
-      for leaf in jax.tree.leaves(move):
-        np.testing.assert_allclose(leaf, expected, atol=2e-6)
+      np.testing.assert_allclose(move, expected, atol=2e-6, err_msg=parameter)
