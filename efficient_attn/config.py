@@ -199,6 +199,31 @@ class LossConfig(Group):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherConfig(Group):
+  """Another model of the same data, whose logits the model learns, too.
+
+  (1 - weight) objective + weight T^2 KL(teacher / T || logits / T)
+  """
+
+  run: str = ''  # workdir of a trained model; '': no such teacher
+  # Decay of the average of the model itself as its teacher; 0: none. It rises
+  # to 1 along half a cosine, as in BYOL (2006.07733).
+  momentum: BelowOne = 0.0
+  weight: Fraction = 0.5
+  temperature: PositiveFloat = 1.0  # T above
+
+  prefix = 'teacher.'
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.run and self.momentum:
+      raise ConfigError(
+        f'teacher.run={self.run!r} and teacher.momentum={self.momentum} are two'
+        ' teachers; drop one'
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(Group):
   """A whole run."""
 
@@ -206,6 +231,7 @@ class Config(Group):
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   loss: LossConfig = LossConfig()
+  teacher: TeacherConfig = TeacherConfig()
   seed: Seed = 0
   steps: Positive = 1000
   # Sequences or images a step, over all devices.

@@ -84,8 +84,12 @@ def _spec(names, used):
 
 
 def off_mesh() -> bool:
-  """Whether nothing is to be laid out: no mesh is set, or not one of ours."""
-  return jax.sharding.get_abstract_mesh().axis_names != MESH_AXES
+  """Whether nothing is to be laid out.
+
+  No mesh is set, or not one of ours, or this is one shard of a `local_op`.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh.axis_names != MESH_AXES or bool(mesh.manual_axes)
 
 
 def current(spec: P) -> P | None:

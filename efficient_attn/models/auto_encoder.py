@@ -29,19 +29,21 @@ class AutoEncoder(LM):
       Projection(width, width, bias=True, rngs=rngs) for _ in range(2)
     )
 
-  def __call__(self, tokens, *, key=None):
-    """Runs the model.
+  def hidden(self, tokens, *, key=None):
+    """Returns what the logits are read from, [B, T, D], and no cache.
 
     Args:
       tokens: int32 [B, T].
       key: PRNG key for dropout; None to not drop.
-
-    Returns:
-      float32 logits [B, T, vocab], and None in place of a cache.
     """
-    hidden, _ = self.hidden(tokens, key=key)
+    hidden, _ = super().hidden(tokens, key=key)
     rows = sinusoidal(jnp.arange(tokens.shape[1]), hidden.shape[-1])
     x = hidden[:, -1:] + rows.astype(hidden.dtype)
     for norm, project in zip(self.decode_norms, self.decode, strict=True):
       x = jax.nn.gelu(project(norm(x)))
-    return self.logits(x), None
+    return x, None
+
+  def __call__(self, tokens, *, key=None):
+    """Returns float32 logits [B, T, vocab], and None in place of a cache."""
+    hidden, _ = self.hidden(tokens, key=key)
+    return self.head.logits(hidden), None

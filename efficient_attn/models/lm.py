@@ -75,7 +75,12 @@ class LM(nnx.Module):
       cache=cache,
       key=key,
     )
-    return self.logits(x), cache
+    return self.head.logits(x), cache
+
+  @property
+  def head(self):
+    """What maps the vectors of `hidden` to logits."""
+    return self.unembed or self.embed
 
   def hidden(
     self, tokens, *, positions=None, segment_ids=None, cache=None, key=None
@@ -100,10 +105,6 @@ class LM(nnx.Module):
       cursor = cursor.advance(count, context)
       cache = LMCache(layers=layers, cursor=cursor)
     return x, cache
-
-  def logits(self, x):
-    """Maps [B, T, D] to float32 logits [B, T, vocab]."""
-    return (self.unembed or self.embed).logits(x)
 
   def init_cache(self, batch: int, max_len: int):
     """Returns the cache of `batch` empty sequences of at most `max_len`."""

@@ -23,8 +23,8 @@ from efficient_attn.layers.mixers import (
 )
 from efficient_attn.layers.stack import row_of
 from efficient_attn.models import cost
-from efficient_attn.train.loss import make_loss
 from efficient_attn.train.machine import host_memory
+from efficient_attn.train.objectives import make_objective
 from efficient_attn.train.optimizer import read_optimizer_options
 from efficient_attn.train.state import Architecture, first_state
 from efficient_attn.train.watch import parse_steps
@@ -69,7 +69,7 @@ def check(config: Config) -> Checked:
     config.data, batch_size=config.batch_size, seed=config.seed
   )
   check_fit(config, dataset)
-  loss = make_loss(config, dataset.tokenizer)
+  loss = make_objective(config, dataset.tokenizer)
   params = architecture.abstract_params()
   key = jax.eval_shape(lambda: jax.random.key(0))
   jax.eval_shape(
@@ -149,7 +149,7 @@ def check_host_memory(config: Config) -> None:
 def check_fit(config: Config, dataset: data.Data) -> None:
   """Raises when the model cannot read the data."""
   model, size = config.model, dataset.vocab_size
-  make_loss(config)  # kinds of model and data
+  make_objective(config)  # kinds of model and data
   if config.data.name == 'text' and config.data.packing == 'segments':
     for name in model.pattern:
       if not MIXERS[row_of(name)].packing:
@@ -226,7 +226,7 @@ def report(checked: Checked) -> str:
 def memory(checked: Checked) -> dict[str, int]:
   """Estimates the bytes of a run over all devices, by what they hold."""
   config, architecture = checked.config, checked.architecture
-  loss = make_loss(config, checked.dataset.tokenizer)
+  loss = make_objective(config, checked.dataset.tokenizer)
   params = architecture.abstract_params()
   optimizer = architecture.optimizer(config)
   state = jax.eval_shape(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import jax
 
 from efficient_attn.config import ConfigError
-from efficient_attn.train.loss import means
+from efficient_attn.train.objectives.sums import means
 
 
 def evaluate(

@@ -20,7 +20,8 @@ from efficient_attn import data
 from efficient_attn.config import Config, DataConfig
 from efficient_attn.models import jit_init, with_dtype
 from efficient_attn.train.check import check_fit
-from efficient_attn.train.loss import make_loss, means
+from efficient_attn.train.objectives import make_objective
+from efficient_attn.train.objectives.sums import means
 from efficient_attn.train.state import Architecture, first_state
 from efficient_attn.train.step import (
   evaluated_params,
@@ -65,7 +66,7 @@ class Grid:
     self._architecture = Architecture(self.config.model)
     sets = [self._load(self.config.data, seed) for seed in self._seeds]
     self._batches = [iter(dataset.train) for dataset in sets]
-    self._loss = make_loss(self.config, sets[0].tokenizer)
+    self._loss = make_objective(self.config, sets[0].tokenizer)
     self._valid = sets[0].valid
     init = self._spread(jax.vmap(self._init), P('runs'))
     self._state = jit_init(init)(self._numbers)
@@ -100,7 +101,7 @@ class Grid:
       valid, evaluate = self._valid, self._evaluate
     else:
       dataset = self._load(config, 0)
-      loss = make_loss(
+      loss = make_objective(
         dataclasses.replace(self.config, data=config), dataset.tokenizer
       )
       valid, evaluate = dataset.valid, self._evaluator(loss)

@@ -8,7 +8,7 @@ import optax
 
 from efficient_attn import sharding
 from efficient_attn.config import Config
-from efficient_attn.train.loss import means
+from efficient_attn.train.objectives.sums import means
 from efficient_attn.train.optimizer import eval_params
 from efficient_attn.train.state import Architecture, TrainState
 

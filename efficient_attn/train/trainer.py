@@ -23,7 +23,7 @@ from efficient_attn.train.evaluate import evaluate
 from efficient_attn.train.machine import memory_total
 from efficient_attn.train.meter import Meter
 from efficient_attn.train.metrics import MetricWriter, plot_loss
-from efficient_attn.train.loss import make_loss
+from efficient_attn.train.objectives import make_objective
 from efficient_attn.train.optimizer import make_schedule
 from efficient_attn.train.state import Architecture
 from efficient_attn.train.step import (
@@ -88,7 +88,7 @@ def run(
     if config.model != architecture.config:  # the devices chose a dtype
       architecture = Architecture(config.model)
     optimizer = architecture.optimizer(config)
-    loss = make_loss(config, dataset.tokenizer)
+    loss = make_objective(config, dataset.tokenizer)
     checkpoints = Checkpoints(workdir, config, dataset.fingerprint)
     stack.callback(checkpoints.close)
     abstract = architecture.abstract_state(config, optimizer, mesh)

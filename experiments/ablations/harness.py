@@ -23,8 +23,9 @@ from efficient_attn.models import cost
 from efficient_attn.train.check import check as check_run
 from efficient_attn.train.check import check_fit
 from efficient_attn.train.grid import Grid
-from efficient_attn.train.loss import make_loss, means
 from efficient_attn.train.machine import memory_available
+from efficient_attn.train.objectives import make_objective
+from efficient_attn.train.objectives.sums import means
 from efficient_attn.train.state import Architecture
 from efficient_attn.train.step import make_eval_step
 from experiments.ablations.match import matched, sizes
@@ -86,7 +87,7 @@ def check(program: Program, metric: str) -> None:
     shapes = str(jax.tree.map(jax.typeof, batch))
     if shapes not in traced:
       evaluate = make_eval_step(
-        architecture, make_loss(config, dataset.tokenizer)
+        architecture, make_objective(config, dataset.tokenizer)
       )
       traced[shapes] = jax.eval_shape(
         lambda *x, evaluate=evaluate: means(evaluate(*x)), params, batch
@@ -146,7 +147,7 @@ def run(planned: Planned, study: Study, out: pathlib.Path, progress) -> dict:
 def runs_at_once(config: Config) -> int:
   """Returns how many runs of a config fit into memory together."""
   architecture = Architecture(config.model)
-  loss = make_loss(config)
+  loss = make_objective(config)
   params = jax.eval_shape(architecture.initial_params, jax.random.key(0))
 
   def gradient(params, batch):

@@ -13,7 +13,7 @@ import jax
 from efficient_attn import models
 from efficient_attn.config import Config, ConfigError
 from efficient_attn.models import cost
-from efficient_attn.train.loss import make_loss
+from efficient_attn.train.objectives import make_objective
 from efficient_attn.train.state import Architecture
 
 CLOSE = 0.02  # matched: what is farther off is looked for further
@@ -60,7 +60,7 @@ def _state_bytes(config, architecture, params, batch) -> int:
 
 
 def _flops(config, architecture, params, batch) -> float:
-  loss = make_loss(config)
+  loss = make_objective(config)
   forward = cost.flops(
     lambda params, batch: loss(architecture.merge(params), batch, None),
     params,

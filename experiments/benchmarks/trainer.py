@@ -14,7 +14,7 @@ from efficient_attn import cli, config_files, data, sharding
 from efficient_attn import config as configs
 from efficient_attn.models import init, with_dtype
 from efficient_attn.train.metrics import read_metrics
-from efficient_attn.train.loss import make_loss
+from efficient_attn.train.objectives import make_objective
 from efficient_attn.train.state import Architecture
 from efficient_attn.train.trainer import batch_putter, run
 
@@ -80,7 +80,7 @@ def bare_loop(config: configs.Config, steps: int):
     architecture = Architecture(config.model)
     optimizer = architecture.optimizer(config)
     state = architecture.init(config, optimizer, mesh)
-    loss = make_loss(config)
+    loss = make_objective(config)
 
     def mean(params, batch):
       sums = loss(architecture.merge(params), batch, None)

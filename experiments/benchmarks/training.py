@@ -14,8 +14,8 @@ import numpy as np
 from efficient_attn import config as configs
 from efficient_attn import sharding
 from efficient_attn.models import cost
-from efficient_attn.train.loss import make_loss
 from efficient_attn.train.machine import matmul_ceiling
+from efficient_attn.train.objectives import make_objective
 from efficient_attn.train.state import Architecture
 from efficient_attn.train.step import make_train_step
 from efficient_attn.train.trainer import batch_putter
@@ -48,7 +48,7 @@ class Training:
     self.mesh = sharding.make_mesh('data=1', jax.devices()[:1])
     self.architecture = Architecture(self.config.model)
     self.optimizer = self.architecture.optimizer(self.config)
-    self.loss = make_loss(self.config)
+    self.loss = make_objective(self.config)
     shape = self.config.batch_size, self.config.data.seq_len + 1
     tokens = np.random.default_rng(0).integers(
       0, self.config.model.vocab_size, shape, np.int32

@@ -11,7 +11,7 @@ from efficient_attn import config as configs
 from efficient_attn import data
 from efficient_attn.layers.context import Context
 from efficient_attn.train.grid import Grid, Run
-from efficient_attn.train.loss import cross_entropy
+from efficient_attn.train.objectives.cross_entropy import cross_entropy
 from efficient_attn.train.state import Architecture
 
 CONFIG = dict(

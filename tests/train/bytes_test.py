@@ -5,18 +5,17 @@ import numpy as np
 
 from efficient_attn import config as configs
 from efficient_attn.data import load_tokenizer
-from efficient_attn.train.loss import make_loss, means
+from efficient_attn.train.objectives import make_objective
+from efficient_attn.train.objectives.sums import means
+from tests.train.objectives_test import LogitsModel
 
 
 def _bits_per_byte(batch, tokenizer=None):
   config = configs.resolve({'model': {'name': 'lm', 'd_model': 8}})
 
-  def uniform(tokens, **_):
-    return jnp.zeros((*tokens.shape, 256)), None
-
-  return means(make_loss(config, tokenizer)(uniform, batch, None)).get(
-    'bits_per_byte'
-  )
+  uniform = LogitsModel(jnp.zeros(256))
+  sums = make_objective(config, tokenizer)(uniform, batch, None)
+  return means(sums).get('bits_per_byte')
 
 
 def test_bytes_of_the_batch_count():

@@ -9,8 +9,8 @@ import pytest
 from efficient_attn import config as configs
 from efficient_attn import data
 from efficient_attn.train.grid import Grid, Run
-from efficient_attn.train.loss import cross_entropy
 from efficient_attn.train.metrics import read_metrics
+from efficient_attn.train.objectives.cross_entropy import cross_entropy
 from efficient_attn.train.trainer import run
 
 CONFIG = configs.resolve(

@@ -9,7 +9,7 @@ import pytest
 
 from efficient_attn import config as configs
 from efficient_attn import sharding
-from efficient_attn.train.loss import make_loss
+from efficient_attn.train.objectives import make_objective
 from efficient_attn.train.state import Architecture
 from efficient_attn.train.step import make_train_step, micro_batches
 from efficient_attn.train.trainer import batch_putter
@@ -59,7 +59,9 @@ def make_step(accumulate, dropout=0.0):
   )
   architecture = Architecture(config.model)
   optimizer = architecture.optimizer(config)
-  step = make_train_step(config, architecture, optimizer, make_loss(config))
+  step = make_train_step(
+    config, architecture, optimizer, make_objective(config)
+  )
   return config, architecture, optimizer, jax.jit(step)
 
 

@@ -6,7 +6,7 @@ from jax.experimental import topologies
 
 from efficient_attn import config as configs
 from efficient_attn import config_files, sharding
-from efficient_attn.train.loss import make_loss
+from efficient_attn.train.objectives import make_objective
 from efficient_attn.train.state import Architecture
 from efficient_attn.train.step import make_train_step
 
@@ -39,7 +39,7 @@ def test_quickstart_compiles_for_v5e(mesh, collectives):
   leaf = jax.ShapeDtypeStruct(shape, 'int32', sharding=rows)
   batch = dict(tokens=leaf, segment_ids=leaf, positions=leaf)
   step = make_train_step(
-    config, architecture, optimizer, make_loss(config)
+    config, architecture, optimizer, make_objective(config)
   )
   with jax.set_mesh(mesh):
     lowered = jax.jit(step, donate_argnums=0).lower(state, batch)

@@ -10,7 +10,7 @@ from efficient_attn import models, ops
 from efficient_attn.config import LMConfig
 from efficient_attn.data.tasks import TASKS
 from efficient_attn.ops.softmax import score_functions
-from efficient_attn.train.loss import cross_entropy
+from efficient_attn.train.objectives.cross_entropy import cross_entropy
 from experiments.exponent import slope
 from experiments.survey.claim import (
   Claim,

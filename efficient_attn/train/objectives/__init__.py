@@ -1,0 +1,54 @@
+"""Objectives: what a model is trained on.
+
+  objective(model, batch, key, teacher=None) -> sums
+
+Sums over the batch (see `sums.means`), of which 'objective' has a gradient. A
+teacher is another model that reads the same batch; its divergence is added to
+the objective as `config.teacher` says.
+"""
+
+from collections.abc import Callable
+
+from efficient_attn.config import Config, ConfigError, choose
+from efficient_attn.data import DATASETS, Tokenizer
+from efficient_attn.train.objectives.classes import classification
+from efficient_attn.train.objectives.tokens import (
+  answers,
+  every_answer,
+  next_token,
+)
+
+# Each is called with the config and the bytes of each token (None: unknown).
+OBJECTIVES = {
+  'next_token': next_token,
+  'answers': answers,
+  'every_answer': every_answer,
+  'classification': classification,
+}
+
+# model.name -> kind of data -> objective.
+DEFAULTS = {
+  'lm': {'text': 'next_token', 'task': 'answers'},
+  'vit': {'images': 'classification'},
+  'auto_encoder': {'task': 'every_answer'},
+}
+
+
+def make_objective(
+  config: Config, tokenizer: Tokenizer | None = None
+) -> Callable:
+  """Returns the objective of a model on its data.
+
+  Raises:
+    ConfigError: a model of this kind does not read such data.
+  """
+  model, name = config.model.name, config.data.name
+  kind = choose('data.name', name, DATASETS).kind
+  if kind not in DEFAULTS[model]:
+    able = [model for model, kinds in DEFAULTS.items() if kind in kinds]
+    raise ConfigError(
+      f'model.name={model!r} does not read data.name={name!r} ({kind}); use '
+      f'model.name={" or ".join(map(repr, able))}, or other data'
+    )
+  make = OBJECTIVES[DEFAULTS[model][kind]]
+  return make(config, tokenizer and tokenizer.token_bytes)

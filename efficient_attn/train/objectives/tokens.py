@@ -1,0 +1,140 @@
+"""Objectives of models over tokens: what they read and which tokens count."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from efficient_attn import sharding
+from efficient_attn.config import Config
+from efficient_attn.data import tasks
+from efficient_attn.train.objectives.chunked import sum_over_tokens
+from efficient_attn.train.objectives.cross_entropy import (
+  cross_entropy,
+  divergence,
+)
+from efficient_attn.train.objectives.sums import weighted_sums
+
+
+def next_token(config: Config, token_bytes: np.ndarray | None) -> Callable:
+  """Predicts the next token of packed text."""
+  packed = config.data.packing == 'segments'
+
+  def read(batch):
+    tokens, segment_ids = batch['tokens'], batch['segment_ids']
+    inputs = dict(tokens=tokens[:, :-1])
+    if packed:
+      inputs['positions'] = batch['positions'][:, :-1]
+      inputs['segment_ids'] = segment_ids[:, :-1]
+    same = segment_ids[:, 1:] == segment_ids[:, :-1]
+    weights = (same & (segment_ids[:, 1:] > 0)).astype(jnp.float32)
+    targets = dict(labels=tokens[:, 1:], weights=weights)
+    if 'bytes' in batch:
+      targets['bytes'] = batch['bytes'][:, 1:]
+    elif token_bytes is not None:
+      sizes = jnp.asarray(token_bytes, jnp.float32)
+      targets['bytes'] = sharding.lookup(
+        sizes, targets['labels'], 'batch', None
+      )
+    return inputs, targets
+
+  return _of_tokens(config, read)
+
+
+def answers(config: Config, token_bytes) -> Callable:
+  """Predicts the answers of a task.
+
+  Where the task bounds the answers of an example, logits are computed at those
+  alone: with a large vocabulary they are most of the work.
+  """
+  del token_bytes
+  bounds = [
+    tasks.make(config.data, train=train).most_answers for train in (True, False)
+  ]
+  bound = None if None in bounds else max(bounds)
+
+  def select(hidden, targets):
+    if bound is None or bound >= hidden[0].shape[1]:
+      return hidden, targets
+    # One-hot [B, answer, T], as a gather from a sharded batch has no sharding.
+    counts = targets['weights'] > 0
+    number = jnp.cumsum(counts, axis=1)[:, None]
+    chosen = (number == 1 + jnp.arange(bound)[:, None]) & counts[:, None]
+
+    def at_answers(x):
+      return jnp.einsum(
+        'bat,btd->bad',
+        chosen.astype(x.dtype),
+        x,
+        precision=jax.lax.Precision.HIGHEST,
+      )
+
+    targets = {
+      name: jnp.sum(jnp.where(chosen, x[:, None], 0), axis=-1)
+      for name, x in targets.items()
+    }
+    return [at_answers(x) for x in hidden], targets
+
+  return _of_tokens(config, _read_task, select=select, by_class=True)
+
+
+def every_answer(config: Config, token_bytes) -> Callable:
+  """Predicts the answers of a task all at once, off one vector."""
+  del token_bytes
+  return _of_tokens(config, _read_task, by_class=True)
+
+
+def _read_task(batch):
+  targets = dict(labels=batch['labels'], weights=batch['weights'])
+  return dict(tokens=batch['tokens']), targets
+
+
+def _of_tokens(config, read, *, select=None, by_class=False) -> Callable:
+  """Builds an objective of a model with `hidden` and `head`.
+
+  Args:
+    config: of the run.
+    read: from a batch to the arguments of `hidden` and to the targets [B, T]:
+      labels, weights and perhaps the bytes that each label stands for.
+    select: from the hidden vectors [B, T, D] of the model and its teacher and
+      the targets to those that count.
+    by_class: whether the accuracy of each class is counted.
+  """
+  loss = functools.partial(
+    _token_sums, config=config.loss, teacher=config.teacher, by_class=by_class
+  )
+
+  def objective(model, batch, key, teacher=None):
+    inputs, targets = read(batch)
+    hidden = [model.hidden(**inputs, key=key)[0]]
+    if teacher is not None:
+      hidden.append(jax.lax.stop_gradient(teacher.hidden(**inputs)[0]))
+    tokens_read = targets['weights'].size  # answered or not
+    if select is not None:
+      hidden, targets = select(hidden, targets)
+    guide = None if teacher is None else (teacher.head, hidden[1])
+    sums = sum_over_tokens(loss, model.head, hidden[0], targets, guide)
+    return sums | {'tokens_read': jnp.float32(tokens_read)}
+
+  return objective
+
+
+def _token_sums(logits, targets, teacher_logits, *, config, teacher, by_class):
+  labels, weights = targets['labels'], targets['weights']
+  objective, nll = cross_entropy(logits, labels, **vars(config))
+  hits = jnp.argmax(logits, axis=-1) == labels
+  extra = {}
+  if teacher_logits is not None:
+    kl = divergence(logits, teacher_logits, teacher.temperature)
+    objective = (1 - teacher.weight) * objective + teacher.weight * kl
+    extra['kl'] = jnp.sum(kl * weights)
+  if 'bytes' in targets:
+    extra['bytes'] = jnp.sum(targets['bytes'] * weights)
+  if by_class:
+    # One-hot, as a scatter has no sharding; XLA sums it without storing it.
+    classes = jax.nn.one_hot(labels, logits.shape[-1]) * weights[..., None]
+    extra['of_class'] = jnp.sum(classes, (0, 1))
+    extra['hits_of_class'] = jnp.sum(classes * hits[..., None], (0, 1))
+  return weighted_sums(objective, nll, hits, weights) | extra
