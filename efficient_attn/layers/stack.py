@@ -221,6 +221,22 @@ class Stack(nnx.Module):
     for period in periods + [self.rest] * (self.rest is not None):
       yield from period.blocks
 
+  def layers(self):
+    """Iterates over all layers in order, each a block of arrays of its own.
+
+    Layers that `share` keys hand them on as `shared`, see `Block.__call__`.
+    """
+    periods = self.periods
+    if self.scan:
+      periods = (
+        jax.tree.map(lambda x, r=r: x[r], self.periods)
+        for r in range(self.repeats)
+      )
+    for period in periods:
+      yield from period.blocks
+    if self.rest is not None:
+      yield from self.rest.blocks
+
   def penalty(self):
     """What the mixers add to the mean objective of a step, a scalar."""
     mixers = (b.mixer for b in self.blocks() if b.penalized)
