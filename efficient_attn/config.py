@@ -170,6 +170,20 @@ class DataConfig(Group):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupConfig(Group):
+  """Parameters that differ in what the optimizer does; None: as the others."""
+
+  match: tuple[str, ...] = ()  # of their paths, as 'stack.*.mixer.*'
+  frozen: bool = False
+  learning_rate: PositiveFloat | None = None
+  schedule: str | None = None
+  warmup_steps: NonNegative | None = None
+  weight_decay: NonNegativeFloat | None = None
+
+  prefix = 'optimizer.groups.'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Group):
   """An optax optimizer and its learning-rate schedule."""
 
@@ -184,6 +198,9 @@ class OptimizerConfig(Group):
   clip_norm: NonNegativeFloat = 1.0  # 0: no clipping
   # Further arguments of the optax function: {'b2': 0.95}.
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  # Parameters that are trained otherwise, or not at all: {'embeddings':
+  # {'match': ('embed.*',), 'learning_rate': 1e-4}}.
+  groups: Mapping[str, GroupConfig] = dataclasses.field(default_factory=dict)
 
   prefix = 'optimizer.'
 
@@ -196,6 +213,41 @@ class LossConfig(Group):
   z_loss: NonNegativeFloat = 0.0  # weight of log(Z)^2
 
   prefix = 'loss.'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InitConfig(Group):
+  """The run whose parameters are those of step 0.
+
+  A parameter that only one of the models has, or that has another shape, is an
+  error unless a pattern names it, as '*.mixer.*'. Layers are counted, so that
+  another pattern or `scan_layers` keeps what both models have.
+  """
+
+  run: str = ''  # its workdir; '': initial values
+  new: tuple[str, ...] = ()  # that this model alone has: initial values
+  unused: tuple[str, ...] = ()  # that the run alone has
+  # Of another shape: what both have room for is taken over, as the rows of a
+  # longer table of positions; the rest has initial values.
+  resized: tuple[str, ...] = ()
+
+  prefix = 'init_from.'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig(Group):
+  """Low-rank adapters, beside which nothing is trained but optimizer.groups."""
+
+  rank: NonNegative = 0  # 0: none
+  alpha: PositiveFloat = 16.0
+  match: tuple[str, ...] = ('*.mixer.*',)  # paths of projections
+
+  prefix = 'lora.'
+
+  @property
+  def scale(self) -> float:
+    """The factor of the update."""
+    return self.alpha / self.rank
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -232,6 +284,8 @@ class Config(Group):
   optimizer: OptimizerConfig = OptimizerConfig()
   loss: LossConfig = LossConfig()
   teacher: TeacherConfig = TeacherConfig()
+  init_from: InitConfig = InitConfig()
+  lora: LoraConfig = LoraConfig()
   seed: Seed = 0
   steps: Positive = 1000
   # Sequences or images a step, over all devices.

@@ -86,6 +86,10 @@ class Projection(nnx.Module):
     self.bias = param(zeros, (*outputs,)) if bias else None
     self.num_inputs = len(inputs)
 
+  def matrix(self, dtype) -> jax.Array:
+    """Returns the weight in `dtype`, laid out for computation."""
+    return value_of(self.weight, dtype)
+
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps [..., *inputs] to [..., *outputs]."""
     names = self.weight.axes

@@ -21,7 +21,7 @@ from flax import nnx
 from efficient_attn import sharding
 from efficient_attn.layers.mixers.compact.memory import Compact
 from efficient_attn.layers.norm import RMSNorm
-from efficient_attn.layers.param import Projection, value_of
+from efficient_attn.layers.param import Projection
 from efficient_attn.ops import masks
 from efficient_attn.ops.positions import rotary
 from efficient_attn.ops.softmax.attention import attention
@@ -111,7 +111,7 @@ class MLA(Compact):
     layouts = ('BTNH', 'BSR', 'BSH', 'RNH', 'RNV', masks.letters(mask))
     op = sharding.local_op(op, layouts, 'BTNV')
     key_up, value_up = (
-      value_of(p.weight, query.dtype) for p in (self.key_up, self.value_up)
+      p.matrix(query.dtype) for p in (self.key_up, self.value_up)
     )
     return self.out(op(query, latent, key, key_up, value_up, mask))
 
