@@ -8,14 +8,13 @@ one before it is used. One that was not sealed before a kill counts if it loads.
 
 import concurrent.futures
 import contextlib
-import json
 import logging
 import os
 import pathlib
 import re
 import shutil
 import sys
-import zlib
+from dataclasses import fields
 from typing import Any
 
 import jax
@@ -26,8 +25,9 @@ from orbax.checkpoint import v1 as ocp
 from efficient_attn.config import Config, ConfigError
 from efficient_attn.formats import without_parts
 from efficient_attn.train import workdir as folder
+from efficient_attn.train.seal import DamagedError, seal, verify
+from efficient_attn.train.state import TrainState
 
-CHECKSUMS = 'checksums.json'  # of process i > 0: checksums.i.json
 UNFINISHED = '.orbax-checkpoint-tmp'  # what Orbax appends until it commits
 DELETED = '.deleted'  # what is appended before files are removed one by one
 
@@ -37,11 +37,8 @@ _PARTS = {
   'params': ('model', 'another model'),
   'opt_state': ('optimizer', 'another optimizer'),
   'ema': ('ema', 'another average'),
+  'teacher': ('teacher', 'another teacher'),
 }
-
-
-class DamagedError(Exception):
-  """A checkpoint is not what was written."""
 
 
 class Checkpoints:
@@ -52,16 +49,21 @@ class Checkpoints:
     config: of the run, with how many checkpoints it keeps.
     fingerprint: of the data, which a continued run must have too; '' is not
       compared.
+    teacher: the same of a teacher.
   """
 
   def __init__(
-    self, workdir: pathlib.Path, config: Config, fingerprint: str = ''
+    self,
+    workdir: pathlib.Path,
+    config: Config,
+    fingerprint: str = '',
+    teacher: str = '',
   ):
     _quieten()
     self._workdir = pathlib.Path(workdir).absolute()
     self.directory = self._workdir / 'checkpoints'
     self._config = config
-    self._fingerprint = fingerprint
+    self._identity = dict(fingerprint=fingerprint, teacher=teacher)
     self._background = concurrent.futures.ThreadPoolExecutor(1)
     self._pending = None
 
@@ -76,14 +78,14 @@ class Checkpoints:
     with _clear_writing(path):
       writing = ocp.save_checkpointables_async(
         path,
-        dict(state=state, dataset=iterator),
-        custom_metadata=dict(fingerprint=self._fingerprint),
+        dict(state=_as_saved(state), dataset=iterator),
+        custom_metadata=self._identity,
       )
 
     def finish():
       with _clear_writing(path):
         writing.result()
-      _seal(path)
+      seal(path)
       if jax.process_index() == 0:
         for old in self.steps()[: -self._config.keep_checkpoints]:
           _remove(self._path(old))
@@ -150,19 +152,20 @@ class Checkpoints:
     return None if step < 0 else step
 
   def _load(self, path, abstract_state, iterator):
-    sealed = _check(path)
+    sealed = verify(path)
     try:
       saved = ocp.checkpointables_metadata(path)
       if saved.metadata['state'] is None:
         raise ValueError('there is no metadata of the state')
       metadata = saved.metadata['state']
-      wanted = dict(state=_named_as(metadata, abstract_state))
-      self._check_same_state(path, metadata, wanted['state'])
+      named = _named_as(metadata, abstract_state)
+      self._check_same_state(path, metadata, named)
+      wanted = dict(state=_as_saved(named))
       if iterator is not None:
         _check_processes(path)
         self._check_same_data(path, saved.custom_metadata or {})
         wanted['dataset'] = iterator
-      state = ocp.load_checkpointables(path, wanted)['state']
+      state = TrainState(**ocp.load_checkpointables(path, wanted)['state'])
       state = _renamed(state, abstract_state)
       jax.block_until_ready(state)
     except ConfigError:
@@ -173,7 +176,7 @@ class Checkpoints:
       first = str(e).partition('\n')[0]
       raise DamagedError(f'its writing did not finish: {first}') from e
     if iterator is not None and not sealed:
-      self._pending = self._background.submit(_seal, path)
+      self._pending = self._background.submit(seal, path)
     return state
 
   def _check_same_state(self, path, saved, abstract_state):
@@ -198,12 +201,13 @@ class Checkpoints:
       )
 
   def _check_same_data(self, path, saved):
-    before, now = saved.get('fingerprint', ''), self._fingerprint
-    if before and now and before != now:
-      raise ConfigError(
-        f'the data has changed since {path} was written (fingerprint {now}, '
-        f'then {before}); bring the files back, or use a new workdir'
-      )
+    for key, what in ('fingerprint', 'data'), ('teacher', 'teacher'):
+      before, now = saved.get(key, ''), self._identity[key]
+      if before and now and before != now:
+        raise ConfigError(
+          f'the {what} has changed since {path} was written (fingerprint {now},'
+          f' then {before}); bring it back, or use a new workdir'
+        )
 
   def _clean(self):
     """Removes what a kill left half-written or half-deleted."""
@@ -279,6 +283,15 @@ def _check_processes(path: pathlib.Path) -> None:
     )
 
 
+def _as_saved(state: TrainState) -> dict[str, Any]:
+  """Returns what is written of a state: no frozen parameters."""
+  parts = {field.name: getattr(state, field.name) for field in fields(state)}
+  del parts['frozen']
+  if state.teacher is None:
+    del parts['teacher']
+  return parts
+
+
 def _named_as(saved, state):
   """Returns a state with the names of a saved one, if it has earlier ones."""
   earlier = _without_parts(state)
@@ -314,82 +327,3 @@ def _shapes(tree) -> dict[str, tuple[int, ...]]:
     jax.tree_util.keystr(path, simple=True, separator='.'): tuple(leaf.shape)
     for path, leaf in leaves
   }
-
-
-def _files(path: pathlib.Path) -> list[str]:
-  """Returns the files of a checkpoint that have a checksum once sealed."""
-  return sorted(
-    str(file.relative_to(path))
-    for file in path.rglob('*')
-    if file.is_file() and not file.name.startswith('checksums.')
-  )
-
-
-def _checksums(path: pathlib.Path, names: list[str]) -> dict[str, int]:
-  """Reads several files at once: of large ones, it is most of the time."""
-  with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
-    sums = pool.map(lambda name: _checksum(path / name), names)
-    return dict(zip(names, sums, strict=True))
-
-
-def _checksum(file: pathlib.Path) -> int:
-  checksum = 0
-  with file.open('rb') as content:
-    while block := content.read(2**22):
-      checksum = zlib.crc32(block, checksum)
-  return checksum
-
-
-def _seal(path: pathlib.Path) -> None:
-  """Adds the checksums of what this process wrote in a complete checkpoint.
-
-  Of the array data, that is its own folder. The first process takes the rest,
-  which is small, and the folders that no process of this run has.
-  """
-  index, count = jax.process_index(), jax.process_count()
-
-  def owner(name):
-    found = re.match(r'state/ocdbt\.process_(\d+)/', name)
-    number = int(found[1]) if found else 0
-    return number if number < count else 0
-
-  own = [name for name in _files(path) if owner(name) == index]
-  file = path / (f'checksums.{index}.json' if index else CHECKSUMS)
-  with folder.naming(file):
-    new = file.with_name(file.name + '.new')
-    new.write_text(json.dumps(_checksums(path, own)))
-    new.rename(file)
-
-
-def _check(path: pathlib.Path) -> bool:
-  """Verifies the sealed files of a checkpoint; whether those are all.
-
-  Each process reads its share of them.
-
-  Raises:
-    DamagedError: one is missing or has changed.
-  """
-  sums, problem = {}, ''
-  try:
-    for file in path.glob('checksums*.json'):
-      found = json.loads(file.read_bytes())
-      if not isinstance(found, dict):
-        raise ValueError(f'a {type(found).__name__}')
-      sums |= found
-    names = _files(path)
-    own = sorted(sums)[jax.process_index() :: jax.process_count()]
-    missing = sorted(set(own) - set(names))
-    if missing:
-      problem = f'{missing[0]} is missing'
-    else:
-      actual = _checksums(path, own)
-      changed = [name for name in own if actual[name] != sums[name]]
-      problem = f'{changed[0]} has changed' if changed else ''
-  except ValueError:
-    problem = f'{file.name} is unreadable'
-  except OSError as e:
-    problem = str(e)
-  sound = multihost_utils.process_allgather(np.asarray(not problem))
-  if not np.all(sound):
-    raise DamagedError(problem or 'as another process says')
-  return sums.keys() >= set(names)

@@ -1,37 +1,91 @@
 """Opening a trained run: its config and its model."""
 
+import json
 import pathlib
+import zlib
+from typing import NamedTuple
 
 import jax
 from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.config import Config, ConfigError
+from efficient_attn.layers.adapter import merge_adapters
+from efficient_attn.train import frozen
 from efficient_attn.train import workdir as folder
 from efficient_attn.train.checkpoint import Checkpoints
-from efficient_attn.train.state import Architecture
+from efficient_attn.train.groups import flat
+from efficient_attn.train.seal import CHECKSUMS
+from efficient_attn.train.state import (
+  Architecture,
+  Params,
+  changing,
+  nested,
+)
 from efficient_attn.train.step import evaluated_params
 
 
-def load_model(workdir: str | pathlib.Path) -> tuple[Config, nnx.Module]:
-  """Returns the config and the newest model of a run, on one device.
+class Run(NamedTuple):
+  """A trained run, whose adapters are merged into its weights.
 
-  The parameters are the averaged ones where the run keeps an average. The run
-  may be going on; nothing is written in its folder.
+  Attributes:
+    config: as it was last started.
+    architecture: of its model, without adapters.
   """
-  workdir = folder.resolve(workdir)
-  config = folder.read_config(workdir)
+
+  workdir: pathlib.Path
+  config: Config
+  architecture: Architecture
+
+  def params(self, mesh: jax.sharding.Mesh) -> Params:
+    """Returns its newest parameters, laid out on a mesh.
+
+    They are the averaged ones where the run keeps an average. The run may be
+    going on; nothing is written in its folder.
+    """
+    config = self.config
+    architecture = Architecture(config.model, config.lora, config.optimizer)
+    optimizer = architecture.optimizer(config)
+    abstract = architecture.abstract_state(config, optimizer, mesh)
+    with jax.set_mesh(mesh):
+      state = Checkpoints(self.workdir, config).restore(
+        changing(abstract, config), iterator=None
+      )
+      if state is None:
+        raise ConfigError(f'{str(self.workdir)!r}: the run has no checkpoint')
+      fixed = frozen.load(self.workdir, abstract.frozen)
+      params = evaluated_params(state, fixed)
+      if config.lora.rank:
+        params = nested(merge_adapters(flat(params), config.lora))
+    return params
+
+  def identity(self) -> str:
+    """Returns what changes with its newest checkpoint."""
+    steps = folder.checkpoint_steps(self.workdir)
+    if not steps:
+      raise ConfigError(f'{str(self.workdir)!r}: the run has no checkpoint')
+    sums = self.workdir / 'checkpoints' / str(steps[-1]) / CHECKSUMS
+    crc = zlib.crc32(sums.read_bytes()) if sums.exists() else 0
+    return json.dumps([steps[-1], crc])
+
+
+def open_run(workdir: str | pathlib.Path, key: str = '--workdir') -> Run:
+  """Reads the config of a run.
+
+  Args:
+    workdir: of the run.
+    key: the flag or the key of a config that names it, for errors.
+  """
+  path = folder.resolve(workdir)
+  config = folder.read_config(path)
   if config is None:
-    raise ConfigError(f'--workdir={str(workdir)!r}: no run there (config.json)')
-  mesh = sharding.make_mesh('data=1', jax.devices()[:1])
-  architecture = Architecture(config.model)
-  optimizer = architecture.optimizer(config)
-  checkpoints = Checkpoints(workdir, config)
-  abstract = architecture.abstract_state(config, optimizer, mesh)
-  with jax.set_mesh(mesh):
-    state = checkpoints.restore(abstract, iterator=None)
-  if state is None:
-    raise ConfigError(f'--workdir={str(workdir)!r}: the run has no checkpoint')
+    raise ConfigError(f'{key}={str(workdir)!r}: no run there (config.json)')
+  return Run(path, config, Architecture(config.model))
+
+
+def load_model(workdir: str | pathlib.Path) -> tuple[Config, nnx.Module]:
+  """Returns the config and the newest model of a run, on one device."""
+  run = open_run(workdir)
+  params = run.params(sharding.make_mesh('data=1', jax.devices()[:1]))
   one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  params = jax.device_put(evaluated_params(state), one)
-  return config, architecture.merge(params)
+  return run.config, run.architecture.merge(jax.device_put(params, one))

@@ -24,6 +24,13 @@ from efficient_attn.config import (
   as_dict,
   choose,
 )
+from efficient_attn.train.groups import (
+  OTHERS,
+  by_group,
+  config_of,
+  flat,
+  path_of,
+)
 from efficient_attn.values import (
   BelowOne,
   Dtype,
@@ -258,6 +265,7 @@ def make_optimizer(
   steps: int,
   weight_decay_mask: Any,
   matrix_axes: Any,
+  groups: Mapping[str, str] = types.MappingProxyType({}),
 ) -> optax.GradientTransformationExtraArgs:
   """Builds the optimizer of a run.
 
@@ -270,22 +278,53 @@ def make_optimizer(
       axes)` for a matrix, whose other axes (stacked layers) are separate
       matrices, or None for a parameter that adam trains (vectors, embeddings,
       the output head).
+    groups: the group in `config.groups` of each parameter, by path; empty if
+      all are trained alike.
 
   Returns:
     The optimizer, to be called as the module's docstring says.
   """
-  options = read_optimizer_options(config)
-  row, lr = OPTIMIZERS[config.name], make_schedule(config, steps)
-  decay = config.weight_decay, weight_decay_mask
-  optimizer = row.wrap(
-    row.function(**row.arguments(lr, *decay, matrix_axes), **options),
-    lr,
-    *decay,
-  )
+  if set(groups.values()) <= {OTHERS}:
+    optimizer = _one_optimizer(config, steps, weight_decay_mask, matrix_axes)
+  elif config.name == 'schedule_free':
+    raise ConfigError(
+      'optimizer.groups needs one average of all parameters, which '
+      "optimizer.name='schedule_free' has not; use another optimizer"
+    )
+  else:
+    trees = flat(weight_decay_mask), _flat_axes(matrix_axes)
+    optimizers = {}
+    for group in sorted(set(groups.values())):
+      own = [
+        {name: tree[name] for name in groups if groups[name] == group}
+        for tree in trees
+      ]
+      optimizers[group] = _one_optimizer(config_of(config, group), steps, *own)
+    optimizer = by_group(optimizers, groups)
   if config.clip_norm > 0:
     clip = optax.clip_by_global_norm(config.clip_norm)
     optimizer = optax.chain(clip, optimizer)
   return optax.with_extra_args_support(optimizer)
+
+
+def _one_optimizer(config, steps, mask, matrix_axes):
+  options = read_optimizer_options(config)
+  row, lr = OPTIMIZERS[config.name], make_schedule(config, steps)
+  decay = config.weight_decay, mask
+  return row.wrap(
+    row.function(**row.arguments(lr, *decay, matrix_axes), **options),
+    lr,
+    *decay,
+  )
+
+
+def _flat_axes(matrix_axes):
+  """Returns the axes by path, None too."""
+  leaves = jax.tree_util.tree_leaves_with_path(
+    matrix_axes,
+    is_leaf=lambda x: x is None or isinstance(x, contrib.MuonDimensionNumbers),
+  )
+  return {path_of(path): leaf for path, leaf in leaves}
 
 
 def eval_params(opt_state: Any, params: Any) -> Any:

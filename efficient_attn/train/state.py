@@ -1,18 +1,28 @@
 """The state of a run: what a step maps to the next, and how it is laid out."""
 
+import collections
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, traverse_util
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers
 
 from efficient_attn import sharding
-from efficient_attn.config import Config, ConfigError, ModelConfig
-from efficient_attn.models import abstract, build, jit_init
+from efficient_attn.config import (
+  Config,
+  ConfigError,
+  LoraConfig,
+  ModelConfig,
+  OptimizerConfig,
+)
+from efficient_attn.layers.adapter import adapt
+from efficient_attn.models import build, jit_init
+from efficient_attn.train.groups import FROZEN, group_of_each
 from efficient_attn.train.optimizer import make_optimizer
 
 Params = dict[str, Any]  # nested dicts of arrays, as in nnx.to_pure_dict
@@ -21,14 +31,16 @@ Params = dict[str, Any]  # nested dicts of arrays, as in nnx.to_pure_dict
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """Everything a step changes.
+  """What a step reads and changes.
 
   Attributes:
     step: int32, the number of steps done.
-    params: the model's parameters, float32.
+    params: the parameters that are trained, float32.
     opt_state: of the optax optimizer.
     ema: the averaged parameters, or None.
     key: PRNG key of the run; step i folds i into it.
+    frozen: the parameters that are not trained, which no checkpoint holds.
+    teacher: the parameters of a teacher, or None.
   """
 
   step: jax.Array
@@ -36,26 +48,60 @@ class TrainState:
   opt_state: Any
   ema: Params | None
   key: jax.Array
+  frozen: Params = dataclasses.field(default_factory=dict)
+  teacher: Params | None = None
 
 
 class Architecture:
-  """A model without its values: structure, shapes and parameter metadata."""
+  """A model without its values: structure, shapes and parameter metadata.
 
-  def __init__(self, config: ModelConfig):
-    self.config = config
-    self.graphdef, self._params = nnx.split(abstract(config))
+  Args:
+    config: of the model.
+    lora: its adapters; None: it has none.
+    optimizer: whose groups say what is frozen or trained apart; None: nothing.
+  """
 
-  def merge(self, params: Params) -> nnx.Module:
+  def __init__(
+    self,
+    config: ModelConfig,
+    lora: LoraConfig | None = None,
+    optimizer: OptimizerConfig | None = None,
+  ):
+    self.config, self.lora = config, lora or LoraConfig()
+    model = nnx.eval_shape(lambda: self._build(nnx.Rngs(0)))
+    self.graphdef, self._params = nnx.split(model)
+    self.groups = group_of_each(
+      self.sizes(), optimizer or OptimizerConfig(), bool(self.lora.rank)
+    )
+
+  def _build(self, rngs):
+    model = build(self.config, rngs=rngs)
+    if self.lora.rank:
+      adapt(model, self.lora, rngs=rngs)
+    return model
+
+  def merge(self, params: Params, frozen: Params | None = None) -> nnx.Module:
     """Returns the model with these parameters."""
-    return nnx.merge(self.graphdef, params)
+    return nnx.merge(self.graphdef, joined(params, frozen or {}))
+
+  def split(self, tree: Any) -> tuple[Any, Any]:
+    """Splits a tree like all parameters into the trained and the frozen."""
+    leaves = traverse_util.flatten_dict(tree)
+    frozen = {
+      path for path in leaves if self.groups['.'.join(map(str, path))] is FROZEN
+    }
+    parts = (
+      {path: leaves[path] for path in leaves if (path in frozen) == chosen}
+      for chosen in (False, True)
+    )
+    return tuple(map(traverse_util.unflatten_dict, parts))
 
   def initial_params(self, key: jax.Array) -> Params:
-    """Returns new parameters."""
-    model = build(self.config, rngs=nnx.Rngs(key))
-    return nnx.to_pure_dict(nnx.state(model))
+    """Returns new values of all parameters."""
+    return nnx.to_pure_dict(nnx.state(self._build(nnx.Rngs(key))))
 
   def abstract_params(self) -> Params:
-    """Returns the shapes and dtypes of the parameters."""
+    """Returns the shapes and dtypes of all parameters."""
     return jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
       nnx.to_pure_dict(self._params),
@@ -111,52 +157,110 @@ class Architecture:
     return make_optimizer(
       config.optimizer,
       config.steps,
-      self.map(lambda _, p: p.weight_decay),
-      self.map(matrix),
+      self.split(self.map(lambda _, p: p.weight_decay))[0],
+      self.split(self.map(matrix))[0],
+      {name: g for name, g in self.groups.items() if g is not FROZEN},
     )
 
-  def abstract_state(self, config: Config, optimizer, mesh) -> TrainState:
+  def abstract_state(
+    self, config: Config, optimizer, mesh, teacher: 'Architecture | None' = None
+  ) -> TrainState:
     """Returns the state as shapes, dtypes and shardings."""
     replicated = NamedSharding(mesh, P())
 
     def as_abstract(x, place):
       return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
-    params = jax.tree.map(
-      as_abstract, nnx.to_pure_dict(self._params), self.shardings(mesh)
-    )
+    def placed(architecture):
+      return jax.tree.map(
+        as_abstract,
+        architecture.abstract_params(),
+        architecture.shardings(mesh),
+      )
+
     key = jax.eval_shape(lambda: jax.random.key(config.seed))
+    params, frozen = self.split(placed(self))
     with jax.set_mesh(mesh):
       state = jax.eval_shape(
-        lambda params, key: first_state(config, optimizer, params, key),
+        functools.partial(first_state, config, optimizer),
         params,
         as_abstract(key, replicated),
+        frozen,
+        teacher and placed(teacher),
       )
     return jax.tree.map(
       lambda x: as_abstract(x, x.sharding or replicated), state
     )
 
-  def init(self, config: Config, optimizer, mesh) -> TrainState:
-    """Creates the state of step 0, each array in its place on the mesh."""
+  def init(self, config: Config, optimizer, mesh, given=None, teacher=None):
+    """Creates the state of step 0, each array in its place on the mesh.
+
+    Args:
+      config: of the run.
+      optimizer: of the run.
+      mesh: to lay it out on.
+      given: from all parameters, in place, to those that the run begins with.
+      teacher: the parameters of a teacher that is no average, in place.
+    """
     key = jax.random.key(config.seed)
     # Outside of the mesh, so that XLA may spread the drawing itself.
     with jax.set_mesh(None):
       params = jit_init(
         self.initial_params, out_shardings=self.shardings(mesh)
       )(key)
+    if given is not None:
+      params = given(params)
+    params, frozen = self.split(params)
     with jax.set_mesh(mesh):
       key = jax.device_put(key, NamedSharding(mesh, P()))
-      return jax.jit(
-        lambda params, key: first_state(config, optimizer, params, key)
-      )(params, key)
+      state = jax.jit(functools.partial(first_state, config, optimizer))(
+        params, key
+      )
+    if teacher is None:
+      teacher = state.teacher
+    return dataclasses.replace(state, frozen=frozen, teacher=teacher)
 
 
-def first_state(config: Config, optimizer, params, key) -> TrainState:
+def first_state(
+  config: Config, optimizer, params, key, frozen=None, teacher=None
+) -> TrainState:
   """Returns the state before step 1."""
+  if config.teacher.momentum:
+    teacher = jax.tree.map(jnp.copy, params)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
     opt_state=optimizer.init(params),
     ema=jax.tree.map(jnp.copy, params) if config.ema else None,
     key=key,
+    frozen=frozen or {},
+    teacher=teacher,
+  )
+
+
+def changing(state: TrainState, config: Config) -> TrainState:
+  """Returns what checkpoints hold: nothing that no step changes."""
+  teacher = state.teacher if config.teacher.momentum else None
+  return dataclasses.replace(state, frozen={}, teacher=teacher)
+
+
+def joined(params: Params, frozen: Params) -> Params:
+  """Joins the two parts of `Architecture.split`."""
+  if not frozen:
+    return params
+  flat = map(traverse_util.flatten_dict, (params, frozen))
+  return traverse_util.unflatten_dict(dict(collections.ChainMap(*flat)))
+
+
+def nested(params: dict[str, jax.Array]) -> Params:
+  """Returns parameters by path as the nested dicts of a model.
+
+  Numbers in a path are those of lists.
+  """
+
+  def part(name):
+    return int(name) if name.isdigit() else name
+
+  return traverse_util.unflatten_dict(
+    {tuple(map(part, name.split('.'))): x for name, x in params.items()}
   )

@@ -1,5 +1,6 @@
 """One training step: gradients of the summed loss, then the optimizer."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -10,28 +11,52 @@ from efficient_attn import sharding
 from efficient_attn.config import Config
 from efficient_attn.train.objectives.sums import means
 from efficient_attn.train.optimizer import eval_params
-from efficient_attn.train.state import Architecture, TrainState
+from efficient_attn.train.state import (
+  Architecture,
+  Params,
+  TrainState,
+  joined,
+)
 
 
 def make_train_step(
   config: Config,
   architecture: Architecture,
   optimizer: optax.GradientTransformationExtraArgs,
-  loss: Callable,
+  objective: Callable,
+  teacher: Architecture | None = None,
 ) -> Callable:
   """Returns step(state, batch) -> (state, metrics), to be jitted.
 
   With `config.accumulate` = A the batch is taken in A parts, one after the
   other, and the result is the same. A step whose loss or gradient is not finite
   changes nothing but `state.step`, and says so in `metrics['finite']`.
+
+  Args:
+    config: of the run.
+    architecture: of the model.
+    optimizer: of the run.
+    objective: see `train.objectives`.
+    teacher: the architecture of `state.teacher`, if that is another run; an
+      average of the model itself has the model's.
   """
 
-  def summed(params, batch, key):
-    model = architecture.merge(params)
-    sums = loss(model, batch, key)
-    return sums['objective'] + sums['weight'] * model.stack.penalty(), sums
+  def make_summed(state):
+    if state.teacher is None:
+      guide = None
+    elif teacher is None:
+      guide = architecture.merge(state.teacher, state.frozen)
+    else:
+      guide = teacher.merge(state.teacher)
 
-  def gradients(params, batch, key):
+    def summed(params, batch, key):
+      model = architecture.merge(params, state.frozen)
+      sums = objective(model, batch, key, guide)
+      return sums['objective'] + sums['weight'] * model.stack.penalty(), sums
+
+    return summed
+
+  def gradients(summed, params, batch, key):
     grad = jax.grad(summed, has_aux=True)
     if config.accumulate == 1:
       return grad(params, batch, key)
@@ -55,7 +80,8 @@ def make_train_step(
   def step(state: TrainState, batch):
     key = jax.random.fold_in(state.key, state.step)
     dropout_key = key if config.model.dropout else None
-    grads, sums = gradients(state.params, batch, dropout_key)
+    summed = make_summed(state)
+    grads, sums = gradients(summed, state.params, batch, dropout_key)
     weight = jnp.maximum(sums['weight'], 1)
     grads = jax.tree.map(lambda g: g / weight, grads)
 
@@ -67,40 +93,62 @@ def make_train_step(
       grads, state.opt_state, state.params, obj_fn=mean_objective
     )
     params = optax.apply_updates(state.params, updates)
-    ema = state.ema and optax.incremental_update(
-      params, state.ema, 1 - config.ema
+    new = dataclasses.replace(
+      state, params=params, opt_state=opt_state, **averages(state, params)
     )
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(sums['objective']) & jnp.isfinite(grad_norm)
-    params, opt_state, ema = jax.tree.map(
-      lambda new, old: jnp.where(finite, new, old),
-      (params, opt_state, ema),
-      (state.params, state.opt_state, state.ema),
-    )
-    state = TrainState(state.step + 1, params, opt_state, ema, state.key)
+    new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
     metrics = means(sums) | dict(
       grad_norm=grad_norm,
       tokens_read=sums['tokens_read'],
       weight=sums['weight'],
       finite=finite,
     )
-    return state, metrics
+    return dataclasses.replace(new, step=state.step + 1), metrics
+
+  def averages(state, params):
+    """Returns the next averages of the parameters, by their field."""
+    found = {}
+    if config.ema:
+      found['ema'] = optax.incremental_update(params, state.ema, 1 - config.ema)
+    if config.teacher.momentum:
+      momentum = rising_momentum(config, state.step)
+      found['teacher'] = optax.incremental_update(
+        params, state.teacher, 1 - momentum
+      )
+    return found
 
   return step
 
 
-def make_eval_step(architecture: Architecture, loss: Callable) -> Callable:
-  """Returns step(params, batch) -> sums of the loss, to be jitted."""
+def rising_momentum(config: Config, step: jax.Array) -> jax.Array:
+  """Returns the decay of the teacher's average: half a cosine up to 1.
+
+  1 - (1 - momentum) (cos(pi step / steps) + 1) / 2    (2006.07733)
+  """
+  falling = (jnp.cos(jnp.pi * step / config.steps) + 1) / 2
+  return 1 - (1 - config.teacher.momentum) * falling
+
+
+def make_eval_step(architecture: Architecture, objective: Callable) -> Callable:
+  """Returns step(params, batch) -> sums of the objective, to be jitted."""
 
   def step(params, batch):
-    return loss(architecture.merge(params), batch, None)
+    return objective(architecture.merge(params), batch, None)
 
   return step
 
 
-def evaluated_params(state: TrainState):
-  """Returns the parameters to evaluate and to sample from."""
-  return state.ema or eval_params(state.opt_state, state.params)
+def evaluated_params(state: TrainState, frozen: Params | None = None):
+  """Returns all parameters of the model to evaluate and to sample from.
+
+  Args:
+    state: of the run.
+    frozen: its frozen parameters, if the state is without.
+  """
+  params = state.ema or eval_params(state.opt_state, state.params)
+  return joined(params, frozen or state.frozen)
 
 
 def micro_batches(x: jax.Array, parts: int) -> jax.Array:

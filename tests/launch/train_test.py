@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from efficient_attn import cli
-from efficient_attn.train.checkpoint import CHECKSUMS
 from efficient_attn.train.load import load_model
+from efficient_attn.train.seal import CHECKSUMS
 from tests.launch.scripts import (
   ROOT,
   TINY,

@@ -11,9 +11,10 @@ import pytest
 
 from efficient_attn import config as configs
 from efficient_attn import data
-from efficient_attn.train import checkpoint
+from efficient_attn.train import seal
 from efficient_attn.train import workdir as folder
-from efficient_attn.train.checkpoint import CHECKSUMS, Checkpoints
+from efficient_attn.train.checkpoint import Checkpoints
+from efficient_attn.train.seal import CHECKSUMS
 from efficient_attn.train.state import TrainState
 from efficient_attn.train.workdir import DiskError
 
@@ -86,7 +87,7 @@ def test_damaged_checksums_are_damage(saved, content, capfd):
 
 def test_every_flipped_byte_of_a_file_is_noticed(saved, capfd):
   path = saved / 'checkpoints' / '2'
-  for name in checkpoint._files(path):
+  for name in seal._files(path):
     content = (path / name).read_bytes()
     if not content:
       continue
@@ -107,14 +108,14 @@ def test_each_process_seals_what_it_wrote(saved, monkeypatch):
   shutil.copytree(own, own.with_name('ocdbt.process_1'))
   (path / CHECKSUMS).unlink()
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  checkpoint._seal(path)
+  seal.seal(path)
   monkeypatch.setattr(jax, 'process_index', lambda: 1)
-  checkpoint._seal(path)
+  seal.seal(path)
   first, second = (
     json.loads((path / name).read_text()).keys()
     for name in (CHECKSUMS, 'checksums.1.json')
   )
-  assert not first & second and first | second == set(checkpoint._files(path))
+  assert not first & second and first | second == set(seal._files(path))
   assert all(name.startswith('state/ocdbt.process_1/') for name in second)
   assert len(second) == 2
 

@@ -10,13 +10,13 @@ import sys
 
 import pytest
 
-from efficient_attn import config as configs
+from efficient_attn import config_files
 from efficient_attn.config import ConfigError
 from efficient_attn.train import checkpoint, metrics, trainer, watch
 from efficient_attn.train import workdir as folder
-from efficient_attn.train.checkpoint import CHECKSUMS
 from efficient_attn.train.load import load_model
 from efficient_attn.train.metrics import read_metrics
+from efficient_attn.train.seal import CHECKSUMS
 from efficient_attn.train.workdir import DiskError
 from tests.train.tiny_runs import assert_same_parameters, contents, rows, run
 
@@ -99,7 +99,7 @@ def test_readers_write_nothing(copy):
   assert contents(copy) == before
 
 
-@pytest.mark.parametrize('moment', ['_check', '_shapes', 'load'])
+@pytest.mark.parametrize('moment', ['verify', '_shapes', 'load'])
 def test_readers_of_a_run_that_goes_on(copy, whole, moment, monkeypatch, capfd):
   """The run replaces both checkpoints at any time while one is read."""
   where, name = checkpoint, moment
@@ -163,7 +163,7 @@ def test_a_full_disk_stops_the_run(what, tmp_path, monkeypatch, whole, capfd):
     elif what == 'events':
       patch.setattr(metrics.EventsWriter, 'write_event', fail)
     elif what == 'config':
-      patch.setattr(configs, 'save', fail)
+      patch.setattr(config_files, 'save', fail)
     else:
       patch.setattr(trainer, 'plot_loss', fail)
     with pytest.raises(DiskError, match='No space left on device') as error:

@@ -11,9 +11,9 @@ from efficient_attn import config as configs
 from efficient_attn import config_files, sharding
 from efficient_attn.config import ConfigError
 from efficient_attn.train.check import check
-from efficient_attn.train.checkpoint import CHECKSUMS
 from efficient_attn.train.load import load_model
 from efficient_attn.train.metrics import read_metrics
+from efficient_attn.train.seal import CHECKSUMS
 from efficient_attn.train.trainer import run
 from efficient_attn.train.watch import NonFiniteError, parse_steps
 
