@@ -8,9 +8,12 @@ and opening the data.
 
 import collections
 import dataclasses
+import functools
 import json
+from collections.abc import Callable
 
 import jax
+import optax
 
 from efficient_attn import config as configs
 from efficient_attn import data, sharding
@@ -23,10 +26,17 @@ from efficient_attn.layers.mixers import (
 )
 from efficient_attn.layers.stack import row_of
 from efficient_attn.models import cost
+from efficient_attn.train import init_from
+from efficient_attn.train.load import Run
 from efficient_attn.train.machine import host_memory
-from efficient_attn.train.objectives import make_objective
+from efficient_attn.train.objectives import make_objective, objective_of
 from efficient_attn.train.optimizer import read_optimizer_options
-from efficient_attn.train.state import Architecture, first_state
+from efficient_attn.train.state import (
+  Architecture,
+  TrainState,
+  first_state,
+)
+from efficient_attn.train.teacher import open_teacher
 from efficient_attn.train.watch import parse_steps
 
 
@@ -38,7 +48,11 @@ class Checked:
     config: with all options of its mixers, its optimizer and its data.
     architecture: of the model, in float32 where the dtype is left to the
       device.
+    optimizer: of its parameters.
     dataset: opened for one process.
+    objective: see `train.objectives`.
+    teacher: the run whose model teaches, if there is one.
+    source: the run that the parameters come from, if there is one.
     batch: the shapes of a training batch.
     forward_flops: of the products of a forward pass over a batch; None if a
       loop has no known length.
@@ -46,7 +60,11 @@ class Checked:
 
   config: Config
   architecture: Architecture
+  optimizer: optax.GradientTransformationExtraArgs
   dataset: data.Data
+  objective: Callable
+  teacher: Run | None
+  source: Run | None
   batch: dict[str, jax.ShapeDtypeStruct]
   forward_flops: float | None
 
@@ -63,21 +81,20 @@ def check(config: Config) -> Checked:
   check_host_memory(config)
   dtype = config.model.dtype or 'float32'
   model = dataclasses.replace(config.model, dtype=dtype)
-  architecture = Architecture(model)
+  architecture = Architecture(model, config.lora, config.optimizer)
   optimizer = architecture.optimizer(config)
   dataset = data.load(
     config.data, batch_size=config.batch_size, seed=config.seed
   )
   check_fit(config, dataset)
-  loss = make_objective(config, dataset.tokenizer)
+  objective = make_objective(config, dataset.tokenizer)
+  teacher = open_teacher(config, dataset)
+  source = init_from.check(config, architecture)
   params = architecture.abstract_params()
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  jax.eval_shape(
-    lambda params, key: first_state(config, optimizer, params, key), params, key
-  )
+  abstract_state(config, architecture, optimizer)
 
   def forward(params, batch):
-    return loss(architecture.merge(params), batch, None)
+    return objective(architecture.merge(params), batch, None)
 
   batch = {
     name: jax.ShapeDtypeStruct((config.batch_size, *x.shape), x.dtype)
@@ -90,9 +107,22 @@ def check(config: Config) -> Checked:
   return Checked(
     config=config,
     architecture=architecture,
+    optimizer=optimizer,
     dataset=dataset,
+    objective=objective,
+    teacher=teacher,
+    source=source,
     batch=batch,
     forward_flops=flops,
+  )
+
+
+def abstract_state(config, architecture, optimizer) -> TrainState:
+  """Returns the shapes of the state, on no mesh."""
+  params, frozen = architecture.split(architecture.abstract_params())
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  return jax.eval_shape(
+    functools.partial(first_state, config, optimizer), params, key, frozen
   )
 
 
@@ -149,7 +179,7 @@ def check_host_memory(config: Config) -> None:
 def check_fit(config: Config, dataset: data.Data) -> None:
   """Raises when the model cannot read the data."""
   model, size = config.model, dataset.vocab_size
-  make_objective(config)  # kinds of model and data
+  objective_of(config)  # kinds of model and data
   if config.data.name == 'text' and config.data.packing == 'segments':
     for name in model.pattern:
       if not MIXERS[row_of(name)].packing:
@@ -226,33 +256,29 @@ def report(checked: Checked) -> str:
 def memory(checked: Checked) -> dict[str, int]:
   """Estimates the bytes of a run over all devices, by what they hold."""
   config, architecture = checked.config, checked.architecture
-  loss = make_objective(config, checked.dataset.tokenizer)
-  params = architecture.abstract_params()
-  optimizer = architecture.optimizer(config)
-  state = jax.eval_shape(
-    lambda params: first_state(config, optimizer, params, jax.random.key(0)),
-    params,
-  )
+  state = abstract_state(config, architecture, checked.optimizer)
   rows = config.batch_size // config.accumulate
   batch = {
     name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype)
     for name, x in checked.batch.items()
   }
 
-  def gradient(params, batch):
+  def gradient(params, frozen, batch):
     def objective(params):
-      return loss(architecture.merge(params), batch, None)['objective']
+      model = architecture.merge(params, frozen)
+      return checked.objective(model, batch, None)['objective']
 
     return jax.grad(objective)(params)
 
   found = {
     'parameters': cost.array_bytes(state.params),
+    'frozen parameters': cost.array_bytes(state.frozen),
     'optimizer': cost.array_bytes(state.opt_state),
     'average of the parameters': cost.array_bytes(state.ema),
   }
   try:
     found['activations and gradients'] = cost.count(
-      gradient, params, batch
+      gradient, state.params, state.frozen, batch
     ).peak_bytes
   except NotImplementedError:  # a loop of unknown length
     pass

@@ -63,7 +63,9 @@ class Grid:
       seed=np.array([r.seed for r in filled], np.uint32),
       row=np.array([self._seeds.index(r.seed) for r in filled], np.int32),
     )
-    self._architecture = Architecture(self.config.model)
+    self._architecture = Architecture(
+      self.config.model, self.config.lora, self.config.optimizer
+    )
     sets = [self._load(self.config.data, seed) for seed in self._seeds]
     self._batches = [iter(dataset.train) for dataset in sets]
     self._loss = make_objective(self.config, sets[0].tokenizer)
@@ -138,8 +140,11 @@ class Grid:
 
   def _init(self, numbers):
     key = jax.random.key(numbers['seed'])
-    params = self._architecture.initial_params(key)
-    return first_state(self.config, self._optimizer(numbers), params, key)
+    params, frozen = self._architecture.split(
+      self._architecture.initial_params(key)
+    )
+    optimizer = self._optimizer(numbers)
+    return first_state(self.config, optimizer, params, key, frozen)
 
   def _train_steps(self, states, numbers, batches):
     def one(state, numbers, batch):

@@ -16,16 +16,18 @@ from jax.sharding import NamedSharding
 from efficient_attn import config_files, data, sharding
 from efficient_attn.config import Config, ConfigError
 from efficient_attn.models import with_dtype
+from efficient_attn.train import frozen
 from efficient_attn.train import workdir as folder
 from efficient_attn.train.check import check
 from efficient_attn.train.checkpoint import Checkpoints
 from efficient_attn.train.evaluate import evaluate
+from efficient_attn.train.groups import FROZEN
+from efficient_attn.train.init_from import initial_values
 from efficient_attn.train.machine import memory_total
 from efficient_attn.train.meter import Meter
 from efficient_attn.train.metrics import MetricWriter, plot_loss
-from efficient_attn.train.objectives import make_objective
 from efficient_attn.train.optimizer import make_schedule
-from efficient_attn.train.state import Architecture
+from efficient_attn.train.state import Architecture, changing
 from efficient_attn.train.step import (
   evaluated_params,
   make_eval_step,
@@ -84,18 +86,34 @@ def run(
     put = batch_putter(mesh)
 
     # Model, optimizer and where they stand.
-    architecture = checked.architecture
+    architecture, optimizer = checked.architecture, checked.optimizer
     if config.model != architecture.config:  # the devices chose a dtype
-      architecture = Architecture(config.model)
-    optimizer = architecture.optimizer(config)
-    loss = make_objective(config, dataset.tokenizer)
-    checkpoints = Checkpoints(workdir, config, dataset.fingerprint)
+      architecture = Architecture(config.model, config.lora, config.optimizer)
+    teacher = checked.teacher
+    checkpoints = Checkpoints(
+      workdir,
+      config,
+      dataset.fingerprint,
+      teacher.identity() if teacher else '',
+    )
     stack.callback(checkpoints.close)
-    abstract = architecture.abstract_state(config, optimizer, mesh)
+    abstract = architecture.abstract_state(
+      config, optimizer, mesh, teacher and teacher.architecture
+    )
     check_memory(abstract, mesh)
-    state = checkpoints.restore(abstract, iterator)
+    guide = teacher and teacher.params(mesh)
+    state = checkpoints.restore(changing(abstract, config), iterator)
     if state is None:
-      state = architecture.init(config, optimizer, mesh)
+      source = checked.source
+      given = source and initial_values(source, config.init_from, mesh)
+      state = architecture.init(config, optimizer, mesh, given, guide)
+      frozen.save(workdir, state.frozen)
+    else:
+      state = dataclasses.replace(
+        state,
+        frozen=frozen.load(workdir, abstract.frozen),
+        teacher=guide or state.teacher,
+      )
     jax.block_until_ready(state)
     first = int(state.step)
     check_steps(config, workdir, first)
@@ -106,9 +124,16 @@ def run(
 
     # The two compiled functions.
     train_step = jax.jit(
-      make_train_step(config, architecture, optimizer, loss), donate_argnums=0
+      make_train_step(
+        config,
+        architecture,
+        optimizer,
+        checked.objective,
+        teacher and teacher.architecture,
+      ),
+      donate_argnums=0,
     )
-    eval_step = jax.jit(make_eval_step(architecture, loss))
+    eval_step = jax.jit(make_eval_step(architecture, checked.objective))
 
     writer = stack.enter_context(MetricWriter(workdir, config.steps, first))
     writer.message(describe(config, architecture, mesh, first))
@@ -156,7 +181,7 @@ def run(
     def save(step):
       nonlocal saved
       report_pending()
-      checkpoints.save(step, state, iterator)
+      checkpoints.save(step, changing(state, config), iterator)
       batches.mark()
       saved = step
 
@@ -272,11 +297,13 @@ def check_steps(config: Config, workdir: pathlib.Path, done: int) -> None:
 
 def describe(config, architecture, mesh, first) -> str:
   """Returns the lines printed when a run begins."""
-  count = sum(jax.tree.leaves(architecture.map(lambda _, p: p.size)))
+  sizes = architecture.sizes()
+  frozen = sum(n for p, n in sizes.items() if architecture.groups[p] is FROZEN)
   axes = ', '.join(f'{axis}={size}' for axis, size in mesh.shape.items())
   start = f'continues after step {first}' if first else 'starts'
   return (
-    f'{config.model.name}: {count:,} parameters, {config.model.dtype} '
+    f'{config.model.name}: {sum(sizes.values()):,} parameters'
+    f'{f" ({frozen:,} frozen)" * bool(frozen)}, {config.model.dtype} '
     f'activations, pattern {"-".join(config.model.pattern)}\n'
     f'{mesh.size} {jax.devices()[0].device_kind} devices: {axes}\n'
     f'{start}, {config.steps} steps'

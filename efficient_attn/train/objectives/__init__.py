@@ -34,10 +34,8 @@ DEFAULTS = {
 }
 
 
-def make_objective(
-  config: Config, tokenizer: Tokenizer | None = None
-) -> Callable:
-  """Returns the objective of a model on its data.
+def objective_of(config: Config) -> str:
+  """Returns the name of the objective of a model on its data.
 
   Raises:
     ConfigError: a model of this kind does not read such data.
@@ -50,5 +48,12 @@ def make_objective(
       f'model.name={model!r} does not read data.name={name!r} ({kind}); use '
       f'model.name={" or ".join(map(repr, able))}, or other data'
     )
-  make = OBJECTIVES[DEFAULTS[model][kind]]
+  return DEFAULTS[model][kind]
+
+
+def make_objective(
+  config: Config, tokenizer: Tokenizer | None = None
+) -> Callable:
+  """Returns the objective of a model on its data; see `objective_of`."""
+  make = OBJECTIVES[objective_of(config)]
   return make(config, tokenizer and tokenizer.token_bytes)
