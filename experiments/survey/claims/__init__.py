@@ -10,6 +10,7 @@ from experiments.survey.claims.compression import COMPRESSION
 from experiments.survey.claims.cost_tables import COST_TABLES
 from experiments.survey.claims.decisions import DECISIONS
 from experiments.survey.claims.decoding import DECODING
+from experiments.survey.claims.distillation import DISTILLATION
 from experiments.survey.claims.errata import ERRATA
 from experiments.survey.claims.fast_weights import FAST_WEIGHTS
 from experiments.survey.claims.feature_maps import FEATURE_MAPS
@@ -76,5 +77,6 @@ GROUPS = (
   SWAPS,
   DECISIONS,
   TOOLKIT,
+  DISTILLATION,
 )
 CLAIMS = dict(sorted({k: v for g in GROUPS for k, v in g.items()}.items()))
