@@ -108,17 +108,17 @@ def _table(v) -> list:
   return [page.Table(head, rows), page.Text(note, note=True)]
 
 
-DISTILLATION = {
-  'R52': Claim(
-    title='Distillation of a language model, trained',
-    tier='b',
-    measure=measure,
-    seeds=SEEDS,
-    parts=_table,
-    statements=(
-      helped('small', 'A smaller student learns more with a teacher'),
-      helped('gla', 'A student of another mixer learns more with a teacher'),
-      a_small_student_is_near,
-    ),
-  )
-}
+R52 = Claim(
+  title='Distillation of a language model, trained',
+  tier='b',
+  measure=measure,
+  seeds=SEEDS,
+  parts=_table,
+  statements=(
+    helped('small', 'A smaller student learns more with a teacher'),
+    helped('gla', 'A student of another mixer learns more with a teacher'),
+    a_small_student_is_near,
+  ),
+)
+
+DISTILLATION = {'R52': R52}

@@ -200,6 +200,29 @@ R50 = Claim(
       'less than windows of 4,096 keep; restated if these keep less than one '
       'of the two',
     ),
+    *(
+      elsewhere(f'{what} has {stars} of speed and memory', STARS, stars, needs)
+      for what, stars, needs in (
+        (
+          'Quantization',
+          '4 and 5 stars',
+          'products of 8 and 4 bits on an accelerator; R33 rounds weights and '
+          'computes in 32 bits',
+        ),
+        (
+          'A mixture of experts',
+          '4 and 2 stars',
+          'layers of experts, of which this framework has none',
+        ),
+      )
+    ),
+    elsewhere(
+      'Clustering attention attends to the centroids of clusters of tokens',
+      'S003 Clustering Attention',
+      '',
+      'a method that clusters keys; clustered attention (R26) groups queries, '
+      'which attend to all keys',
+    ),
     Statement(
       says='Distillation makes models 5 to 7 times smaller',
       source=TOOLS,
