@@ -146,7 +146,7 @@ def test_parts_drop_with_keys_of_their_own():
   config, architecture, optimizer, _ = make_step(2, dropout=0.5)
   keys = []
 
-  def loss(model, batch, key):
+  def loss(model, batch, key, teacher):
     jax.debug.callback(lambda k: keys.append(k), jax.random.key_data(key))
     total = jnp.sum(model.embed.table[...]) * jnp.sum(batch['tokens'])
     one = jnp.float32(1)
