@@ -156,6 +156,11 @@ class DataConfig(Group):
   seq_len: Positive = 256
   # segments: attention and states stop at document boundaries; concat: not.
   packing: Annotated[str, OneOf(('segments', 'concat'))] = 'concat'
+  # Text to restore: mask (of BERT) hides tokens, spans (of T5) cuts spans out,
+  # the share of the tokens and their mean length.
+  corruption: Annotated[str, OneOf(('', 'mask', 'spans'))] = ''
+  corruption_rate: Annotated[float, Range(0, 0.95, above=True)] = 0.15
+  span_length: Annotated[float, Range(1)] = 3.0
   augment: bool = False  # digits: turn, zoom and move a little
   # tasks: {'group': 'S_3'}; those of validation, where they differ; how many
   # examples there are, 0 for new ones without end.

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from efficient_attn.config import ConfigError, DataConfig, choose
-from efficient_attn.data import digits, tasks, text
-from efficient_attn.data.batches import Data
+from efficient_attn.data import corruption, digits, tasks, text
+from efficient_attn.data.batches import Data, row_tokens
 from efficient_attn.data.damage import BadDataError
 from efficient_attn.data.text import compressed_bits_per_byte
 from efficient_attn.data.tokenizer import Tokenizer, load_tokenizer
@@ -23,8 +23,10 @@ __all__ = [
   'Tokenizer',
   'complete',
   'compressed_bits_per_byte',
+  'kind_of',
   'load',
   'load_tokenizer',
+  'row_tokens',
 ]
 
 
@@ -33,7 +35,7 @@ class Dataset(NamedTuple):
 
   Attributes:
     load: opens it, see `load`.
-    kind: of its batches: text, task (tokens with answers) or images.
+    kind: of its batches, see `kind_of`.
     reads: the keys of `DataConfig` that it reads; the others are to be left
       out.
   """
@@ -55,6 +57,9 @@ DATASETS = {
       'tokenizer',
       'seq_len',
       'packing',
+      'corruption',
+      'corruption_rate',
+      'span_length',
       'workers',
     ),
   ),
@@ -67,6 +72,16 @@ DATASETS = {
     ('options', 'valid_options', 'train_examples', 'valid_examples', 'workers'),
   ),
 )
+
+
+def kind_of(config: DataConfig) -> str:
+  """Returns what the batches of a config are.
+
+  text: tokens to continue. task: tokens with answers. images: with a label.
+  masked, spans: text to restore, see `corruption`.
+  """
+  dataset = choose('data.name', config.name, DATASETS)
+  return corruption.KINDS.get(config.corruption, dataset.kind)
 
 
 def complete(config: DataConfig) -> DataConfig:

@@ -30,7 +30,8 @@ class Data:
     example: One row of a training batch, or its shapes and dtypes.
     valid_example: The same of a validation batch.
     tokenizer: Of text; None for what has no text.
-    vocab_size: Number of tokens; None for images.
+    vocab_size: Number of tokens, those of `corruption` included; None for
+      images.
     num_classes: Of images; None for tokens.
     valid_bytes: Returns the raw validation text; None for images.
     fingerprint: Changes with the data, though not every byte is looked at; a
@@ -48,6 +49,20 @@ class Data:
   valid_bytes: Callable[[], bytes] | None = None
   fingerprint: str
   notes: tuple[str, ...] = ()
+
+
+def row_tokens(example: Mapping[str, Any]) -> int:
+  """Returns how many tokens of a row a model reads; 0 for images.
+
+  Rows without labels hold their targets too, shifted by one.
+  """
+  if 'inputs' in example:
+    return example['inputs'].shape[-1]
+  if 'tokens' not in example:
+    return 0
+  return example['tokens'].shape[-1] - example.keys().isdisjoint(
+    ('label', 'labels')
+  )
 
 
 def held_out(count: int, every: int) -> np.ndarray:

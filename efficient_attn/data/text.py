@@ -16,6 +16,8 @@ its segment id is positive and equal to that of its input.
   packing='segments': a document also begins with the end token, and has a
     segment id and positions of its own within the row. (In training, so has a
     piece of a file, whose first token then is no target.)
+
+With `data.corruption` rows of `seq_len` tokens are corrupted, see `corruption`.
 """
 
 import functools
@@ -29,6 +31,7 @@ import numpy as np
 
 from efficient_attn.config import DataConfig
 from efficient_attn.data import batches, documents, sources
+from efficient_attn.data.corruption import CORRUPTIONS, positions
 from efficient_attn.data.damage import BadDataError, Restored
 from efficient_attn.data.tokenizer import ByteTokenizer, load_tokenizer
 
@@ -40,32 +43,46 @@ def load(
   tokenizer = load_tokenizer(config.tokenizer)
   segments = config.packing == 'segments'
   exact = isinstance(tokenizer, ByteTokenizer)  # a piece of a file is a row
+  corrupt = None
+  if config.corruption:
+    corrupt = CORRUPTIONS[config.corruption](config, tokenizer)
+  length = corrupt.length if corrupt else config.seq_len
   layout = sources.Layout(
-    piece=config.seq_len if exact else 32 * config.seq_len,
+    piece=length if exact else 32 * length,
     marks=2 if segments else 1,
     lines=not exact,
   )
   found = documents.load(config, layout)
   encode = functools.partial(
-    _Encoder, tokenizer=tokenizer, segments=segments, sized=not exact
+    _Encoder,
+    tokenizer=tokenizer,
+    segments=segments,
+    sized=not exact and not corrupt,
   )
+
+  def rows_of(encoded, *entropy):
+    found = _rows(encoded, length, segments)
+    if corrupt:
+      (state,) = np.random.SeedSequence(entropy).generate_state(1)
+      found = found.random_map(corrupt, seed=int(state))
+    return found
+
   records = grain.MapDataset.source(found.train).seed(seed).shuffle().repeat()
   encoded = records.map(encode(shuffled=True, patience=20 * len(found.train)))
-  streams = [_rows(encoded[row::batch_size], config) for row in rows]
+  streams = [rows_of(encoded[row::batch_size], seed, row) for row in rows]
   batched = Restored(grain.experimental.ZipIterDataset(streams).map(_stack))
   in_order = grain.MapDataset.source(found.valid).map(encode(shuffled=False))
-  row = jax.ShapeDtypeStruct((config.seq_len + 1,), np.int32)
-  example = dict(tokens=row, segment_ids=row, positions=row)
-  example |= {} if exact else dict(bytes=row)
+  example = corrupt.example if corrupt else _example(length, sized=not exact)
   identity = f'{found.fingerprint} {tokenizer.fingerprint}'
   notes = (NO_END.format(config.tokenizer),)
   return batches.Data(
     train=batches.prefetch(batched, config.workers),
-    valid=batches.finite(_rows(in_order, config), batch_size, rows),
+    # Corrupted alike whatever the seed of the run.
+    valid=batches.finite(rows_of(in_order), batch_size, rows),
     example=example,
     valid_example=example,
     tokenizer=tokenizer,
-    vocab_size=tokenizer.vocab_size,
+    vocab_size=(corrupt or tokenizer).vocab_size,
     valid_bytes=functools.partial(_raw, found.valid),
     fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
     notes=notes if tokenizer.eos_id is None and not segments else (),
@@ -79,12 +96,15 @@ NO_END = (
 )
 
 
-def _rows(encoded, config):
+def _example(length, *, sized):
+  row = jax.ShapeDtypeStruct((length + 1,), np.int32)
+  names = ('tokens', 'segment_ids', 'positions', *['bytes'] * sized)
+  return dict.fromkeys(names, row)
+
+
+def _rows(encoded, length, segments):
   pairs = encoded.to_iter_dataset(batches.READ)
-  segments = config.packing == 'segments'
-  return _Pack(pairs, config.seq_len).map(
-    functools.partial(_row, segments=segments)
-  )
+  return _Pack(pairs, length).map(functools.partial(_row, segments=segments))
 
 
 class _Encoder:
@@ -144,13 +164,10 @@ def _row(packed, *, segments):
     ids *= np.cumsum(begins, dtype=np.int32) + (not begins[0])
   # The first input belongs to the first target, unless nothing precedes it.
   ids = np.concatenate([[ids[0] * (previous[0] >= 0)], ids])
-  index = np.arange(len(ids))
-  changes = np.concatenate([[True], ids[1:] != ids[:-1]])
-  positions = index - np.maximum.accumulate(index * changes)
   row = dict(
     tokens=np.concatenate([np.maximum(previous[:1], 0), tokens]),
     segment_ids=ids.astype(np.int32),
-    positions=positions.astype(np.int32),
+    positions=positions(ids),
   )
   if sizes:  # the first token is no target of this row
     row['bytes'] = np.insert(sizes[0], 0, 0)

@@ -41,6 +41,7 @@ class Tokenizer(Protocol):
 
   vocab_size: int
   eos_id: int | None  # ends a document, and stands before the first token
+  mask_id: int | None  # stands for a token to be restored
   # [vocab_size] int32; None where only `encode_sized` can say it.
   token_bytes: np.ndarray | None
   fingerprint: str  # of what decides the ids
@@ -61,6 +62,7 @@ class ByteTokenizer:
 
   vocab_size = 256
   eos_id = 0
+  mask_id = None
   fingerprint = 'bytes'
 
   def __init__(self):
@@ -121,6 +123,7 @@ class HFTokenizer:
         f'{self.vocab_size - 1}; ids must be below {MAX_IDS}'
       )
     self.eos_id = _end_token(file.parent, vocab)
+    self.mask_id = _mask_token(file.parent, vocab)
     self.fingerprint = f'{hashlib.sha256(data).hexdigest()} {self.eos_id}'
     self.known = np.zeros(self.vocab_size, bool)
     self.known[list(vocab.values())] = True
@@ -186,11 +189,9 @@ def _byte_offsets(text):
 
 def _end_token(folder, vocab):
   """Returns the id of the token that ends a document, or None."""
-  for name in ('tokenizer_config.json', 'special_tokens_map.json'):
-    token = _read_json(folder / name).get('eos_token')
-    token = token.get('content') if isinstance(token, dict) else token
-    if isinstance(token, str) and token in vocab:
-      return vocab[token]
+  named = _named_token('eos_token', folder, vocab)
+  if named is not None:
+    return named
   found = _read_json(folder / 'generation_config.json').get('eos_token_id')
   known = set(vocab.values())
   for index in found if isinstance(found, list) else [found]:
@@ -199,6 +200,23 @@ def _end_token(folder, vocab):
   bracketed = filter(_BRACKETS.match, sorted(vocab, key=vocab.get)[::-1])
   named = {re.sub('[^a-z/]', '', t.lower()): vocab[t] for t in bracketed}
   return next((named[name] for name in EOS_NAMES if name in named), None)
+
+
+def _mask_token(folder, vocab):
+  """Returns the id of the token that hides another, or None."""
+  named = _named_token('mask_token', folder, vocab)
+  names = (name for name in ('[MASK]', '<mask>') if name in vocab)
+  return vocab.get(next(names, None)) if named is None else named
+
+
+def _named_token(key, folder, vocab):
+  """Returns the id of what files beside the tokenizer's name, or None."""
+  for name in ('tokenizer_config.json', 'special_tokens_map.json'):
+    token = _read_json(folder / name).get(key)
+    token = token.get('content') if isinstance(token, dict) else token
+    if isinstance(token, str) and token in vocab:
+      return vocab[token]
+  return None
 
 
 _BRACKETS = re.compile(r'[<\[{].*[>\]}]$', re.DOTALL)

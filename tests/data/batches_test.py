@@ -15,6 +15,10 @@ from efficient_attn.config import ConfigError, DataConfig
 CONFIGS = {
   'concat': DataConfig(seq_len=64),
   'segments': DataConfig(seq_len=64, packing='segments'),
+  'mask': DataConfig(seq_len=64, corruption='mask'),
+  'spans': DataConfig(
+    seq_len=64, corruption='spans', path='{}/documents.jsonl'
+  ),
   'jsonl': DataConfig(seq_len=64, path='{}/documents.jsonl'),
   'digits': DataConfig(name='digits', augment=True),
   'stored_task': DataConfig(name='image_sequence'),
@@ -47,7 +51,7 @@ def _assert_equal(ours, theirs):
 
 
 def _differ(ours, theirs):
-  key = 'tokens' if 'tokens' in ours[0] else 'image'
+  (key,) = {'tokens', 'inputs', 'image'} & ours[0].keys()
   return any(
     (a[key] != b[key]).any() for a, b in zip(ours, theirs, strict=True)
   )
