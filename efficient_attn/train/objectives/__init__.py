@@ -9,8 +9,8 @@ the objective as `config.teacher` says.
 
 from collections.abc import Callable
 
-from efficient_attn.config import Config, ConfigError, choose
-from efficient_attn.data import DATASETS, Tokenizer
+from efficient_attn.config import Config, ConfigError
+from efficient_attn.data import Tokenizer, kind_of
 from efficient_attn.train.objectives.classes import classification
 from efficient_attn.train.objectives.tokens import (
   answers,
@@ -41,7 +41,7 @@ def objective_of(config: Config) -> str:
     ConfigError: a model of this kind does not read such data.
   """
   model, name = config.model.name, config.data.name
-  kind = choose('data.name', name, DATASETS).kind
+  kind = kind_of(config.data)
   if kind not in DEFAULTS[model]:
     able = [model for model, kinds in DEFAULTS.items() if kind in kinds]
     raise ConfigError(
