@@ -151,7 +151,9 @@ class DataConfig(Group):
   path: str = ''
   valid_path: str = ''  # '': one document in `valid_every` of `path`
   valid_every: Annotated[int, Range(2, LARGEST)] = 20
+  # Of records: the text or its token ids, and the class of each, '' for none.
   text_key: str = 'text'
+  label_key: str = ''
   tokenizer: str = 'bytes'  # bytes | a tokenizer.json file
   seq_len: Positive = 256
   # segments: attention and states stop at document boundaries; concat: not.

@@ -8,6 +8,7 @@ it; both paths may name one Hugging Face dataset, whose `train` and `validation`
 splits are then used.
 """
 
+import functools
 import glob
 import hashlib
 import os
@@ -19,6 +20,7 @@ import numpy as np
 from efficient_attn.config import ConfigError, DataConfig
 from efficient_attn.data import batches, files, optional, records, sources
 from efficient_attn.data.damage import BadDataError, line
+from efficient_attn.data.tokenizer import Tokenizer, load_tokenizer
 from efficient_attn.values import nearest
 
 # In the standard library's folder but not its text: installed packages,
@@ -34,42 +36,85 @@ SKIPPED_FOLDERS = (
 
 
 class Documents(NamedTuple):
-  """Both splits, and a hash of the files that they come from."""
+  """Both splits.
+
+  Attributes:
+    train: of which a run learns.
+    valid: the others.
+    fingerprint: a hash of the files that they come from.
+    has_text: whether `valid` has the text itself, and not only tokens.
+    sized: whether each token knows the bytes of text that it stands for.
+  """
 
   train: sources.Source
   valid: sources.Source
   fingerprint: str
+  has_text: bool
+  sized: bool
 
 
-def load(config: DataConfig, layout: sources.Layout) -> Documents:
-  """Opens what `data.path` and `data.valid_path` name."""
-  train, fingerprint = _open('path', config)
+def load(
+  config: DataConfig,
+  layout: sources.Layout,
+  tokenizer: Tokenizer | None = None,
+  prefix: str = 'data.',
+) -> Documents:
+  """Opens what `data.path` and `data.valid_path` name.
+
+  Args:
+    config: Names them.
+    layout: Of the pieces of long documents.
+    tokenizer: That of the config, if it was loaded before.
+    prefix: Of `path` and `valid_path` in errors.
+  """
+  tokenizer = tokenizer or load_tokenizer(config.tokenizer)
+  opened = functools.partial(
+    _open, config=config, tokenizer=tokenizer, prefix=prefix
+  )
+  train, fingerprint = opened('path')
+  holds = {'train': _holds(train)}
   if config.valid_path:
-    valid, other = _open('valid_path', config)
+    valid, other = opened('valid_path')
+    holds['valid'] = _holds(valid)
     fingerprint += other
   else:
-    train, valid = _split(train, config)
+    train, valid = _split(train, config, prefix)
+    holds['valid'] = holds['train']
   splits = (
     sources.Files(split, layout) if isinstance(split, list) else split
     for split in (train, valid)
   )
-  return Documents(*map(sources.Tolerant, splits), fingerprint)
+  return Documents(
+    *map(sources.Tolerant, splits),
+    fingerprint,
+    has_text=holds['valid'] == 'text',
+    sized='ids' not in holds.values(),
+  )
 
 
-def _open(key, config):
+def _holds(documents) -> str:
+  return 'text' if isinstance(documents, list) else documents.holds
+
+
+def _open(key, config, tokenizer, prefix):
   """Returns spans of text files or a source of records, and a fingerprint."""
-  path = getattr(config, key)
+  path, name = getattr(config, key), f'{prefix}{key}'
+  fields = records.Fields(
+    config.text_key,
+    config.label_key,
+    (config.tokenizer, tokenizer.vocab_size),
+  )
   if path.startswith('hf:'):
     split = 'train' if key == 'path' else 'validation'
-    dataset = _hugging_face(f'data.{key}', path, split)
-    documents = records.Table(dataset, config.text_key, [path])
+    dataset = _hugging_face(name, path, split)
+    documents = records.Table(dataset, fields, [path])
     fingerprint = _fingerprint(path, dataset)
   else:
-    paths = _paths(f'data.{key}', path) if path else standard_library()
+    paths = _paths(name, path) if path else standard_library()
     fingerprint = files.fingerprint(paths)
-    documents = _files(f'data.{key}', path, paths, config.text_key)
+    documents = _files(name, path, paths, fields)
   if not len(documents):
-    raise ConfigError(f'data.{key}={path!r} has no text; name another file')
+    raise ConfigError(f'{name}={path!r} has no text; name another file')
   return documents, fingerprint
 
 
@@ -99,7 +144,7 @@ def _paths(key, path):
   return paths
 
 
-def _files(key, path, paths, text_key):
+def _files(key, path, paths, fields):
   kinds = {files.kind(p) for p in paths} if path else {'.txt'}
   if len(kinds) > 1:
     raise ConfigError(
@@ -111,11 +156,15 @@ def _files(key, path, paths, text_key):
       f'{key}={path!r}: cannot read {kind!r} files; {nearest(kind, FORMATS)}'
     )
   opened = [files.plain(key, p) for p in paths]
-  return FORMATS[kind](key, opened, text_key)
+  return FORMATS[kind](key, opened, fields)
 
 
-def _spans(key, paths, text_key):
-  del key, text_key
+def _spans(key, paths, fields):
+  if fields.label:
+    raise ConfigError(
+      f'data.label_key={fields.label!r}: text files have no keys; name files '
+      f'of records by {key}, such as .jsonl'
+    )
   sizes = [(file, files.size(file)) for file in paths]
   return [sources.Span(file, 0, size) for file, size in sizes if size]
 
@@ -165,7 +214,7 @@ def _fingerprint(path, dataset):
   return files.fingerprint(inside)
 
 
-def _split(documents, config):
+def _split(documents, config, prefix):
   """Returns (training, validation) documents."""
   every = config.valid_every
   if not isinstance(documents, list):
@@ -190,8 +239,8 @@ def _split(documents, config):
     ]
   if not all(len(part) for part in split):
     raise ConfigError(
-      f'data.path={config.path!r} has too little text to hold out one part in '
-      f'data.valid_every={every}; give data.valid_path'
+      f'{prefix}path={config.path!r} has too little text to hold out one part '
+      f'in data.valid_every={every}; give {prefix}valid_path'
     )
   return split
 

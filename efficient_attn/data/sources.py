@@ -15,6 +15,7 @@ import numpy as np
 
 from efficient_attn.data import files
 from efficient_attn.data.damage import BadDataError, allowed
+from efficient_attn.data.tokenizer import Tokenizer
 
 # Not absl's, which checkpoints silence.
 LOG = logging.getLogger('efficient_attn.data')
@@ -29,6 +30,56 @@ class Part(NamedTuple):
   begins: bool = True  # at the beginning of the document
   ends: bool = True
   before: bytes = b''  # up to four bytes of the document before this piece
+  label: int | str | None = None
+
+
+class Tokens(NamedTuple):
+  """A document, or a piece of one, that was tokenized before.
+
+  Attributes:
+    ids: int32 [N].
+    sizes: [N], bytes of text that each stands for; None if it is not known.
+    begins: at the beginning of the document.
+    ends: at its end.
+    previous: the token before this piece; None if there is none, -1 if it is
+      not known.
+    dropped: bytes of the document that no token stands for, if it ends here.
+    label: of the document.
+  """
+
+  ids: np.ndarray
+  sizes: np.ndarray | None
+  begins: bool = True
+  ends: bool = True
+  previous: int | None = None
+  dropped: int = 0
+  label: int | str | None = None
+
+
+def tokenized(part: Part | Tokens, tokenizer: Tokenizer) -> Tokens:
+  """Returns the tokens of a part, which may be tokenized already."""
+  if isinstance(part, Tokens):
+    return part
+  ids, sizes = tokenizer.encode_sized(part.text)
+  previous = None
+  if part.before:
+    before = tokenizer.encode(part.before)
+    previous = before[-1] if len(before) else -1
+  return Tokens(
+    ids,
+    sizes,
+    begins=part.begins,
+    ends=part.ends,
+    previous=previous,
+    # What the tokenizer drops has bytes, too.
+    dropped=0 if len(ids) else len(as_bytes(part.text)),
+    label=part.label,
+  )
+
+
+def as_bytes(text: str | bytes) -> bytes:
+  """Returns text as UTF-8."""
+  return text.encode() if isinstance(text, str) else text
 
 
 class Span(NamedTuple):
@@ -44,7 +95,7 @@ class Source(Protocol):
 
   def __len__(self) -> int: ...
 
-  def __getitem__(self, index: int) -> list[Part]: ...
+  def __getitem__(self, index: int) -> list[Part] | list[Tokens]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +204,7 @@ class Chosen:
   def __len__(self):
     return len(self.numbers)
 
-  def __getitem__(self, index) -> list[Part]:
+  def __getitem__(self, index) -> list[Part] | list[Tokens]:
     return self.source[int(self.numbers[index])]
 
 
@@ -171,7 +222,7 @@ class Tolerant:
   def __len__(self):
     return len(self._source)
 
-  def __getitem__(self, index) -> list[Part]:
+  def __getitem__(self, index) -> list[Part] | list[Tokens]:
     try:
       return self._source[index]
     except BadDataError as error:

@@ -124,7 +124,7 @@ def test_valid_path_leaves_all_of_path_for_training(tmp_path):
   path = _jsonl(tmp_path)
   (tmp_path / 'v.txt').write_text('valid')
   config = DataConfig(path=path, valid_path=str(tmp_path / 'v.txt'))
-  train, valid, _ = documents.load(config, LAYOUT)
+  train, valid, *_ = documents.load(config, LAYOUT)
   assert (_texts(train), _texts(valid)) == (TEXTS, ['valid'])
 
 
@@ -134,7 +134,7 @@ def test_the_splits_of_a_hugging_face_dataset(tmp_path):
     {k: datasets.Dataset.from_dict({'text': v}) for k, v in splits.items()}
   ).save_to_disk(tmp_path / 'saved')
   path = f'hf:{tmp_path / "saved"}'
-  train, valid, _ = documents.load(
+  train, valid, *_ = documents.load(
     DataConfig(path=path, valid_path=path), LAYOUT
   )
   assert (_texts(train), _texts(valid)) == (['a', 'b'], ['c'])
@@ -156,7 +156,7 @@ def test_the_split_never_changes():
 def test_the_standard_library_is_split_by_file():
   config = DataConfig()
   layout = sources.Layout(piece=4096, marks=1, lines=False)
-  train, valid, _ = documents.load(config, layout)
+  train, valid, *_ = documents.load(config, layout)
   assert 0.02 < len(valid) / len(train) < 0.1
   traceback = os.path.join(os.path.dirname(os.__file__), 'traceback.py')
   assert traceback in [span.file.path for span in valid._source._spans]
@@ -216,7 +216,7 @@ def test_datasets_of_the_hub(monkeypatch):
     raise ConnectionError('offline\nby choice')
 
   monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
-  train, _, _ = documents.load(DataConfig(path='hf:owner/name/subset'), LAYOUT)
+  train, *_ = documents.load(DataConfig(path='hf:owner/name/subset'), LAYOUT)
   assert set(_texts(train)) < set(TEXTS)
   with pytest.raises(ConfigError, match="'hf:a/b' .*(offline).*save_to_disk"):
     documents.load(DataConfig(path='hf:a/b'), LAYOUT)
