@@ -151,6 +151,8 @@ class DataConfig(Group):
   path: str = ''
   valid_path: str = ''  # '': one document in `valid_every` of `path`
   valid_every: Annotated[int, Range(2, LARGEST)] = 20
+  # Instead of path: {'code': {'path': 'a/*.txt', 'weight': 0.7}, 'wiki': {..}}.
+  mixture: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   # Of records: the text or its token ids, and the class of each, '' for none.
   text_key: str = 'text'
   label_key: str = ''
@@ -158,8 +160,7 @@ class DataConfig(Group):
   seq_len: Positive = 256
   # segments: attention and states stop at document boundaries; concat: not.
   packing: Annotated[str, OneOf(('segments', 'concat'))] = 'concat'
-  # Text to restore: mask (of BERT) hides tokens, spans (of T5) cuts spans out,
-  # the share of the tokens and their mean length.
+  # Text to restore, as BERT or T5: the share of tokens, the mean span.
   corruption: Annotated[str, OneOf(('', 'mask', 'spans'))] = ''
   corruption_rate: Annotated[float, Range(0, 0.95, above=True)] = 0.15
   span_length: Annotated[float, Range(1)] = 3.0

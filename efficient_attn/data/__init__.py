@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from efficient_attn.config import ConfigError, DataConfig, choose
-from efficient_attn.data import corruption, digits, tasks, text
+from efficient_attn.data import corruption, digits, mixture, tasks, text
 from efficient_attn.data.batches import Data, row_tokens
 from efficient_attn.data.damage import BadDataError
 from efficient_attn.data.text import compressed_bits_per_byte
@@ -53,6 +53,7 @@ DATASETS = {
       'path',
       'valid_path',
       'valid_every',
+      'mixture',
       'text_key',
       'tokenizer',
       'seq_len',
@@ -103,7 +104,11 @@ def complete(config: DataConfig) -> DataConfig:
         f"out, or set all keys at once: --config.data=\"{{'name': "
         f'{config.name!r}}}"'
       )
-  return tasks.complete(config) if dataset.kind == 'task' else config
+  if dataset.kind == 'task':
+    return tasks.complete(config)
+  options = mixture.read_options(config)
+  mixed = {name: dataclasses.asdict(of) for name, of in options.items()}
+  return dataclasses.replace(config, mixture=mixed)
 
 
 def load(

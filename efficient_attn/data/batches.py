@@ -12,6 +12,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from efficient_attn.data.mixture import Reading
 from efficient_attn.data.tokenizer import Tokenizer
 
 # Elements are made when asked for: a batch takes about a millisecond.
@@ -27,20 +28,26 @@ class Data:
       and `set_state`, and Orbax saves it as it is.
     valid: Every validation token or image once, in order; can be iterated
       again and again. Zeros fill the last batch, with segment id or weight 0.
+    valid_parts: The same of each source of a mixture, by its name.
     example: One row of a training batch, or its shapes and dtypes.
     valid_example: The same of a validation batch.
     tokenizer: Of text; None for what has no text.
     vocab_size: Number of tokens, those of `corruption` included; None for
       images.
-    num_classes: Of images; None for tokens.
-    valid_bytes: Returns the raw validation text; None for images.
+    num_classes: Of images and labelled sequences; None for others.
+    valid_bytes: Returns the raw validation text; None where there is none.
     fingerprint: Changes with the data, though not every byte is looked at; a
       run that continues on other data than it began with can be told by it.
+    readings: Returns how often some steps of training read each source of
+      text, estimated by some of its records; None for what is no text.
     notes: Lines for the user about how the data is read.
   """
 
   train: grain.IterDataset
   valid: grain.IterDataset
+  valid_parts: Mapping[str, grain.IterDataset] = dataclasses.field(
+    default_factory=dict
+  )
   example: Mapping[str, Any]
   valid_example: Mapping[str, Any]
   tokenizer: Tokenizer | None = None
@@ -48,6 +55,7 @@ class Data:
   num_classes: int | None = None
   valid_bytes: Callable[[], bytes] | None = None
   fingerprint: str
+  readings: Callable[[int], list[Reading]] | None = None
   notes: tuple[str, ...] = ()
 
 

@@ -26,13 +26,13 @@ import lzma
 import zlib
 
 import grain
-import jax
 import numpy as np
 
 from efficient_attn.config import DataConfig
-from efficient_attn.data import batches, documents, sources
-from efficient_attn.data.corruption import CORRUPTIONS, positions
-from efficient_attn.data.damage import BadDataError, Restored
+from efficient_attn.data import batches, documents, mixture, sources
+from efficient_attn.data.corruption import CORRUPTIONS
+from efficient_attn.data.damage import Restored
+from efficient_attn.data.packing import Packing
 from efficient_attn.data.tokenizer import ByteTokenizer, load_tokenizer
 
 
@@ -52,39 +52,52 @@ def load(
     marks=2 if segments else 1,
     lines=not exact,
   )
-  found = documents.load(config, layout)
-  encode = functools.partial(
-    _Encoder,
-    tokenizer=tokenizer,
-    segments=segments,
-    sized=not exact and not corrupt,
-  )
+  mixed = mixture.sources(config)
+  found = {
+    s.name: documents.load(s.config, layout, tokenizer, s.prefix) for s in mixed
+  }
+  opened = found.values()
+  sized = not (exact or corrupt) and all(split.sized for split in opened)
+  packing = Packing(tokenizer, length, segments, sized)
+  shares = {s.name: s.share for s in mixed if s.share}
+  train = {name: packing.shuffled(found[name].train, seed) for name in shares}
+  streams = []
+  for row in rows:
+    own = {name: packing.rows(train[name][row::batch_size]) for name in shares}
+    stream = mixture.mix(own, shares, row / batch_size)
+    streams.append(_corrupted(stream, corrupt, (seed, row)))
+  batched = grain.experimental.ZipIterDataset(streams).map(_stack)
+  valid = {name: packing.in_order(split.valid) for name, split in found.items()}
 
-  def rows_of(encoded, *entropy):
-    found = _rows(encoded, length, segments)
-    if corrupt:
-      (state,) = np.random.SeedSequence(entropy).generate_state(1)
-      found = found.random_map(corrupt, seed=int(state))
-    return found
+  def held_out(splits):
+    joined = packing.rows(grain.MapDataset.concatenate(splits))
+    # Corrupted alike whatever the seed of the run.
+    return batches.finite(_corrupted(joined, corrupt, ()), batch_size, rows)
 
-  records = grain.MapDataset.source(found.train).seed(seed).shuffle().repeat()
-  encoded = records.map(encode(shuffled=True, patience=20 * len(found.train)))
-  streams = [rows_of(encoded[row::batch_size], seed, row) for row in rows]
-  batched = Restored(grain.experimental.ZipIterDataset(streams).map(_stack))
-  in_order = grain.MapDataset.source(found.valid).map(encode(shuffled=False))
-  example = corrupt.example if corrupt else _example(length, sized=not exact)
-  identity = f'{found.fingerprint} {tokenizer.fingerprint}'
+  @functools.cache
+  def tokens():
+    return {name: packing.tokens(split.train) for name, split in found.items()}
+
+  def readings(steps):
+    return mixture.readings(mixed, tokens(), steps * batch_size * length)
+
+  parts = {name: held_out([split]) for name, split in valid.items()}
+  example = (corrupt or packing).example
+  identity = ' '.join(split.fingerprint for split in opened)
+  identity = f'{identity} {tokenizer.fingerprint}'
+  raw = functools.partial(_raw, [split.valid for split in opened])
   notes = (NO_END.format(config.tokenizer),)
   return batches.Data(
-    train=batches.prefetch(batched, config.workers),
-    # Corrupted alike whatever the seed of the run.
-    valid=batches.finite(rows_of(in_order), batch_size, rows),
+    train=batches.prefetch(Restored(batched), config.workers),
+    valid=held_out([*valid.values()]),
+    valid_parts=parts if config.mixture else {},
     example=example,
     valid_example=example,
     tokenizer=tokenizer,
     vocab_size=(corrupt or tokenizer).vocab_size,
-    valid_bytes=functools.partial(_raw, found.valid),
+    valid_bytes=raw if all(split.has_text for split in opened) else None,
     fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
+    readings=readings,
     notes=notes if tokenizer.eos_id is None and not segments else (),
   )
 
@@ -96,123 +109,22 @@ NO_END = (
 )
 
 
-def _example(length, *, sized):
-  row = jax.ShapeDtypeStruct((length + 1,), np.int32)
-  names = ('tokens', 'segment_ids', 'positions', *['bytes'] * sized)
-  return dict.fromkeys(names, row)
-
-
-def _rows(encoded, length, segments):
-  pairs = encoded.to_iter_dataset(batches.READ)
-  return _Pack(pairs, length).map(functools.partial(_row, segments=segments))
-
-
-class _Encoder:
-  """Turns records into [N, 2]: the token before each one, and that token.
-
-  The former is -1 where there is none to see. With `sized` [N, 3]: also how
-  many bytes of the text the token stands for.
-  """
-
-  def __init__(self, *, tokenizer, segments, sized, shuffled, patience=0):
-    self._tokenizer, self._segments = tokenizer, segments
-    self._columns = 3 if sized else 2
-    self._shuffled = shuffled
-    self._patience = patience  # records without a token in a row; 0: any
-    self._silent = 0
-    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    self._end = np.array(end, int)
-
-  def __call__(self, parts):
-    pairs = np.concatenate([self._encode(part) for part in parts])
-    self._silent = 0 if len(pairs) else self._silent + 1
-    if self._silent > self._patience > 0:
-      raise BadDataError(
-        f'the last {self._silent} records of data.path had no text or no token '
-        'of data.tokenizer; name other files'
-      )
-    return {'pairs': pairs[:, : self._columns].astype(np.int32)}
-
-  def _encode(self, part):
-    end, segments = self._end, self._segments
-    ids, sizes = self._tokenizer.encode_sized(part.text)
-    tokens, counts = [ids], [sizes]
-    if part.begins and segments:
-      tokens.insert(0, end)
-      counts.insert(0, np.zeros_like(end))
-    if part.ends:
-      # What the tokenizer drops has bytes, too.
-      dropped = 0 if len(ids) else len(_as_bytes(part.text))
-      tokens.append(end)
-      counts.append(np.full_like(end, dropped))
-    tokens, counts = np.concatenate(tokens), np.concatenate(counts)
-    if segments and (part.begins or self._shuffled):
-      known = end[:0]
-    else:
-      known = self._tokenizer.encode(part.before) if part.before else end
-    previous = known[-1] if len(known) else -1
-    shifted = np.concatenate([[previous], tokens])[: len(tokens)]
-    return np.stack([shifted, tokens, counts], axis=1)
-
-
-def _row(packed, *, segments):
-  """Returns one row of a batch from seq_len pairs."""
-  previous, tokens, *sizes = packed['pairs'].T
-  ids = (packed['pairs_segment_ids'] > 0).astype(np.int32)  # 0 is padding
-  if segments:
-    begins = previous < 0
-    ids *= np.cumsum(begins, dtype=np.int32) + (not begins[0])
-  # The first input belongs to the first target, unless nothing precedes it.
-  ids = np.concatenate([[ids[0] * (previous[0] >= 0)], ids])
-  row = dict(
-    tokens=np.concatenate([np.maximum(previous[:1], 0), tokens]),
-    segment_ids=ids.astype(np.int32),
-    positions=positions(ids),
-  )
-  if sizes:  # the first token is no target of this row
-    row['bytes'] = np.insert(sizes[0], 0, 0)
-  return row
+def _corrupted(rows, corrupt, entropy):
+  """Corrupts each row by what is drawn from `entropy` and its number."""
+  if corrupt is None:
+    return rows
+  (state,) = np.random.SeedSequence(entropy).generate_state(1)
+  return rows.random_map(corrupt, seed=int(state))
 
 
 def _stack(rows):
   return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-class _Pack(grain.experimental.ConcatThenSplitIterDataset):
-  """Concatenates pairs and cuts them into rows of `length`."""
-
-  def __init__(self, parent, length):
-    super().__init__(parent, length_struct={'pairs': length})
-
-  def __iter__(self):
-    return _PackIterator(super().__iter__())
-
-
-class _PackIterator(grain.DatasetIterator):
-  """Grain's iterator, with a state that survives JSON.
-
-  The packer compares its slices with a tuple; JSON, in which checkpoints keep
-  them, has only lists.
-  """
-
-  def __next__(self):
-    return next(self._parent)
-
-  def get_state(self):
-    return self._parent.get_state()
-
-  def set_state(self, state):
-    slices = {k: tuple(v) for k, v in state['remainder_slices'].items()}
-    self._parent.set_state(state | {'remainder_slices': slices})
-
-
-def _raw(source) -> bytes:
-  parts = (part.text for i in range(len(source)) for part in source[i])
-  return b''.join(map(_as_bytes, parts))
-
-
-def _as_bytes(text):
-  return text.encode() if isinstance(text, str) else text
+def _raw(splits) -> bytes:
+  records = (split[i] for split in splits for i in range(len(split)))
+  parts = (part.text for record in records for part in record)
+  return b''.join(map(sources.as_bytes, parts))
 
 
 def compressed_bits_per_byte(data: bytes) -> dict[str, float]:
