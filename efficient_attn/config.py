@@ -145,7 +145,7 @@ MODEL_CONFIGS = {
 class DataConfig(Group):
   """Where batches come from."""
 
-  name: str = 'text'  # text | digits | a name of data.tasks.TASKS
+  name: str = 'text'  # text | digits | pixels | a name of data.tasks.TASKS
   # text: '' is the Python standard library's sources; else a file or glob of
   # .txt, .jsonl, .parquet or .array_record, or 'hf:<dataset>[/<subset>]'.
   path: str = ''

@@ -10,7 +10,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from efficient_attn.config import ConfigError, DataConfig, choose
-from efficient_attn.data import corruption, digits, mixture, tasks, text
+from efficient_attn.data import (
+  corruption,
+  digits,
+  labelled,
+  mixture,
+  tasks,
+  text,
+)
 from efficient_attn.data.batches import Data, row_tokens
 from efficient_attn.data.damage import BadDataError
 from efficient_attn.data.text import compressed_bits_per_byte
@@ -45,9 +52,13 @@ class Dataset(NamedTuple):
   reads: tuple[str, ...]
 
 
+def _load_text(config: DataConfig, **options) -> Data:
+  return (labelled if config.label_key else text).load(config, **options)
+
+
 DATASETS = {
   'text': Dataset(
-    text.load,
+    _load_text,
     'text',
     (
       'path',
@@ -55,6 +66,7 @@ DATASETS = {
       'valid_every',
       'mixture',
       'text_key',
+      'label_key',
       'tokenizer',
       'seq_len',
       'packing',
@@ -64,6 +76,7 @@ DATASETS = {
       'workers',
     ),
   ),
+  'pixels': Dataset(labelled.load_pixels, 'labelled', ('workers',)),
   'digits': Dataset(digits.load, 'images', ('augment', 'workers')),
 } | dict.fromkeys(
   tasks.TASKS,
@@ -79,9 +92,12 @@ def kind_of(config: DataConfig) -> str:
   """Returns what the batches of a config are.
 
   text: tokens to continue. task: tokens with answers. images: with a label.
-  masked, spans: text to restore, see `corruption`.
+  masked, spans: text to restore, see `corruption`. labelled: sequences of one
+  class each, see `labelled`.
   """
   dataset = choose('data.name', config.name, DATASETS)
+  if config.label_key:
+    return 'labelled'
   return corruption.KINDS.get(config.corruption, dataset.kind)
 
 

@@ -12,6 +12,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from efficient_attn.data.damage import Restored
 from efficient_attn.data.mixture import Reading
 from efficient_attn.data.tokenizer import Tokenizer
 
@@ -92,7 +93,7 @@ def endless(
   if size == 1:  # grain counts batches as a float, which endless ones overflow
     examples = examples[: 2**53]
   own = examples.batch(size)[rows.start // size :: batch_size // size]
-  return prefetch(own.to_iter_dataset(READ), workers)
+  return prefetch(Restored(own.to_iter_dataset(READ)), workers)
 
 
 def finite(

@@ -20,6 +20,10 @@ CONFIGS = {
     seq_len=64, corruption='spans', path='{}/documents.jsonl'
   ),
   'jsonl': DataConfig(seq_len=64, path='{}/documents.jsonl'),
+  'labelled': DataConfig(
+    seq_len=64, label_key='label', path='{}/documents.jsonl'
+  ),
+  'pixels': DataConfig(name='pixels'),
   'digits': DataConfig(name='digits', augment=True),
   'stored_task': DataConfig(name='image_sequence'),
   'drawn_task': DataConfig(name='byte_classification'),
@@ -34,7 +38,7 @@ def config(request, tmp_path):
 def _written(config, folder):
   rng = np.random.default_rng(0)
   lines = [
-    json.dumps({'text': 'é' * int(n) + str(i)})
+    json.dumps({'text': 'é' * int(n) + str(i), 'label': i % 3})
     for i, n in enumerate(rng.integers(0, 200, 100))
   ]
   (folder / 'documents.jsonl').write_text('\n'.join(lines) + '\n')
