@@ -12,13 +12,21 @@ import functools
 import glob
 import hashlib
 import os
+import pathlib
 import sysconfig
 from typing import NamedTuple
 
 import numpy as np
 
 from efficient_attn.config import ConfigError, DataConfig
-from efficient_attn.data import batches, files, optional, records, sources
+from efficient_attn.data import (
+  batches,
+  files,
+  optional,
+  records,
+  sources,
+  token_cache,
+)
 from efficient_attn.data.damage import BadDataError, line
 from efficient_attn.data.tokenizer import Tokenizer, load_tokenizer
 from efficient_attn.values import nearest
@@ -69,7 +77,11 @@ def load(
   """
   tokenizer = tokenizer or load_tokenizer(config.tokenizer)
   opened = functools.partial(
-    _open, config=config, tokenizer=tokenizer, prefix=prefix
+    _open,
+    config=config,
+    tokenizer=tokenizer,
+    piece=layout.tokens,
+    prefix=prefix,
   )
   train, fingerprint = opened('path')
   holds = {'train': _holds(train)}
@@ -96,8 +108,8 @@ def _holds(documents) -> str:
   return 'text' if isinstance(documents, list) else documents.holds
 
 
-def _open(key, config, tokenizer, prefix):
-  """Returns spans of text files or a source of records, and a fingerprint."""
+def _open(key, config, tokenizer, piece, prefix):
+  """Returns spans of text files or a source of others, and a fingerprint."""
   path, name = getattr(config, key), f'{prefix}{key}'
   fields = records.Fields(
     config.text_key,
@@ -109,6 +121,19 @@ def _open(key, config, tokenizer, prefix):
     dataset = _hugging_face(name, path, split)
     documents = records.Table(dataset, fields, [path])
     fingerprint = _fingerprint(path, dataset)
+  elif path.rstrip('/').endswith(token_cache.SUFFIX):
+    if config.label_key:
+      raise ConfigError(
+        f'data.label_key={config.label_key!r}: {name}={path!r} stores no labels'
+        '; name the text'
+      )
+    folders = _folders(name, path)
+    documents = token_cache.load(
+      name, folders, tokenizer, config.tokenizer, piece
+    )
+    fingerprint = token_cache.fingerprint(folders)
+    if key == 'path' and not config.valid_path:
+      _check_split(folders, config)
   else:
     paths = _paths(name, path) if path else standard_library()
     fingerprint = files.fingerprint(paths)
@@ -142,6 +167,29 @@ def _paths(key, path):
       "'hf:<dataset>'"
     )
   return paths
+
+
+def _folders(key, path):
+  """Returns the caches of tokens that a path or glob names."""
+  found = [path] if os.path.lexists(path) else glob.glob(path, recursive=True)
+  folders = sorted(map(pathlib.Path, filter(os.path.isdir, found)))
+  if not folders:
+    raise ConfigError(
+      f'{key}={path!r}: no such folder; write it by launch/tokenize_text.py, '
+      'or name the text'
+    )
+  return folders
+
+
+def _check_split(folders, config):
+  """Raises unless caches were split as the config says."""
+  for folder in folders:
+    text = token_cache.read_index(folder).text
+    if not text.valid_path and text.valid_every != config.valid_every:
+      raise ConfigError(
+        f'data.valid_every={config.valid_every}: {str(folder)!r} was split by '
+        f'{text.valid_every}; set that, or give data.valid_path'
+      )
 
 
 def _files(key, path, paths, fields):
@@ -217,6 +265,8 @@ def _fingerprint(path, dataset):
 def _split(documents, config, prefix):
   """Returns (training, validation) documents."""
   every = config.valid_every
+  if isinstance(documents, token_cache.Cache):
+    return documents.halves()
   if not isinstance(documents, list):
     held = batches.held_out(len(documents), every)
     split = [

@@ -40,7 +40,8 @@ def load(
       "several into one; use 'concat'"
     )
   tokenizer = load_tokenizer(config.tokenizer)
-  layout = sources.Layout(piece=config.seq_len, marks=1, lines=False)
+  # Records are whole documents.
+  layout = sources.Layout(piece=1, tokens=1, marks=1, lines=False)
   found = documents.load(config, layout, tokenizer)
   classes = _classes(key, found.train, found.valid)
   train, valid = (

@@ -100,10 +100,12 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """How files are cut into pieces.
+  """How long documents are cut into pieces.
 
   Attributes:
-    piece: Bytes of a piece, the end of each document counting as one.
+    piece: Bytes of a piece of text files, the end of each document counting as
+      one.
+    tokens: Tokens of a piece of a document of a token cache.
     marks: 1, or 2 if the beginning of a document also counts as one.
     lines: Whether to move a cut to the next line, or character if lines are
       long, so that no token straddles it. The files must then be UTF-8; a piece
@@ -111,6 +113,7 @@ class Layout:
   """
 
   piece: int
+  tokens: int
   marks: int
   lines: bool
 

@@ -49,6 +49,7 @@ def load(
   length = corrupt.length if corrupt else config.seq_len
   layout = sources.Layout(
     piece=length if exact else 32 * length,
+    tokens=32 * length,
     marks=2 if segments else 1,
     lines=not exact,
   )

@@ -11,7 +11,7 @@ import pytest
 from efficient_attn.config import ConfigError, DataConfig
 from efficient_attn.data import batches, documents, sources
 
-LAYOUT = sources.Layout(piece=7, marks=1, lines=False)
+LAYOUT = sources.Layout(piece=7, tokens=7, marks=1, lines=False)
 TEXTS = [f'Dokument {i}: {"größer " * (i % 5)}\n' for i in range(60)] + ['']
 
 
@@ -92,7 +92,7 @@ def test_pieces_of_files_join_to_the_documents(tmp_path, piece, lines, marks):
   for i, text in enumerate(TEXTS):
     (tmp_path / f'{i:02}.txt').write_text(text * 3)
   config = DataConfig(path=str(tmp_path / '*.txt'), valid_every=6)
-  loaded = documents.load(config, sources.Layout(piece, marks, lines))
+  loaded = documents.load(config, sources.Layout(piece, piece, marks, lines))
   train, valid = (_texts(source) for source in loaded[:2])
   held = [documents.validates(f'{i:02}.txt', 6) for i in range(len(TEXTS))]
   for split, wanted in ((train, False), (valid, True)):
@@ -107,7 +107,7 @@ def test_pieces_of_files_join_to_the_documents(tmp_path, piece, lines, marks):
 def test_cuts_in_a_long_line_keep_characters_whole(tmp_path):
   (tmp_path / 'a.txt').write_text('世界' * 500)
   config = DataConfig(path=str(tmp_path / 'a.txt'), valid_every=5)
-  for source in documents.load(config, sources.Layout(50, 1, True))[:2]:
+  for source in documents.load(config, sources.Layout(50, 50, 1, True))[:2]:
     for part in (source[i][0] for i in range(len(source))):
       assert '\ufffd' not in part.text.decode()
 
@@ -155,7 +155,7 @@ def test_the_split_never_changes():
 
 def test_the_standard_library_is_split_by_file():
   config = DataConfig()
-  layout = sources.Layout(piece=4096, marks=1, lines=False)
+  layout = sources.Layout(piece=4096, tokens=1, marks=1, lines=False)
   train, valid, *_ = documents.load(config, layout)
   assert 0.02 < len(valid) / len(train) < 0.1
   traceback = os.path.join(os.path.dirname(os.__file__), 'traceback.py')
