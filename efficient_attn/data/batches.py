@@ -126,8 +126,12 @@ def prefetch(batches: grain.IterDataset, workers: int) -> grain.IterDataset:
 
 
 def _end_with_parent(index, count):
-  """Ends this worker when the trainer does, also when that was killed."""
   del index, count
+  end_with_parent()
+
+
+def end_with_parent() -> None:
+  """Ends this process when its parent does, also when that was killed."""
 
   def wait():
     multiprocessing.parent_process().join()
