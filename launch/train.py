@@ -60,7 +60,7 @@ def summary(config, final: dict[str, float]) -> str:
 
   found = [f'{name} {value:.4g}' for name, value in final.items()]
   lines = [f'validation: {", ".join(found)}']
-  if config.data.name == 'text' and not config.data.path:
+  if 'bits_per_byte' in final and not (config.data.path or config.data.mixture):
     dataset = data.load(config.data, batch_size=config.batch_size)
     others = data.compressed_bits_per_byte(dataset.valid_bytes())
     found = [f'{name} {value:.2f}' for name, value in others.items()]
