@@ -122,6 +122,7 @@ def complete(config: DataConfig) -> DataConfig:
       )
   if dataset.kind == 'task':
     return tasks.complete(config)
+  corruption.check_keys(config)
   options = mixture.read_options(config)
   mixed = {name: dataclasses.asdict(of) for name, of in options.items()}
   return dataclasses.replace(config, mixture=mixed)

@@ -34,6 +34,26 @@ from efficient_attn.data.tokenizer import Tokenizer
 
 MASKED, RANDOM = 0.8, 0.1  # of the chosen tokens; the others stay
 KINDS = {'mask': 'masked', 'spans': 'spans'}  # of batches
+# Keys of the data that each reads.
+READS = {
+  '': (),
+  'mask': ('corruption_rate',),
+  'spans': ('corruption_rate', 'span_length'),
+}
+
+
+def check_keys(config: DataConfig) -> None:
+  """Raises when a key is set that the corruption of a config does not read."""
+  default = DataConfig()
+  for key in READS['spans']:
+    value = getattr(config, key)
+    able = [name for name, keys in READS.items() if key in keys]
+    if value != getattr(default, key) and config.corruption not in able:
+      raise ConfigError(
+        f'data.{key}={value!r} is not read with data.corruption='
+        f'{config.corruption!r}, but with {" or ".join(map(repr, able))}; '
+        'leave it out'
+      )
 
 
 class Mask:

@@ -229,6 +229,15 @@ def test_a_tokenizer_without_an_end_gets_one(path, tmp_path):
     (dict(corruption='spans', packing='segments'), "use data.packing='concat'"),
     (dict(corruption='spans', seq_len=2), 'data.seq_len=2 has no room'),
     (
+      dict(corruption_rate=0.3),
+      "data.corruption_rate=0.3 is not read with data.corruption='', but with "
+      "'mask' or 'spans'",
+    ),
+    (
+      dict(corruption='mask', span_length=5.0),
+      "data.span_length=5.0 is not read with data.corruption='mask'",
+    ),
+    (
       dict(name='mqar', corruption='mask'),
       "data.corruption='mask' is not a key of data.name='mqar'",
     ),
