@@ -1,5 +1,6 @@
 """What holds for every dataset: shapes, seeds, processes, checkpoints."""
 
+import dataclasses
 import itertools
 import json
 
@@ -11,6 +12,7 @@ from orbax.checkpoint import v1 as ocp
 
 from efficient_attn import data
 from efficient_attn.config import ConfigError, DataConfig
+from efficient_attn.data import write_tokens
 
 CONFIGS = {
   'concat': DataConfig(seq_len=64),
@@ -24,6 +26,14 @@ CONFIGS = {
     seq_len=64, label_key='label', path='{}/documents.jsonl'
   ),
   'pixels': DataConfig(name='pixels'),
+  'mixture': DataConfig(
+    seq_len=64,
+    mixture={
+      'a': {'path': '{}/documents.jsonl', 'weight': 0.7},
+      'b': {'path': '{}/others.jsonl', 'weight': 0.3},
+    },
+  ),
+  'cache': DataConfig(seq_len=64, path='{}/documents.tokens'),
   'digits': DataConfig(name='digits', augment=True),
   'stored_task': DataConfig(name='image_sequence'),
   'drawn_task': DataConfig(name='byte_classification'),
@@ -42,8 +52,16 @@ def _written(config, folder):
     for i, n in enumerate(rng.integers(0, 200, 100))
   ]
   (folder / 'documents.jsonl').write_text('\n'.join(lines) + '\n')
-  values = vars(config) | {'path': config.path.format(folder)}
-  return DataConfig(**values)
+  (folder / 'others.jsonl').write_text('\n'.join(lines[::-1]) + '\n')
+  if config.path.endswith('.tokens'):
+    text = DataConfig(path=f'{folder}/documents.jsonl')
+    write_tokens.write(text, f'{folder}/documents.tokens', shard_bytes=999)
+  mixture = {
+    name: source | {'path': source['path'].format(folder)}
+    for name, source in config.mixture.items()
+  }
+  path = config.path.format(folder)
+  return dataclasses.replace(config, path=path, mixture=mixture)
 
 
 def _take(batches, count):
@@ -138,8 +156,9 @@ def test_epochs_are_shuffled_anew():
   assert (first['label'] != second['label']).any()
 
 
-def test_workers_prepare_batches(tmp_path):
-  config = _written(CONFIGS['jsonl'], tmp_path)
+@pytest.mark.parametrize('name', ['jsonl', 'mixture', 'cache'])
+def test_workers_prepare_batches(tmp_path, name):
+  config = _written(CONFIGS[name], tmp_path)
   here = data.load(config, batch_size=4)
   there = data.load(DataConfig(**vars(config) | {'workers': 1}), batch_size=4)
   batches = iter(there.train)
