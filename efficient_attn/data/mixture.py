@@ -18,8 +18,8 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from efficient_attn.config import ConfigError, DataConfig, nearest
-from efficient_attn.values import NonNegativeFloat, read
+from efficient_attn.config import ConfigError, DataConfig
+from efficient_attn.values import NonNegativeFloat, nearest, read
 
 GOLDEN = 0x9E3779B97F4A7C15  # its fraction, in units of 2^-64
 
