@@ -13,7 +13,7 @@ import argparse
 
 def main():
   """Reads the flags, tokenizes and says how much it was."""
-  from efficient_attn import cli, config, data
+  from efficient_attn import cli, config, config_files, data
   from efficient_attn.data import write_tokens
 
   parser = argparse.ArgumentParser(
@@ -32,7 +32,7 @@ def main():
       parser.error('--path or --config is required')
     if args.workers < 1:
       raise config.ConfigError(f'--workers={args.workers} must be at least 1')
-    values = config.load(args.config) if args.config else {'model': {}}
+    values = config_files.load(args.config) if args.config else {'model': {}}
     for key in ('path', 'tokenizer'):
       if getattr(args, key) is not None:
         changes[f'data.{key}'] = getattr(args, key)
