@@ -11,14 +11,23 @@ names the key, the value and the remedy.
 """
 
 import dataclasses
+import typing
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
+from efficient_attn.model_config import (
+  AnyModelConfig,
+  AutoEncoderConfig,
+  LMConfig,
+  ModelConfig,
+  ViTConfig,
+)
 from efficient_attn.values import (
   LARGEST,
   BelowOne,
   ConfigError,
   Fraction,
+  Group,
   NonNegative,
   NonNegativeFloat,
   OneOf,
@@ -28,117 +37,27 @@ from efficient_attn.values import (
   Seed,
   as_dict,
   build,
-  check_ranges,
   choose,
 )
 
-
-class Group:
-  """A group of keys, whose numbers and names are within their ranges."""
-
-  prefix: ClassVar[str]  # of its keys in errors
-
-  def __post_init__(self):
-    check_ranges(self, self.prefix)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig(Group):
-  """What every model has: a stack of blocks, each a token mixer and an ffn."""
-
-  name: str
-  d_model: Positive = 256
-  num_layers: Positive = 4
-  num_heads: Positive = 4
-  # Names of layers.MIXERS, repeated over depth: ('gla', 'gla', 'attention').
-  pattern: tuple[str, ...] = ('attention',)
-  # Options by mixer, used where the pattern has it:
-  # {'attention': {'num_kv_heads': 2}}. A name may end in ':' and a word, to
-  # give one row several sets of options: ('window:near', 'window:far').
-  mixers: Mapping[str, Mapping[str, Any]] = dataclasses.field(
-    default_factory=dict
-  )
-  ffn: str = 'glu'  # layers.FFNS
-  ffn_dim: NonNegative = 0  # 0: 8/3 d_model for glu, 4 d_model for mlp
-  ffn_bias: bool = False  # on its projections
-  # layers.ACTIVATIONS; silu with glu is SwiGLU, gelu_tanh Gemma's GEGLU.
-  activation: str = 'silu'
-  norm: str = 'rmsnorm'  # layers.NORMS
-  norm_position: Annotated[str, OneOf(('pre', 'post'))] = 'pre'
-  dropout: BelowOne = 0.0
-  scan_layers: bool = True  # compile one period of the pattern, not all layers
-  remat: str = 'none'  # layers.REMAT_POLICIES
-  # Of activations; '': float32 on CPU, else bfloat16.
-  dtype: Annotated[str, OneOf(('', 'float32', 'bfloat16', 'float64'))] = ''
-
-  prefix = 'model.'
-
-  def __post_init__(self):
-    super().__post_init__()
-    if self.d_model % self.num_heads:
-      below = self.d_model - self.d_model % self.num_heads
-      near = [d for d in (below, below + self.num_heads) if d]
-      raise ConfigError(
-        f'model.d_model={self.d_model} is not divisible by '
-        f'model.num_heads={self.num_heads}; nearest: {near}'
-      )
-    if not self.pattern:
-      raise ConfigError('model.pattern=() must name at least one mixer')
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LMConfig(ModelConfig):
-  """A causal decoder over tokens."""
-
-  name: str = 'lm'
-  vocab_size: Positive = 256
-  # Added to the embeddings; rotary and ALiBi are options of the mixers.
-  position: Annotated[str, OneOf(('none', 'learned', 'sinusoidal'))] = 'none'
-  max_len: Positive = 2048  # rows of the learned positions
-  tie_embeddings: bool = True
-
-  def __post_init__(self):
-    if self.position in ('rotary', 'alibi'):
-      raise ConfigError(
-        f'model.position={self.position!r} belongs to the mixer; set '
-        f'model.mixers.attention.position={self.position!r}'
-      )
-    super().__post_init__()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ViTConfig(ModelConfig):
-  """A bidirectional encoder over image patches with a classifier."""
-
-  name: str = 'vit'
-  image_size: Positive = 8
-  channels: Positive = 1
-  patch_size: Positive = 2
-  num_classes: Positive = 10
-  position: Annotated[str, OneOf(('learned', 'sincos'))] = 'learned'
-  pooling: Annotated[str, OneOf(('mean', 'cls'))] = 'mean'
-
-  def __post_init__(self):
-    super().__post_init__()
-    if self.image_size % self.patch_size:
-      raise ConfigError(
-        f'model.image_size={self.image_size} is not divisible by '
-        f'model.patch_size={self.patch_size}'
-      )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AutoEncoderConfig(LMConfig):
-  """A decoder whose last vector has to hold the whole sequence."""
-
-  name: str = 'auto_encoder'
-
-
-MODEL_CONFIGS = {
-  'lm': LMConfig,
-  'vit': ViTConfig,
-  'auto_encoder': AutoEncoderConfig,
-}
+__all__ = [
+  'AnyModelConfig',
+  'AutoEncoderConfig',
+  'Config',
+  'ConfigError',
+  'DataConfig',
+  'LMConfig',
+  'LossConfig',
+  'ModelConfig',
+  'OptimizerConfig',
+  'TeacherConfig',
+  'ViTConfig',
+  'as_dict',
+  'choose',
+  'override',
+  'resolve',
+  'words',
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -287,7 +206,7 @@ class TeacherConfig(Group):
 class Config(Group):
   """A whole run."""
 
-  model: ModelConfig
+  model: AnyModelConfig
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   loss: LossConfig = LossConfig()
@@ -367,6 +286,6 @@ def resolve(values: Mapping[str, Any]) -> Config:
     raise ConfigError(
       f"model={model!r} must be a group of keys, such as model.name='lm'"
     )
-  name = model.get('name', 'lm')
-  kind = choose('model.name', name, MODEL_CONFIGS)
+  kinds = {kind.name: kind for kind in typing.get_args(AnyModelConfig)}
+  kind = choose('model.name', model.get('name', 'lm'), kinds)
   return build(Config, values, '', {'model': kind})

@@ -15,7 +15,7 @@ import numbers
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import ml_collections
 import numpy as np
@@ -233,6 +233,15 @@ def check_ranges(group: Any, prefix: str) -> None:
     ):
       for condition in typing.get_args(kind)[1:]:
         condition.check(f'{prefix}{name}', value)
+
+
+class Group:
+  """A group of keys, whose numbers and names are within their ranges."""
+
+  prefix: ClassVar[str]  # of its keys in errors
+
+  def __post_init__(self):
+    check_ranges(self, self.prefix)
 
 
 def read_arguments(

@@ -23,7 +23,8 @@ MODELS = {
 MAY_IMPORT = {
   'values': set(),
   'formats': set(),
-  'config': {'values'},
+  'model_config': {'values'},
+  'config': {'values', 'model_config'},
   'config_files': {'config', 'values', 'formats'},
   'quick_compile': set(),
   'sharding': {'config', 'values'},
