@@ -1,7 +1,7 @@
 """What a model is: one frozen dataclass for each kind of model.
 
 `Config.model` is one of them: the one whose default `name` is `model.name`.
-`models.MODELS` says what is built from each.
+`models.spec` says what is built from each.
 """
 
 import dataclasses

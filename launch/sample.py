@@ -75,13 +75,16 @@ def print_samples(args: argparse.Namespace) -> None:
   from efficient_attn.data import load_tokenizer
   from efficient_attn.decode.eviction import evict
   from efficient_attn.decode.generate import generate, pad
+  from efficient_attn.models.spec import KINDS
   from efficient_attn.train.load import load_model
 
   config, model = load_model(args.workdir)
-  if config.model.name != 'lm' or config.data.name != 'text':
+  if not KINDS[config.model.name].generates or config.data.name != 'text':
+    able = ' or '.join(name for name, kind in KINDS.items() if kind.generates)
     raise ConfigError(
       f'--workdir={args.workdir!r} is a {config.model.name} of '
-      f'data.name={config.data.name!r}; only an lm of text continues a prompt'
+      f'data.name={config.data.name!r}; only an {able} of text continues a '
+      'prompt'
     )
   if args.kv_policy:
     try:

@@ -6,18 +6,14 @@ import jax
 from flax import nnx
 
 from efficient_attn.config import ModelConfig, choose
-from efficient_attn.models.auto_encoder import AutoEncoder
-from efficient_attn.models.lm import LM
-from efficient_attn.models.vit import ViT
+from efficient_attn.models.spec import KINDS
 from efficient_attn.quick_compile import QUICK_COMPILE
-
-MODELS = {'lm': LM, 'vit': ViT, 'auto_encoder': AutoEncoder}
 
 
 def build(config: ModelConfig, *, rngs: nnx.Rngs) -> nnx.Module:
   """Builds the model; an impossible config is a one-line `ConfigError`."""
   config = with_dtype(config)
-  return choose('model.name', config.name, MODELS)(config, rngs=rngs)
+  return choose('model.name', config.name, KINDS).build(config, rngs=rngs)
 
 
 def init(config: ModelConfig, key: jax.Array) -> nnx.Module:

@@ -6,6 +6,7 @@ import time
 import jax
 
 from efficient_attn.config import Config
+from efficient_attn.models.spec import KINDS
 from efficient_attn.train.machine import matmul_ceiling, memory_in_use
 
 
@@ -17,7 +18,7 @@ class Meter:
   """
 
   def __init__(self, config: Config, forward_flops: float | None):
-    self._unit = 'images' if config.model.name == 'vit' else 'tokens'
+    self._unit = KINDS[config.model.name].unit
     self._dtype = config.model.dtype
     self._flops = None if forward_flops is None else 3 * forward_flops
     self.compile_seconds = None

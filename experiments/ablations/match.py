@@ -13,6 +13,7 @@ import jax
 from efficient_attn import models
 from efficient_attn.config import Config, ConfigError
 from efficient_attn.models import cost
+from efficient_attn.models.spec import KINDS
 from efficient_attn.train.objectives import make_objective
 from efficient_attn.train.state import Architecture
 
@@ -49,7 +50,7 @@ def _params(config, architecture, params, batch) -> int:
 
 
 def _state_bytes(config, architecture, params, batch) -> int:
-  if 'tokens' not in batch or config.model.name != 'lm':
+  if 'tokens' not in batch or not KINDS[config.model.name].generates:
     return 0
   length = batch['tokens'].shape[1]
   return cost.array_bytes(
