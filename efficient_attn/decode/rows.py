@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_attn.models.lm import LMCache
+from efficient_attn.models.trunk import LMCache
 
 
 def apart(model: nnx.Module, cache: LMCache, batch: int) -> LMCache:

@@ -1,0 +1,67 @@
+"""The trunk of every model of tokens: positions, blocks, the last norm."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_attn.config import LMConfig
+from efficient_attn.layers.cache import Cursor, new_cursor, positions_of
+from efficient_attn.layers.context import Context
+from efficient_attn.layers.dropout import dropout
+from efficient_attn.layers.embed import POSITIONS
+from efficient_attn.layers.norm import NORMS
+from efficient_attn.layers.stack import Stack
+
+
+@chex.dataclass(frozen=True)
+class LMCache:
+  """What a language model keeps of the tokens so far.
+
+  Attributes:
+    layers: the caches of its stack.
+    cursor: how many tokens it has seen.
+  """
+
+  layers: Any
+  cursor: Cursor
+
+
+class Trunk(nnx.Module):
+  """Maps embedded tokens to the vectors that a head reads.
+
+  Models inherit it: what they have in common then has the same name in all of
+  them, and one can start from the parameters of another.
+  """
+
+  def __init__(self, config: LMConfig, *, causal: bool, rngs: nnx.Rngs):
+    if config.position == 'none':
+      self.position = None
+    else:
+      self.position = POSITIONS[config.position](
+        config.max_len, config.d_model, rngs=rngs
+      )
+    self.stack = Stack(config, causal=causal, rngs=rngs)
+    if config.norm_position == 'pre':
+      self.norm = NORMS[config.norm](config.d_model)
+    else:  # the last block has normalised already
+      self.norm = None
+    self.dropout = config.dropout
+    self.dtype = jnp.dtype(config.dtype or 'float32')
+
+  def run(self, x, context: Context, cache: LMCache | None = None, key=None):
+    """Maps x [B, T, D] to the same shape, and the cache to the next one."""
+    count, cursor = x.shape[1], cache and cache.cursor
+    if self.position is not None:
+      x = self.position(x, positions_of(context, cursor or new_cursor(), count))
+    keys = (None, None) if key is None else jax.random.split(key)
+    x = dropout(x, self.dropout, keys[0])
+    x, layers = self.stack(x, context, cache and cache.layers, keys[1])
+    if self.norm is not None:
+      x = self.norm(x)
+    if cache is not None:
+      cursor = cursor.advance(count, context)
+      cache = LMCache(layers=layers, cursor=cursor)
+    return x, cache
