@@ -14,6 +14,8 @@ import jax
 from flax import nnx
 
 from efficient_attn.config import ConfigError, ModelConfig, choose
+from efficient_attn.layers import capture
+from efficient_attn.layers.capture import tap
 from efficient_attn.layers.context import Context
 from efficient_attn.layers.dropout import dropout
 from efficient_attn.layers.ffn import ACTIVATIONS, FFNS
@@ -87,18 +89,22 @@ class Block(nnx.Module):
           y, cache, shared = self.mixer.mix_sharing(x, context, cache, shared)
         else:
           y, cache = self.mixer(x, context, cache)
-      return y
+      return tap('mixer', y)
 
     with jax.named_scope('mixer'):
       x = self.residual(x, self.mixer_norm, mix, keys[0])
-    return self.feed_forward(x, keys[1]), cache, shared
+    return tap('block', self.feed_forward(x, keys[1])), cache, shared
 
   def feed_forward(self, x, key):
     """The block's second half, if it has one."""
     if self.ffn is None:
       return x
+
+    def feed(x):
+      return tap('ffn', self.ffn(x))
+
     with jax.named_scope('ffn'):
-      return self.residual(x, self.ffn_norm, self.ffn, key)
+      return self.residual(x, self.ffn_norm, feed, key)
 
   def residual(self, x, norm, f, key):
     """Adds f of x to x, with dropout, and with the norm before or behind."""
@@ -129,7 +135,8 @@ class Period(nnx.Module):
         return block(x, context, cache, key, shared)
 
       if self.policy is not None:
-        run = jax.checkpoint(run, policy=self.policy)
+        keep = functools.partial(jax.checkpoint, policy=self.policy)
+        run = capture.passing(keep, run)
       x, cache[i], shared = run(block, x, cache[i], block_key, shared)
     return x, cache
 
@@ -205,7 +212,8 @@ class Stack(nnx.Module):
         return run(inputs[0], x, *inputs[1:])
 
       scan_keys = None if keys is None else keys[:-1]
-      x, periods = jax.lax.scan(body, x, (self.periods, periods, scan_keys))
+      inputs = (self.periods, periods, scan_keys)
+      x, periods = capture.scan(body, x, inputs)
     else:
       periods = [None] * self.repeats if periods is None else list(periods)
       for i, period in enumerate(self.periods):

@@ -9,7 +9,7 @@ from flax import nnx
 
 from efficient_attn import config as configs
 from efficient_attn import data
-from efficient_attn.layers.context import Context
+from efficient_attn.layers.capture import captured
 from efficient_attn.train.grid import Grid, Run
 from efficient_attn.train.objectives.cross_entropy import cross_entropy
 from efficient_attn.train.state import Architecture
@@ -87,11 +87,8 @@ def cached_losses(model: nnx.Module, tokens: np.ndarray) -> jax.Array:
 
 def activations(model: nnx.Module, tokens: np.ndarray) -> list[dict]:
   """Every layer's query, key and value [B, T, N, H], and the unrotated key."""
-  x, found = model.embed(jnp.asarray(tokens), jnp.float32), []
-  for block in model.stack.periods[0].blocks:
-    y = block.mixer_norm(x)
-    (_, raw, _), _ = block.mixer.qkv(y)
-    query, key, value = block.mixer.project(y, Context(), None)
-    found.append(dict(query=query, key=key, value=value, raw_key=raw))
-    x, _, _ = block(x, Context(), None, None, {})
-  return found
+  names = ('query', 'key', 'value', 'raw_key')
+  x = model.embed(jnp.asarray(tokens), jnp.float32)
+  _, found = captured(model.stack, *names)(x)
+  layers = zip(*(found[name] for name in names), strict=True)
+  return [dict(zip(names, layer, strict=True)) for layer in layers]

@@ -80,7 +80,7 @@ def feed_forward(width=768) -> dict:
     d_model=width, num_layers=1, num_heads=12, ffn='mlp', dtype='float32'
   )
   stack = nnx.eval_shape(lambda: Stack(config, causal=False, rngs=nnx.Rngs(0)))
-  block = stack.periods[0].blocks[0]
+  block = next(stack.layers())
   found = dict(
     ffn_parameters=parameters(block.ffn) / parameters(block), ffn_flops=[]
   )

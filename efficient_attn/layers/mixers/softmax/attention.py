@@ -34,6 +34,7 @@ from efficient_attn.layers.cache import (
   token_cache,
   window_cache,
 )
+from efficient_attn.layers.capture import tap
 from efficient_attn.layers.context import Context
 from efficient_attn.layers.cosine import ScaledUnit
 from efficient_attn.layers.mixer import Mixer, refuse_cache, refuse_segments
@@ -153,6 +154,7 @@ class Attention(Mixer):
       key, value, cursor = (shared[k] for k in ('key', 'value', 'cursor'))
       positions = positions_of(context, cursor, x.shape[1])
       query = self.turn(self.query(x), self.query_norm, positions)
+      query = tap('query', query)
       offset = 0 if cursor is None else cursor.length
     else:
       cursor = cache and cache.cursor
@@ -171,7 +173,8 @@ class Attention(Mixer):
     (query, key, value), _ = (qkv or self.qkv)(x)
     positions = positions_of(context, cursor, x.shape[1])
     query = self.turn(query, self.query_norm, positions)
-    return query, self.turn(key, self.key_norm, positions), value
+    key = self.turn(tap('raw_key', key), self.key_norm, positions)
+    return tap('query', query), tap('key', key), tap('value', value)
 
   def turn(self, heads, norm, positions):
     """Normalises and rotates heads [B, T, N, H], as far as that is asked."""
