@@ -18,6 +18,7 @@ from typing import Annotated, Any
 from efficient_attn.model_config import (
   AnyModelConfig,
   AutoEncoderConfig,
+  EncoderDecoderConfig,
   LMConfig,
   ModelConfig,
   ViTConfig,
@@ -46,6 +47,7 @@ __all__ = [
   'Config',
   'ConfigError',
   'DataConfig',
+  'EncoderDecoderConfig',
   'LMConfig',
   'LossConfig',
   'ModelConfig',

@@ -61,6 +61,11 @@ class ModelConfig(Group):
     if not self.pattern:
       raise ConfigError('model.pattern=() must name at least one mixer')
 
+  @property
+  def mixer_names(self) -> tuple[str, ...]:
+    """Every name of its patterns, once."""
+    return tuple(dict.fromkeys(self.pattern))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LMConfig(ModelConfig):
@@ -110,4 +115,27 @@ class AutoEncoderConfig(LMConfig):
   name: str = 'auto_encoder'
 
 
-AnyModelConfig = LMConfig | AutoEncoderConfig | ViTConfig
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderDecoderConfig(LMConfig):
+  """An encoder of source tokens and a decoder that reads it (T5)."""
+
+  name: str = 'encoder_decoder'
+  encoder_layers: NonNegative = 0  # 0: num_layers
+  encoder_pattern: tuple[str, ...] = ()  # (): pattern
+
+  @property
+  def mixer_names(self) -> tuple[str, ...]:
+    """Every name of its patterns, once."""
+    return tuple(dict.fromkeys((*self.pattern, *self.encoder_pattern)))
+
+  @property
+  def encoder(self) -> LMConfig:
+    """The config of the encoder alone."""
+    return dataclasses.replace(
+      self,
+      num_layers=self.encoder_layers or self.num_layers,
+      pattern=self.encoder_pattern or self.pattern,
+    )
+
+
+AnyModelConfig = LMConfig | EncoderDecoderConfig | AutoEncoderConfig | ViTConfig

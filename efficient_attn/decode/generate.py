@@ -32,6 +32,8 @@ def generate(
   top_p: float = 1.0,
   allowed: jax.Array | None = None,
   stop: tuple[int, ...] = (),
+  source: jax.Array | None = None,
+  source_ids: jax.Array | None = None,
 ) -> jax.Array:
   """Continues each prompt by `length` tokens.
 
@@ -47,6 +49,9 @@ def generate(
       below the vocabulary of the model, whose other tokens are never drawn.
     stop: tokens that end a row. What follows the first of them is that token,
       and nothing is computed once all rows have ended.
+    source: int32 [B, S], what an encoder-decoder reads beside the prompt, which
+      is the beginning of the target.
+    source_ids: int32 [B, S], 0 for padding of sources of unequal length.
 
   Returns:
     int32 [B, length].
@@ -79,6 +84,8 @@ def generate(
     prompt_lengths,
     key,
     allowed,
+    source,
+    source_ids,
     ragged=ragged,
     prefix=prefix,
     length=length,
@@ -91,7 +98,19 @@ def generate(
   jax.jit, static_argnames=('ragged', 'prefix', 'length', 'stop', 'draw')
 )
 def _generate(
-  model, prompt, lengths, key, allowed, *, ragged, prefix, length, stop, draw
+  model,
+  prompt,
+  lengths,
+  key,
+  allowed,
+  source,
+  source_ids,
+  *,
+  ragged,
+  prefix,
+  length,
+  stop,
+  draw,
 ):
   """Fills the columns of [B, P + length] from `prefix` on."""
   batch, size = prompt.shape
@@ -125,7 +144,11 @@ def _generate(
     return columns.at[:, at].set(new), done
 
   # The model does not read the last token.
-  cache = model.init_cache(batch, size + length - 1)
+  room = size + length - 1
+  if source is None:
+    cache = model.init_cache(batch, room)
+  else:
+    cache = model.init_cache(source, room, source_ids=source_ids)
   logits, cache = model(prompt[:, :prefix], segment_ids=ids, cache=cache)
   done = jnp.zeros(batch, bool)
   columns, done = extend(columns, done, prefix, logits)

@@ -23,14 +23,15 @@ class Context:
     grid: the axes of the tokens in row-major order, as (height, width) of an
       image; () for a sequence.
     memory: [B, S, D], what cross-attention reads.
-    memory_mask: [B, S] bool, False for padding of the memory.
+    memory_ids: [B, S] int32, the segment ids of the memory; a token reads what
+      has its own id, without ids of its own all but padding.
   """
 
   positions: jax.Array | None = None
   segment_ids: jax.Array | None = None
   grid: tuple[int, ...] = ()
   memory: jax.Array | None = None
-  memory_mask: jax.Array | None = None
+  memory_ids: jax.Array | None = None
 
   def without_padding(self, x: jax.Array, entirely: bool = False) -> jax.Array:
     """Zeroes what padding holds of x [B, T, D] that no product survives.

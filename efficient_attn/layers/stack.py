@@ -17,6 +17,7 @@ from efficient_attn.config import ConfigError, ModelConfig, choose
 from efficient_attn.layers import capture
 from efficient_attn.layers.capture import tap
 from efficient_attn.layers.context import Context
+from efficient_attn.layers.cross_attention import CrossAttention, CrossCache
 from efficient_attn.layers.dropout import dropout
 from efficient_attn.layers.ffn import ACTIVATIONS, FFNS
 from efficient_attn.layers.mixer import Penalized, SharesKeys
@@ -44,9 +45,19 @@ class Block(nnx.Module):
   """Mixer and ffn, each with a norm and a residual connection.
 
   pre:  x + f(norm(x))      post:  norm(x + f(x))
+
+  With `cross` there is cross-attention to a memory between the two.
   """
 
-  def __init__(self, config: ModelConfig, mixer: str, causal: bool, *, rngs):
+  def __init__(
+    self,
+    config: ModelConfig,
+    mixer: str,
+    causal: bool,
+    *,
+    cross: bool = False,
+    rngs: nnx.Rngs,
+  ):
     self.mixer = build_mixer(
       row_of(mixer),
       d_model=config.d_model,
@@ -70,6 +81,11 @@ class Block(nnx.Module):
         rngs=rngs,
       )
       self.ffn_norm = norm(config.d_model)
+    if cross:
+      self.cross = CrossAttention(config.d_model, config.num_heads, rngs=rngs)
+      self.cross_norm = norm(config.d_model)
+    else:
+      self.cross = self.cross_norm = None
     self.name, self.row = mixer, row_of(mixer)  # in the pattern, the table
     self.norm_first = config.norm_position == 'pre'
     self.dropout = config.dropout
@@ -79,7 +95,10 @@ class Block(nnx.Module):
 
   def __call__(self, x, context, cache, key, shared):
     """Returns x [B, T, D], the cache and `shared`, all for what comes next."""
-    keys = (None, None) if key is None else jax.random.split(key)
+    keys = [None] * 3 if key is None else jax.random.split(key, 3)
+    memory = None
+    if self.cross is not None and cache is not None:
+      cache, memory = cache.mixer, cache.memory
 
     def mix(x):
       nonlocal cache, shared
@@ -93,7 +112,23 @@ class Block(nnx.Module):
 
     with jax.named_scope('mixer'):
       x = self.residual(x, self.mixer_norm, mix, keys[0])
+    if self.cross is not None:
+      x = self.read(x, context, memory, keys[2])
+    if memory is not None:
+      cache = CrossCache(mixer=cache, memory=memory)
     return tap('block', self.feed_forward(x, keys[1])), cache, shared
+
+  def read(self, x, context, memory, key):
+    """The part of the block that reads a memory, that of the context if None.
+
+    The memory stays as it is.
+    """
+
+    def cross(x):
+      return tap('cross', self.cross(x, context, memory)[0])
+
+    with jax.named_scope('cross'):
+      return self.residual(x, self.cross_norm, cross, key)
 
   def feed_forward(self, x, key):
     """The block's second half, if it has one."""
@@ -111,13 +146,28 @@ class Block(nnx.Module):
     x = x + dropout(f(norm(x) if self.norm_first else x), self.dropout, key)
     return x if self.norm_first else norm(x)
 
+  def init_cache(self, batch: int, max_len: int, dtype, context: Context):
+    """Returns the cache before the first token, with the context's memory."""
+    cache = self.mixer.init_cache(batch, max_len, dtype)
+    if self.cross is None:
+      return cache
+    return CrossCache(mixer=cache, memory=self.cross.remember(context))
+
 
 class Period(nnx.Module):
   """One repetition of the pattern."""
 
-  def __init__(self, config: ModelConfig, pattern, causal: bool, *, rngs):
+  def __init__(
+    self,
+    config: ModelConfig,
+    pattern: tuple[str, ...],
+    causal: bool,
+    *,
+    cross: bool = False,
+    rngs: nnx.Rngs,
+  ):
     self.blocks = nnx.List(
-      Block(config, mixer, causal, rngs=rngs) for mixer in pattern
+      Block(config, mixer, causal, cross=cross, rngs=rngs) for mixer in pattern
     )
     share(pattern, self.blocks)
     self.policy = None
@@ -140,9 +190,9 @@ class Period(nnx.Module):
       x, cache[i], shared = run(block, x, cache[i], block_key, shared)
     return x, cache
 
-  def init_cache(self, batch: int, max_len: int, dtype):
+  def init_cache(self, *args):
     """Returns one cache a block."""
-    return [b.mixer.init_cache(batch, max_len, dtype) for b in self.blocks]
+    return [block.init_cache(*args) for block in self.blocks]
 
 
 def share(pattern, blocks) -> None:
@@ -182,14 +232,21 @@ def share(pattern, blocks) -> None:
 class Stack(nnx.Module):
   """`config.num_layers` blocks in the order of `config.pattern`."""
 
-  def __init__(self, config: ModelConfig, causal: bool, *, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    config: ModelConfig,
+    causal: bool,
+    *,
+    cross: bool = False,
+    rngs: nnx.Rngs,
+  ):
     for name, options in config.mixers.items():  # the pattern has some of them
       choose_mixer('model.mixers', row_of(name))
       read_options(row_of(name), options, f'model.mixers.{name}')
     pattern = config.pattern
     self.repeats, rest = divmod(config.num_layers, len(pattern))
     self.scan = config.scan_layers and self.repeats > 1
-    make = functools.partial(Period, config, causal=causal)
+    make = functools.partial(Period, config, causal=causal, cross=cross)
     if self.scan:
       keys = jax.random.split(rngs.params(), self.repeats)
       self.periods = jax.vmap(lambda k: make(pattern, rngs=nnx.Rngs(k)))(keys)
@@ -251,9 +308,11 @@ class Stack(nnx.Module):
     modules = (m for mixer in mixers for _, m in nnx.iter_modules(mixer))
     return sum(m.penalty() for m in modules if isinstance(m, Penalized))
 
-  def init_cache(self, batch: int, max_len: int, dtype):
+  def init_cache(
+    self, batch: int, max_len: int, dtype, context: Context | None = None
+  ):
     """Returns the caches of all blocks, stacked where the blocks are."""
-    args = (batch, max_len, dtype)
+    args = (batch, max_len, dtype, context)
     if self.scan:
       periods = jax.vmap(lambda p: p.init_cache(*args))(self.periods)
     else:

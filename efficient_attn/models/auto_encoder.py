@@ -42,8 +42,3 @@ class AutoEncoder(LM):
     for norm, project in zip(self.decode_norms, self.decode, strict=True):
       x = jax.nn.gelu(project(norm(x)))
     return x, None
-
-  def __call__(self, tokens, *, key=None):
-    """Returns float32 logits [B, T, vocab], and None in place of a cache."""
-    hidden, _ = self.hidden(tokens, key=key)
-    return self.head.logits(hidden), None

@@ -12,37 +12,17 @@ from efficient_attn.models.trunk import LMCache, Trunk
 class LM(Trunk):
   """Maps token ids to the logits of the next token."""
 
-  def __init__(self, config: LMConfig, *, rngs: nnx.Rngs):
+  def __init__(self, config: LMConfig, *, cross: bool = False, rngs: nnx.Rngs):
     self.embed = Embed(config.vocab_size, config.d_model, rngs=rngs)
-    super().__init__(config, causal=True, rngs=rngs)
+    super().__init__(config, causal=True, cross=cross, rngs=rngs)
     if config.tie_embeddings:
       self.unembed = None
     else:
       self.unembed = Embed(config.vocab_size, config.d_model, rngs=rngs)
 
-  def __call__(
-    self, tokens, *, positions=None, segment_ids=None, cache=None, key=None
-  ):
-    """Runs the model.
-
-    Args:
-      tokens: int32 [B, T].
-      positions: int32 [T] or [B, T]; default: counted from the cache's end.
-      segment_ids: int32 [B, T]; packed sequences do not see each other. With a
-        cache, tokens of id 0 in front are padding of rows of unequal length.
-      cache: from `init_cache` or an earlier call; None for whole sequences.
-      key: PRNG key for dropout; None to not drop.
-
-    Returns:
-      float32 logits [B, T, vocab] and the next cache (None without one).
-    """
-    x, cache = self.hidden(
-      tokens,
-      positions=positions,
-      segment_ids=segment_ids,
-      cache=cache,
-      key=key,
-    )
+  def __call__(self, *args, **options):
+    """Returns float32 logits [B, T, vocab] and the next cache; see `hidden`."""
+    x, cache = self.hidden(*args, **options)
     return self.head.logits(x), cache
 
   @property
@@ -53,7 +33,17 @@ class LM(Trunk):
   def hidden(
     self, tokens, *, positions=None, segment_ids=None, cache=None, key=None
   ):
-    """Returns what the logits are read from, [B, T, D], and the next cache."""
+    """Returns what the logits are read from, [B, T, D], and the next cache.
+
+    Args:
+      tokens: int32 [B, T].
+      positions: int32 [T] or [B, T]; default: counted from the start of each
+        segment, which a cache may have seen.
+      segment_ids: int32 [B, T]; packed sequences do not see each other. With a
+        cache, tokens of id 0 in front are padding of rows of unequal length.
+      cache: from `init_cache` or an earlier call; None for whole sequences.
+      key: PRNG key for dropout; None to not drop.
+    """
     context = Context(positions=positions, segment_ids=segment_ids)
     return self.run(self.embed(tokens, self.dtype), context, cache, key)
 

@@ -10,11 +10,13 @@ from flax import nnx
 
 from efficient_attn.config import (
   AutoEncoderConfig,
+  EncoderDecoderConfig,
   LMConfig,
   ModelConfig,
   ViTConfig,
 )
 from efficient_attn.models.auto_encoder import AutoEncoder
+from efficient_attn.models.encoder_decoder import EncoderDecoder
 from efficient_attn.models.lm import LM
 from efficient_attn.models.vit import ViT
 
@@ -44,6 +46,12 @@ KINDS = {
     LMConfig,
     LM,
     {'text': 'next_token', 'task': 'answers'},
+    generates=True,
+  ),
+  'encoder_decoder': Kind(
+    EncoderDecoderConfig,
+    EncoderDecoder,
+    {'spans': 'target_tokens'},
     generates=True,
   ),
   'auto_encoder': Kind(

@@ -36,14 +36,21 @@ class Trunk(nnx.Module):
   them, and one can start from the parameters of another.
   """
 
-  def __init__(self, config: LMConfig, *, causal: bool, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    config: LMConfig,
+    *,
+    causal: bool,
+    cross: bool = False,
+    rngs: nnx.Rngs,
+  ):
     if config.position == 'none':
       self.position = None
     else:
       self.position = POSITIONS[config.position](
         config.max_len, config.d_model, rngs=rngs
       )
-    self.stack = Stack(config, causal=causal, rngs=rngs)
+    self.stack = Stack(config, causal=causal, cross=cross, rngs=rngs)
     if config.norm_position == 'pre':
       self.norm = NORMS[config.norm](config.d_model)
     else:  # the last block has normalised already

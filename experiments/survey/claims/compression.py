@@ -9,11 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn import models
-from efficient_attn.config import LMConfig
+from efficient_attn.config import EncoderDecoderConfig
 from efficient_attn.layers.embed import Embed
 from efficient_attn.layers.ffn import GLU
 from efficient_attn.layers.param import LowRank, Projection
-from efficient_attn.models.encoder_decoder import EncoderDecoder
 from experiments import page
 from experiments.benchmarks.timing import interleaved
 from experiments.survey.claim import (
@@ -112,7 +111,7 @@ def language_models() -> dict:
   router = parameters(
     shapes(functools.partial(Projection, {'embed': 4096}, {'experts': 8}))
   )
-  first = LMConfig(
+  first = EncoderDecoderConfig(
     d_model=512,
     num_layers=6,
     num_heads=8,
@@ -128,7 +127,7 @@ def language_models() -> dict:
     lora16=2 * 32 * lora[16],
     mixtral=dense + 32 * (7 * expert + router),
     active=dense + 32 * (expert + router),
-    first=parameters(shapes(functools.partial(EncoderDecoder, first))),
+    first=models.parameter_count(first),
   )
   return {name: count / 1e9 for name, count in found.items()}
 
