@@ -62,9 +62,9 @@ class ModelConfig(Group):
       raise ConfigError('model.pattern=() must name at least one mixer')
 
   @property
-  def mixer_names(self) -> tuple[str, ...]:
-    """Every name of its patterns, once."""
-    return tuple(dict.fromkeys(self.pattern))
+  def patterns(self) -> dict[str, tuple[str, ...]]:
+    """Its names of mixers, by the keys that have them."""
+    return {'model.pattern': self.pattern}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,9 +124,9 @@ class EncoderDecoderConfig(LMConfig):
   encoder_pattern: tuple[str, ...] = ()  # (): pattern
 
   @property
-  def mixer_names(self) -> tuple[str, ...]:
-    """Every name of its patterns, once."""
-    return tuple(dict.fromkeys((*self.pattern, *self.encoder_pattern)))
+  def patterns(self) -> dict[str, tuple[str, ...]]:
+    """Its names of mixers, by the keys that have them."""
+    return super().patterns | {'model.encoder_pattern': self.encoder_pattern}
 
   @property
   def encoder(self) -> LMConfig:

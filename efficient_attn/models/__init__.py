@@ -6,6 +6,7 @@ import jax
 from flax import nnx
 
 from efficient_attn.config import ModelConfig, choose
+from efficient_attn.layers.stack import Stack
 from efficient_attn.models.spec import KINDS
 from efficient_attn.quick_compile import QUICK_COMPILE
 
@@ -43,6 +44,12 @@ def with_dtype(config: ModelConfig) -> ModelConfig:
 def abstract(config: ModelConfig) -> nnx.Module:
   """Returns the model with shapes in place of arrays."""
   return nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))
+
+
+def penalty(model: nnx.Module) -> jax.Array | int:
+  """Sums the auxiliary losses of all mixers, whatever stack they are in."""
+  modules = (module for _, module in nnx.iter_modules(model))
+  return sum(stack.penalty() for stack in modules if isinstance(stack, Stack))
 
 
 def parameter_count(config: ModelConfig) -> int:

@@ -15,6 +15,7 @@ from efficient_attn import models
 from efficient_attn.config import ConfigError, EncoderDecoderConfig
 from efficient_attn.decode.generate import generate
 from efficient_attn.layers.context import Context
+from efficient_attn.train import check
 from tests.layers.built import filled
 
 B, S, T, VOCAB = 2, 7, 9, 32
@@ -272,6 +273,20 @@ def test_parameters_by_hand():
   attention, ffn = 4 * 16 * 16, 8 * 16 * 16
   encoder = attention + ffn + 2 * 16 + 16
   assert size == VOCAB * 16 + encoder + 2 * (2 * attention + ffn + 3 * 16) + 16
+
+
+def test_mixers_of_the_encoder_count():
+  options = dict(
+    encoder_pattern=('adaptive_span',),
+    mixers={'adaptive_span': {'penalty_weight': 0.5}},
+  )
+  assert models.penalty(build(**options)) != 0
+  model = BASE | options | {'name': 'encoder_decoder'}
+  config = check.complete(configs.resolve({'model': model}))
+  assert 'ramp' in config.model.mixers['adaptive_span']
+  unknown = configs.resolve({'model': model | {'encoder_pattern': 'adaptve'}})
+  with pytest.raises(ConfigError, match="^model.encoder_pattern='adaptve'"):
+    check.complete(unknown)
 
 
 def test_wrong_configurations():
