@@ -9,6 +9,7 @@ and opening the data.
 import collections
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Callable
 
@@ -131,10 +132,13 @@ def complete(config: Config) -> Config:
 
   A run then means the same when defaults change.
   """
-  mixers = {}
-  for name in dict.fromkeys((*config.model.pattern, *config.model.mixers)):
+  mixers, keys = {}, {}
+  places = config.model.patterns | {'model.mixers': config.model.mixers}
+  for key, names in places.items():
+    for name in names:
+      keys.setdefault(name, key)
+  for name, key in keys.items():
     row = row_of(name)
-    key = 'model.pattern' if name in config.model.pattern else 'model.mixers'
     choose_mixer(key, row)
     given = config.model.mixers.get(name, {})
     defaults = {k: p.default for k, p in mixer_options(row).items()}
@@ -181,7 +185,7 @@ def check_fit(config: Config, dataset: data.Data) -> None:
   model, size = config.model, dataset.vocab_size
   objective_of(config)  # kinds of model and data
   if config.data.name == 'text' and config.data.packing == 'segments':
-    for name in model.pattern:
+    for name in itertools.chain(*model.patterns.values()):
       if not MIXERS[row_of(name)].packing:
         raise ConfigError(
           f"data.packing='segments': {name!r} cannot keep packed sequences "

@@ -9,6 +9,7 @@ import optax
 
 from efficient_attn import sharding
 from efficient_attn.config import Config
+from efficient_attn.models import penalty
 from efficient_attn.train.objectives.sums import means
 from efficient_attn.train.optimizer import eval_params
 from efficient_attn.train.state import (
@@ -52,7 +53,7 @@ def make_train_step(
     def summed(params, batch, key):
       model = architecture.merge(params, state.frozen)
       sums = objective(model, batch, key, guide)
-      return sums['objective'] + sums['weight'] * model.stack.penalty(), sums
+      return sums['objective'] + sums['weight'] * penalty(model), sums
 
     return summed
 
