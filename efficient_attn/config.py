@@ -18,6 +18,7 @@ from typing import Annotated, Any
 from efficient_attn.model_config import (
   AnyModelConfig,
   AutoEncoderConfig,
+  EncoderConfig,
   EncoderDecoderConfig,
   LMConfig,
   ModelConfig,
@@ -47,6 +48,7 @@ __all__ = [
   'Config',
   'ConfigError',
   'DataConfig',
+  'EncoderConfig',
   'EncoderDecoderConfig',
   'LMConfig',
   'LossConfig',

@@ -116,6 +116,27 @@ class AutoEncoderConfig(LMConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderConfig(LMConfig):
+  """A bidirectional encoder over tokens that names the masked ones (BERT).
+
+  With norm_position='post' the embeddings have a norm of their own.
+  """
+
+  name: str = 'encoder'
+  # One repetition of the pattern serves all layers, as in ALBERT.
+  share_layers: bool = False
+  embed_dim: NonNegative = 0  # width of the embeddings; 0: d_model
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.share_layers and self.num_layers % len(self.pattern):
+      raise ConfigError(
+        f'model.share_layers=True: model.num_layers={self.num_layers} is not a '
+        f'multiple of the {len(self.pattern)} layers of model.pattern'
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderDecoderConfig(LMConfig):
   """An encoder of source tokens and a decoder that reads it (T5)."""
 
@@ -138,4 +159,10 @@ class EncoderDecoderConfig(LMConfig):
     )
 
 
-AnyModelConfig = LMConfig | EncoderDecoderConfig | AutoEncoderConfig | ViTConfig
+AnyModelConfig = (
+  LMConfig
+  | EncoderConfig
+  | EncoderDecoderConfig
+  | AutoEncoderConfig
+  | ViTConfig
+)

@@ -3,7 +3,8 @@
 With `scan_layers` the repetitions of the pattern are one `jax.lax.scan`, so
 that compile time does not grow with depth; parameters and caches then carry a
 leading axis of repetitions. Layers left over after the last full repetition are
-unrolled behind it.
+unrolled behind it. A `tied` stack has the parameters of one repetition, which
+runs again and again.
 
 Layers of one repetition may share keys and values: see `share`.
 """
@@ -11,6 +12,7 @@ Layers of one repetition may share keys and values: see `share`.
 import functools
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.config import ConfigError, ModelConfig, choose
@@ -238,6 +240,7 @@ class Stack(nnx.Module):
     causal: bool,
     *,
     cross: bool = False,
+    tied: bool = False,
     rngs: nnx.Rngs,
   ):
     for name, options in config.mixers.items():  # the pattern has some of them
@@ -245,14 +248,15 @@ class Stack(nnx.Module):
       read_options(row_of(name), options, f'model.mixers.{name}')
     pattern = config.pattern
     self.repeats, rest = divmod(config.num_layers, len(pattern))
-    self.scan = config.scan_layers and self.repeats > 1
+    self.tied = tied
+    self.scan = config.scan_layers and self.repeats > 1 and not tied
     make = functools.partial(Period, config, causal=causal, cross=cross)
     if self.scan:
       keys = jax.random.split(rngs.params(), self.repeats)
       self.periods = jax.vmap(lambda k: make(pattern, rngs=nnx.Rngs(k)))(keys)
     else:
       self.periods = nnx.List(
-        make(pattern, rngs=rngs) for _ in range(self.repeats)
+        make(pattern, rngs=rngs) for _ in range(1 if tied else self.repeats)
       )
     self.rest = make(pattern[:rest], rngs=rngs) if rest else None
 
@@ -263,14 +267,15 @@ class Stack(nnx.Module):
     run = functools.partial(Period.__call__, context=context)
     keys = None if key is None else jax.random.split(key, self.repeats + 1)
     periods, rest = (None, None) if cache is None else cache
-    if self.scan:
+    if self.scan or self.tied:
 
       def body(x, inputs):
-        return run(inputs[0], x, *inputs[1:])
+        period = self.periods[0] if self.tied else inputs[0]
+        return run(period, x, *inputs[1:])
 
       scan_keys = None if keys is None else keys[:-1]
-      inputs = (self.periods, periods, scan_keys)
-      x, periods = capture.scan(body, x, inputs)
+      each = jnp.arange(self.repeats) if self.tied else self.periods
+      x, periods = capture.scan(body, x, (each, periods, scan_keys))
     else:
       periods = [None] * self.repeats if periods is None else list(periods)
       for i, period in enumerate(self.periods):
@@ -297,6 +302,8 @@ class Stack(nnx.Module):
         jax.tree.map(lambda x, r=r: x[r], self.periods)
         for r in range(self.repeats)
       )
+    if self.tied:
+      periods = [self.periods[0]] * self.repeats
     for period in periods:
       yield from period.blocks
     if self.rest is not None:

@@ -12,13 +12,24 @@ from efficient_attn.models.trunk import LMCache, Trunk
 class LM(Trunk):
   """Maps token ids to the logits of the next token."""
 
-  def __init__(self, config: LMConfig, *, cross: bool = False, rngs: nnx.Rngs):
-    self.embed = Embed(config.vocab_size, config.d_model, rngs=rngs)
-    super().__init__(config, causal=True, cross=cross, rngs=rngs)
+  def __init__(
+    self,
+    config: LMConfig,
+    *,
+    causal: bool = True,
+    embed_dim: int = 0,
+    rngs: nnx.Rngs,
+    **parts: bool,
+  ):
+    width = embed_dim or config.d_model
+    self.embed = Embed(config.vocab_size, width, rngs=rngs)
+    super().__init__(
+      config, causal=causal, embed_dim=embed_dim, rngs=rngs, **parts
+    )
     if config.tie_embeddings:
       self.unembed = None
     else:
-      self.unembed = Embed(config.vocab_size, config.d_model, rngs=rngs)
+      self.unembed = Embed(config.vocab_size, width, rngs=rngs)
 
   def __call__(self, *args, **options):
     """Returns float32 logits [B, T, vocab] and the next cache; see `hidden`."""

@@ -10,12 +10,14 @@ from flax import nnx
 
 from efficient_attn.config import (
   AutoEncoderConfig,
+  EncoderConfig,
   EncoderDecoderConfig,
   LMConfig,
   ModelConfig,
   ViTConfig,
 )
 from efficient_attn.models.auto_encoder import AutoEncoder
+from efficient_attn.models.encoder import Encoder
 from efficient_attn.models.encoder_decoder import EncoderDecoder
 from efficient_attn.models.lm import LM
 from efficient_attn.models.vit import ViT
@@ -48,6 +50,7 @@ KINDS = {
     {'text': 'next_token', 'task': 'answers'},
     generates=True,
   ),
+  'encoder': Kind(EncoderConfig, Encoder, {'masked': 'masked_tokens'}),
   'encoder_decoder': Kind(
     EncoderDecoderConfig,
     EncoderDecoder,

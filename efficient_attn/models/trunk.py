@@ -13,6 +13,7 @@ from efficient_attn.layers.context import Context
 from efficient_attn.layers.dropout import dropout
 from efficient_attn.layers.embed import POSITIONS
 from efficient_attn.layers.norm import NORMS
+from efficient_attn.layers.param import Projection
 from efficient_attn.layers.stack import Stack
 
 
@@ -34,6 +35,15 @@ class Trunk(nnx.Module):
 
   Models inherit it: what they have in common then has the same name in all of
   them, and one can start from the parameters of another.
+
+  Args:
+    config: of the model.
+    causal: whether no token sees a later one.
+    cross: whether each block has cross-attention.
+    tied: whether one repetition of the pattern serves all layers.
+    embed_norm: whether the embeddings, with their positions, have a norm.
+    embed_dim: their width; 0: that of the model.
+    rngs: of the parameters.
   """
 
   def __init__(
@@ -42,15 +52,24 @@ class Trunk(nnx.Module):
     *,
     causal: bool,
     cross: bool = False,
+    tied: bool = False,
+    embed_norm: bool = False,
+    embed_dim: int = 0,
     rngs: nnx.Rngs,
   ):
+    width = embed_dim or config.d_model
     if config.position == 'none':
       self.position = None
     else:
-      self.position = POSITIONS[config.position](
-        config.max_len, config.d_model, rngs=rngs
-      )
-    self.stack = Stack(config, causal=causal, cross=cross, rngs=rngs)
+      position = POSITIONS[config.position]
+      self.position = position(config.max_len, width, rngs=rngs)
+    self.embed_norm = NORMS[config.norm](width) if embed_norm else None
+    if embed_dim:
+      wide = {'embed': config.d_model}
+      self.widen = Projection({'narrow': width}, wide, bias=True, rngs=rngs)
+    else:
+      self.widen = None
+    self.stack = Stack(config, causal, cross=cross, tied=tied, rngs=rngs)
     if config.norm_position == 'pre':
       self.norm = NORMS[config.norm](config.d_model)
     else:  # the last block has normalised already
@@ -59,10 +78,12 @@ class Trunk(nnx.Module):
     self.dtype = jnp.dtype(config.dtype or 'float32')
 
   def run(self, x, context: Context, cache: LMCache | None = None, key=None):
-    """Maps x [B, T, D] to the same shape, and the cache to the next one."""
+    """Maps embeddings to [B, T, D], and the cache to the next one."""
     count, cursor = x.shape[1], cache and cache.cursor
     if self.position is not None:
       x = self.position(x, positions_of(context, cursor or new_cursor(), count))
+    for enter in (self.embed_norm, self.widen):
+      x = x if enter is None else enter(x)
     keys = (None, None) if key is None else jax.random.split(key)
     x = dropout(x, self.dropout, keys[0])
     x, layers = self.stack(x, context, cache and cache.layers, keys[1])

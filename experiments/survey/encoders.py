@@ -3,17 +3,16 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from efficient_attn import ops
+from efficient_attn.config import EncoderConfig
 from efficient_attn.layers.embed import Embed
-from efficient_attn.layers.norm import LayerNorm
 from efficient_attn.layers.param import Projection
+from efficient_attn.models.encoder import Encoder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Encoder:
+class Shape:
   """The shape of an encoder; the defaults are BERT-base.
 
   Attributes:
@@ -38,65 +37,44 @@ class Encoder:
   pooler: bool = True
   shared: bool = False
 
-
-class Layer(nnx.Module):
-  """Attention and a feed-forward layer with biases, each behind its norm."""
-
-  def __init__(self, shape: Encoder, *, rngs: nnx.Rngs):
-    embed = {'embed': shape.width}
-    heads = {'heads': shape.heads, 'head_dim': shape.width // shape.heads}
-
-    def project(inputs, outputs):
-      return Projection(inputs, outputs, bias=True, rngs=rngs)
-
-    self.query, self.key, self.value = (project(embed, heads) for _ in range(3))
-    self.out = project(heads, embed)
-    self.up = project(embed, {'ffn': shape.ffn})
-    self.down = project({'ffn': shape.ffn}, embed)
-    self.mixer_norm, self.ffn_norm = (LayerNorm(shape.width) for _ in range(2))
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps [B, T, D] to the same."""
-    heads = self.query(x), self.key(x), self.value(x)
-    x = self.mixer_norm(x + self.out(ops.attention(*heads)))
-    return self.ffn_norm(x + self.down(jax.nn.gelu(self.up(x))))
+  def config(self) -> EncoderConfig:
+    """Returns the config of the encoder, without types and pooler."""
+    return EncoderConfig(
+      num_layers=self.layers,
+      d_model=self.width,
+      num_heads=self.heads,
+      ffn='mlp',
+      ffn_dim=self.ffn,
+      ffn_bias=True,
+      activation='gelu_tanh',
+      norm='layernorm',
+      norm_position='post',
+      vocab_size=self.vocab,
+      position='learned',
+      max_len=512,
+      mixers={'attention': dict(position='none', qkv_bias=True, out_bias=True)},
+      embed_dim=self.embed,
+      share_layers=self.shared,
+    )
 
 
 class Bert(nnx.Module):
   """Maps tokens [B, T] to [B, T, D] (Devlin et al. 1810.04805).
 
-  With `embed` and `shared` it is ALBERT (Lan et al. 1909.11942).
+  With `embed` and `shared` it is ALBERT (Lan et al. 1909.11942). The types,
+  which add a row to each embedding, and the pooler count but do not run.
   """
 
-  def __init__(self, shape: Encoder, *, rngs: nnx.Rngs):
-    narrow = shape.embed or shape.width
-    self.words = Embed(shape.vocab, narrow, rngs=rngs)
-    self.positions = Embed(512, narrow, rngs=rngs)
-    self.types = Embed(shape.types, narrow, rngs=rngs) if shape.types else None
-    self.norm = LayerNorm(narrow)
-
-    def project(inputs):
-      return Projection(
-        {'narrow': inputs}, {'embed': shape.width}, bias=True, rngs=rngs
+  def __init__(self, shape: Shape, *, rngs: nnx.Rngs):
+    self.encoder = Encoder(shape.config(), rngs=rngs)
+    if shape.types:
+      width = shape.embed or shape.width
+      self.types = Embed(shape.types, width, rngs=rngs)
+    if shape.pooler:
+      self.pooler = Projection(
+        {'pooled': shape.width}, {'embed': shape.width}, bias=True, rngs=rngs
       )
 
-    self.widen = project(narrow) if shape.embed else None
-    self.layers = nnx.List(
-      Layer(shape, rngs=rngs)
-      for _ in range(1 if shape.shared else shape.layers)
-    )
-    self.pooler = project(shape.width) if shape.pooler else None
-    self.repeats = shape.layers if shape.shared else 1
-
   def __call__(self, tokens: jax.Array) -> jax.Array:
-    """Runs the encoder; the pooler is for a task's head."""
-    x = self.words(tokens, jnp.float32)
-    x = x + self.positions(jnp.arange(tokens.shape[1])[None], jnp.float32)
-    if self.types is not None:
-      x = x + self.types(jnp.zeros_like(tokens), jnp.float32)
-    x = self.norm(x)
-    x = x if self.widen is None else self.widen(x)
-    for _ in range(self.repeats):
-      for layer in self.layers:
-        x = layer(x)
-    return x
+    """Runs the encoder."""
+    return self.encoder.hidden(tokens)[0]

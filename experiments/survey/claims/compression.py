@@ -26,18 +26,18 @@ from experiments.survey.claim import (
   listed,
   statement,
 )
-from experiments.survey.encoders import Bert, Encoder
+from experiments.survey.encoders import Bert, Shape
 from experiments.survey.models import SEVEN_B, forward_flops, parameters
 
 ALBERT = dict(vocab=30_000, embed=128, shared=True)
 ENCODERS = {
-  'BERT-base': Encoder(),
-  'BERT-large': Encoder(layers=24, width=1024, heads=16, ffn=4096),
-  'DistilBERT': Encoder(layers=6, types=0, pooler=False),
-  'TinyBERT-4': Encoder(layers=4, width=312, ffn=1200),
-  'ALBERT-base': Encoder(**ALBERT),
-  'ALBERT-large': Encoder(layers=24, width=1024, heads=16, ffn=4096, **ALBERT),
-  'ALBERT-xxlarge': Encoder(width=4096, heads=64, ffn=16_384, **ALBERT),
+  'BERT-base': Shape(),
+  'BERT-large': Shape(layers=24, width=1024, heads=16, ffn=4096),
+  'DistilBERT': Shape(layers=6, types=0, pooler=False),
+  'TinyBERT-4': Shape(layers=4, width=312, ffn=1200),
+  'ALBERT-base': Shape(**ALBERT),
+  'ALBERT-large': Shape(layers=24, width=1024, heads=16, ffn=4096, **ALBERT),
+  'ALBERT-xxlarge': Shape(width=4096, heads=64, ffn=16_384, **ALBERT),
 }
 # MobileBERT (2004.02984): shapes of the matrices and vectors outside of the 24
 # layers, and of one layer, with how many there are.
@@ -138,7 +138,7 @@ def measure() -> dict:
   size = {name: row['millions'] for name, row in found['encoders'].items()}
   words = shapes(functools.partial(Embed, 30_000, 768))
   albert = shapes(functools.partial(Bert, ENCODERS['ALBERT-base']))
-  split = parameters(albert.words) + parameters(albert.widen)
+  split = parameters(albert.encoder.embed) + parameters(albert.encoder.widen)
   return (
     found
     | dict(

@@ -22,7 +22,7 @@ from experiments.survey.claims.decisions import (
   D,
   tokens,
 )
-from experiments.survey.encoders import Bert, Encoder
+from experiments.survey.encoders import Bert, Shape
 from experiments.survey.models import (
   cache_bytes,
   mixer,
@@ -52,19 +52,19 @@ def stars() -> dict[str, dict[str, float]]:
 def distilled() -> dict[str, float]:
   """How many times smaller than BERT-base its students are."""
   students = {
-    'DistilBERT': Encoder(layers=6, types=0, pooler=False),
-    'TinyBERT': Encoder(layers=4, width=312, ffn=1200),
+    'DistilBERT': Shape(layers=6, types=0, pooler=False),
+    'TinyBERT': Shape(layers=4, width=312, ffn=1200),
   }
-  teacher = size(Encoder())
+  teacher = size(Shape())
   return {name: teacher / size(shape) for name, shape in students.items()}
 
 
-def size(shape: Encoder) -> int:
+def size(shape: Shape) -> int:
   """Counts the parameters of an encoder."""
   return parameters(nnx.eval_shape(functools.partial(build, shape)))
 
 
-def build(shape: Encoder) -> Bert:
+def build(shape: Shape) -> Bert:
   """Builds an encoder."""
   return Bert(shape, rngs=nnx.Rngs(0))
 
