@@ -18,6 +18,7 @@ from typing import Annotated, Any
 from efficient_attn.model_config import (
   AnyModelConfig,
   AutoEncoderConfig,
+  ClassifierConfig,
   EncoderConfig,
   EncoderDecoderConfig,
   LMConfig,
@@ -45,6 +46,7 @@ from efficient_attn.values import (
 __all__ = [
   'AnyModelConfig',
   'AutoEncoderConfig',
+  'ClassifierConfig',
   'Config',
   'ConfigError',
   'DataConfig',

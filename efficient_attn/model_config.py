@@ -159,10 +159,30 @@ class EncoderDecoderConfig(LMConfig):
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassifierConfig(LMConfig):
+  """An encoder or decoder over tokens with a classifier of whole sequences."""
+
+  name: str = 'classifier'
+  num_classes: Positive = 10
+  causal: bool = False
+  # The tokens whose vectors are read: all, or the first or last real one.
+  pooling: Annotated[str, OneOf(('mean', 'first', 'last'))] = 'mean'
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.causal and self.pooling == 'first':
+      raise ConfigError(
+        "model.pooling='first' of a causal model sees one token; use 'last', "
+        "'mean' or model.causal=False"
+      )
+
+
 AnyModelConfig = (
   LMConfig
   | EncoderConfig
   | EncoderDecoderConfig
+  | ClassifierConfig
   | AutoEncoderConfig
   | ViTConfig
 )

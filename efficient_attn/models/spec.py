@@ -10,6 +10,7 @@ from flax import nnx
 
 from efficient_attn.config import (
   AutoEncoderConfig,
+  ClassifierConfig,
   EncoderConfig,
   EncoderDecoderConfig,
   LMConfig,
@@ -17,6 +18,7 @@ from efficient_attn.config import (
   ViTConfig,
 )
 from efficient_attn.models.auto_encoder import AutoEncoder
+from efficient_attn.models.classifier import Classifier
 from efficient_attn.models.encoder import Encoder
 from efficient_attn.models.encoder_decoder import EncoderDecoder
 from efficient_attn.models.lm import LM
@@ -56,6 +58,9 @@ KINDS = {
     EncoderDecoder,
     {'spans': 'target_tokens'},
     generates=True,
+  ),
+  'classifier': Kind(
+    ClassifierConfig, Classifier, {'labelled': 'classification'}
   ),
   'auto_encoder': Kind(
     AutoEncoderConfig, AutoEncoder, {'task': 'every_answer'}
