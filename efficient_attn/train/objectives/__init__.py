@@ -11,11 +11,14 @@ from collections.abc import Callable
 
 from efficient_attn.config import Config, ConfigError
 from efficient_attn.data import Tokenizer, kind_of
+from efficient_attn.models.spec import KINDS
 from efficient_attn.train.objectives.classes import classification
 from efficient_attn.train.objectives.tokens import (
   answers,
   every_answer,
+  masked_tokens,
   next_token,
+  target_tokens,
 )
 
 # Each is called with the config and the bytes of each token (None: unknown).
@@ -23,14 +26,9 @@ OBJECTIVES = {
   'next_token': next_token,
   'answers': answers,
   'every_answer': every_answer,
+  'masked_tokens': masked_tokens,
+  'target_tokens': target_tokens,
   'classification': classification,
-}
-
-# model.name -> kind of data -> objective.
-DEFAULTS = {
-  'lm': {'text': 'next_token', 'task': 'answers'},
-  'vit': {'images': 'classification'},
-  'auto_encoder': {'task': 'every_answer'},
 }
 
 
@@ -42,13 +40,13 @@ def objective_of(config: Config) -> str:
   """
   model, name = config.model.name, config.data.name
   kind = kind_of(config.data)
-  if kind not in DEFAULTS[model]:
-    able = [model for model, kinds in DEFAULTS.items() if kind in kinds]
+  if kind not in KINDS[model].objectives:
+    able = [name for name, row in KINDS.items() if kind in row.objectives]
     raise ConfigError(
       f'model.name={model!r} does not read data.name={name!r} ({kind}); use '
       f'model.name={" or ".join(map(repr, able))}, or other data'
     )
-  return DEFAULTS[model][kind]
+  return KINDS[model].objectives[kind]
 
 
 def make_objective(

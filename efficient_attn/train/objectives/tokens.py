@@ -1,6 +1,7 @@
 """Objectives of models over tokens: what they read and which tokens count."""
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -10,6 +11,8 @@ import numpy as np
 from efficient_attn import sharding
 from efficient_attn.config import Config
 from efficient_attn.data import tasks
+from efficient_attn.layers.mixers import MIXERS
+from efficient_attn.layers.stack import row_of
 from efficient_attn.train.objectives.chunked import sum_over_tokens
 from efficient_attn.train.objectives.cross_entropy import (
   cross_entropy,
@@ -84,6 +87,45 @@ def every_answer(config: Config, token_bytes) -> Callable:
   """Predicts the answers of a task all at once, off one vector."""
   del token_bytes
   return _of_tokens(config, _read_task, by_class=True)
+
+
+def masked_tokens(config: Config, token_bytes) -> Callable:
+  """Names the tokens of text that are masked, and some that are not."""
+  del token_bytes
+  packed, hides = config.data.packing == 'segments', hides_padding(config)
+
+  def read(batch):
+    inputs, ids = dict(tokens=batch['tokens']), batch['segment_ids']
+    if packed:
+      inputs |= dict(positions=batch['positions'], segment_ids=ids)
+    elif hides:
+      inputs['segment_ids'] = jnp.minimum(ids, 1)
+    return inputs, dict(labels=batch['labels'], weights=batch['weights'])
+
+  return _of_tokens(config, read)
+
+
+def target_tokens(config: Config, token_bytes) -> Callable:
+  """Predicts the next token of a target, of which the source is given."""
+  del token_bytes
+  hides = hides_padding(config)
+
+  def read(batch):
+    targets, ids = batch['targets'], batch['target_segment_ids']
+    inputs = dict(tokens=targets[:, :-1], source=batch['inputs'])
+    if hides:  # that of the targets stands behind them, where none looks
+      inputs['source_ids'] = batch['input_segment_ids']
+    same = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] > 0)
+    weights = same.astype(jnp.float32)
+    return inputs, dict(labels=targets[:, 1:], weights=weights)
+
+  return _of_tokens(config, read)
+
+
+def hides_padding(config: Config) -> bool:
+  """Whether all mixers can keep padding apart; the others see its zeros."""
+  names = itertools.chain(*config.model.patterns.values())
+  return all(MIXERS[row_of(name)].packing for name in names)
 
 
 def _read_task(batch):

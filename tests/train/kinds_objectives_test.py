@@ -1,0 +1,124 @@
+"""What each kind of model reads of its batches, and which tokens count."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from scipy.special import log_softmax
+
+from efficient_attn import config as configs
+from efficient_attn import models
+from efficient_attn.models.spec import KINDS
+from efficient_attn.train.objectives import OBJECTIVES
+from tests.layers.built import filled
+
+B, S, T, VOCAB = 2, 6, 5, 16
+RNG = np.random.default_rng(0)
+
+
+def ids(size, *lengths):
+  return jnp.asarray(np.arange(size) < np.array(lengths)[:, None], jnp.int32)
+
+
+def tokens(size):
+  return jnp.asarray(RNG.integers(1, VOCAB, (B, size)), jnp.int32)
+
+
+MASKED = dict(
+  tokens=tokens(S),
+  labels=tokens(S),
+  weights=jnp.asarray(RNG.random((B, S)) < 0.5, jnp.float32),
+  segment_ids=jnp.array([[3, 3, 3, 4, 4, 4], [5, 5, 6, 6, 0, 0]]),
+  positions=jnp.array([[0, 1, 2, 0, 1, 2], [0, 1, 0, 1, 0, 1]]),
+)
+SPANS = dict(
+  inputs=tokens(S),
+  input_segment_ids=ids(S, 6, 4),
+  targets=tokens(T + 1),
+  target_segment_ids=ids(T + 1, 4, 6),
+)
+LABELLED = dict(
+  tokens=tokens(S),
+  label=jnp.array([2, 0]),
+  weight=jnp.array([1.0, 0.0]),
+  segment_ids=ids(S, 6, 3),
+)
+BATCHES = {
+  'masked_tokens': MASKED,
+  'target_tokens': SPANS,
+  'classification': LABELLED,
+}
+
+
+def test_every_default_objective_exists():
+  used = {name for kind in KINDS.values() for name in kind.objectives.values()}
+  assert used == set(OBJECTIVES)
+
+
+def made(kind, objective, packing='concat', **model):
+  config = configs.resolve(
+    dict(
+      model=dict(
+        name=kind,
+        d_model=8,
+        num_heads=2,
+        num_layers=1,
+        vocab_size=VOCAB,
+        dtype='float32',
+        **model,
+      ),
+      data=dict(packing=packing),
+    )
+  )
+  model = filled(lambda: models.build(config.model, rngs=nnx.Rngs(0)))
+  run = OBJECTIVES[objective](config, None)
+  sums = jax.jit(functools.partial(run, key=None))
+  return model, jax.device_get(sums(model, BATCHES[objective]))
+
+
+def nll(logits, labels, weights):
+  logs = log_softmax(np.asarray(logits, np.float64), axis=-1)
+  each = -np.take_along_axis(logs, np.asarray(labels)[..., None], -1)[..., 0]
+  return (each * np.asarray(weights)).sum()
+
+
+@pytest.mark.parametrize('packing', ['concat', 'segments'])
+def test_masked_tokens(packing):
+  model, sums = made('encoder', 'masked_tokens', packing, position='learned')
+  batch = MASKED
+  options = dict(segment_ids=jnp.minimum(batch['segment_ids'], 1))
+  if packing == 'segments':
+    options = {k: batch[k] for k in ('segment_ids', 'positions')}
+  logits, _ = model(batch['tokens'], **options)
+  wanted = nll(logits, batch['labels'], batch['weights'])
+  np.testing.assert_allclose(sums['loss'], wanted, rtol=1e-5)
+  assert sums['weight'] == batch['weights'].sum()
+  assert sums['tokens_read'] == B * S
+
+
+def test_target_tokens():
+  model, sums = made('encoder_decoder', 'target_tokens')
+  wanted = 0
+  for row, (source, target) in enumerate(((6, 4), (4, 6))):
+    read = SPANS['targets'][row : row + 1, :target]
+    given = SPANS['inputs'][row : row + 1, :source]
+    logits, _ = model(read[:, :-1], given)
+    wanted += nll(logits, read[:, 1:], 1)
+  np.testing.assert_allclose(sums['loss'], wanted, rtol=1e-5)
+  assert sums['weight'] == 3 + 5
+
+
+@pytest.mark.parametrize(
+  'model', [{}, dict(causal=True, pooling='last'), dict(pattern='fnet')]
+)
+def test_classes_of_sequences(model):
+  pads = 'pattern' not in model
+  model, sums = made('classifier', 'classification', **model)
+  options = dict(segment_ids=LABELLED['segment_ids']) if pads else {}
+  logits = model(LABELLED['tokens'], **options)
+  wanted = nll(logits, LABELLED['label'], LABELLED['weight'])
+  np.testing.assert_allclose(sums['loss'], wanted, rtol=1e-5)
+  assert sums['weight'] == 1 and sums['tokens_read'] == B * S
