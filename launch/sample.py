@@ -5,6 +5,11 @@ python launch/sample.py --workdir=runs/quickstart --prompt='def main('
 With --prompts=file each line of a file is a prompt, and all are one batch. A
 continuation ends where it says one of --stop.
 
+A model of data.corruption='spans' restores what sentinels stand for: the prompt
+is its source, the sample its target.
+
+python launch/sample.py --workdir=runs/spans --prompt='def f(<0>):'
+
 With --kv_policy=h2o --kv_budget=64 each layer of softmax attention holds the
 keys and values of 64 tokens, whatever the length.
 """
@@ -12,6 +17,7 @@ keys and values of 64 tokens, whatever the length.
 import argparse
 import os
 import pathlib
+import re
 import time
 
 import jax
@@ -92,10 +98,17 @@ def print_samples(args: argparse.Namespace) -> None:
     except NotImplementedError as e:
       raise ConfigError(f'--kv_policy={args.kv_policy}: {e}') from None
   tokenizer = load_tokenizer(config.data.tokenizer)
+  spans = None
+  if config.data.corruption == 'spans':
+    spans = SpanTokens(config.data, tokenizer)
 
   def encode(flag, text):
     """Returns the tokens of a flag's text, of which the model knows all."""
-    tokens = np.asarray(tokenizer.encode(os.fsencode(text)), np.int32)
+    read = tokenizer if spans is None or flag == '--stop' else spans
+    try:
+      tokens = np.asarray(read.encode(os.fsencode(text)), np.int32)
+    except ConfigError as e:
+      raise ConfigError(f'{flag}={text!r}: {e}') from None
     if not len(tokens):
       raise ConfigError(f'{flag}={text!r} has no tokens; give another')
     if tokens.max() >= config.model.vocab_size:
@@ -119,24 +132,71 @@ def print_samples(args: argparse.Namespace) -> None:
   start = time.perf_counter()
   prompts = [prompt for prompt in prompts for _ in range(args.num_samples)]
   rows, lengths = pad(prompts)
+  said = dict(prompt=rows, prompt_lengths=lengths)
+  writer = tokenizer
+  if spans is not None:
+    real = np.arange(rows.shape[1]) >= rows.shape[1] - lengths[:, None]
+    begin = np.full((len(rows), 1), spans.end, np.int32)
+    said = dict(prompt=begin, source=rows, source_ids=real.astype(np.int32))
+    stop, prompts, writer = [*stop, [spans.end]], [[]] * len(rows), spans
   tokens = generate(
     model,
-    rows,
-    jax.random.key(args.seed),
+    key=jax.random.key(args.seed),
     length=args.length,
-    prompt_lengths=lengths,
     temperature=args.temperature,
     top_k=args.top_k,
     top_p=args.top_p,
-    allowed=tokenizer.known[: config.model.vocab_size],
+    allowed=writer.known[: config.model.vocab_size],
     stop=tuple(int(token) for (token,) in stop),
+    **said,
   )
   for prompt, row in zip(prompts, np.asarray(tokens), strict=True):
     ends = np.flatnonzero(np.isin(row, stop))
     row = row[: ends[0]] if len(ends) else row
-    print(tokenizer.decode(np.concatenate([prompt, row])), end='\n\n')
+    print(writer.decode([*prompt, *row]), end='\n\n')
   seconds = time.perf_counter() - start
   print(f'[{tokens.size} tokens in {seconds:.1f} s, compilation included]')
+
+
+class SpanTokens:
+  """Text with the sentinels <0>, <1>, ... of data.corruption='spans'.
+
+  Attributes:
+    end: the token that ends sources, and begins and ends targets.
+    known: [vocab] bool: the tokens that have a text.
+  """
+
+  def __init__(self, config, tokenizer):
+    from efficient_attn.data.corruption import Spans
+
+    size, first = Spans(config, tokenizer).vocab_size, tokenizer.vocab_size
+    self._tokenizer, self._first = tokenizer, first
+    self.end = size - 1 if tokenizer.eos_id is None else tokenizer.eos_id
+    self._count = size - first - (tokenizer.eos_id is None)
+    self.known = np.append(tokenizer.known, np.ones(size - first, bool))
+
+  def encode(self, text: bytes) -> list[int]:
+    """Returns the ids of a source, none for no text."""
+    parts = re.split(rb'<(\d{1,6})>', text)
+    ids = [*self._tokenizer.encode(parts[0])]
+    for number, part in zip(parts[1::2], parts[2::2], strict=True):
+      if int(number) >= self._count:
+        raise ConfigError(
+          f'<{int(number)}> is no sentinel of the run, which has <0> to '
+          f'<{self._count - 1}>'
+        )
+      ids += [self._first + int(number), *self._tokenizer.encode(part)]
+    return ids and [*ids, self.end]
+
+  def decode(self, ids: list[int]) -> str:
+    """Returns the text of ids, with sentinels as they are written above."""
+    sentinels = np.flatnonzero(np.asarray(ids) >= self._first)
+    text, begin = '', 0
+    for at in sentinels:
+      text += self._tokenizer.decode(ids[begin:at])
+      text += f'<{ids[at] - self._first}>'
+      begin = at + 1
+    return text + self._tokenizer.decode(ids[begin:])
 
 
 def read_lines(path: str) -> list[bytes]:

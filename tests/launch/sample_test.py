@@ -4,10 +4,11 @@ import functools
 import re
 
 import jax
+import numpy as np
 import pytest
 
 from efficient_attn import models
-from efficient_attn.config import LMConfig
+from efficient_attn.config import EncoderDecoderConfig, LMConfig
 from tests.launch.scripts import sample
 
 
@@ -114,6 +115,63 @@ def test_prompts_of_a_file_are_one_batch(tmp_path, monkeypatch, capsys):
       monkeypatch, capsys, model_of(), f'--prompt={prompt}', *flags
     )
     assert alone.startswith(found)
+
+
+@functools.cache
+def restorer():
+  config = EncoderDecoderConfig(
+    d_model=8, num_heads=1, num_layers=1, vocab_size=270, ffn='none'
+  )
+  return models.init(config, jax.random.key(0))
+
+
+SPANS = dict(name='encoder_decoder', corruption='spans', seq_len=64)
+
+
+def test_the_prompt_of_spans_is_a_source(monkeypatch, capsys):
+  """Sentinels are read and written as <0>, and the end token ends a sample."""
+
+  def said(*flags):
+    code, out, err = sample(monkeypatch, capsys, restorer(), *flags, **SPANS)
+    assert code == 0, err
+    return out.rpartition('\n\n')[0].split('\n\n')
+
+  flags = ('--temperature=0', '--length=6')
+  for prompt in ('a <0> b<1>', 'no sentinel'):
+    (text,) = said(f'--prompt={prompt}', *flags)
+    source = encoded(prompt)
+    tokens = [0]
+    for _ in range(6):
+      logits, _ = restorer()(np.array([tokens]), np.array([source]))
+      allowed = np.asarray(logits[0, -1])[:259]  # three sentinels
+      tokens.append(int(allowed.argmax()))
+    if 0 in tokens[1:]:
+      tokens = tokens[: tokens.index(0, 1)]
+    assert text == written(tokens[1:])
+  texts = said('--num_samples=40', '--top_p=1', '--temperature=3')
+  assert any(re.search('<[012]>', text) for text in texts)
+  assert not any(re.search(r'<[3-9]>|<\d\d', text) for text in texts)
+
+
+def encoded(text):
+  parts = re.split('<([012])>', text)
+  found = [*parts[0].encode()]
+  for number, part in zip(parts[1::2], parts[2::2], strict=True):
+    found += [256 + int(number), *part.encode()]
+  return [*found, 0]
+
+
+def written(tokens):
+  text = b''.join(
+    b'<%d>' % (t - 256) if t >= 256 else bytes([t]) for t in tokens
+  )
+  return text.decode(errors='replace')
+
+
+def test_a_prompt_of_unknown_sentinels(monkeypatch, capsys):
+  said = sample(monkeypatch, capsys, restorer(), '--prompt=a<3>', **SPANS)
+  message = '<3> is no sentinel of the run, which has <0> to <2>'
+  assert said == (2, '', f"error: --prompt='a<3>': {message}\n")
 
 
 def test_a_stop_token_ends_a_sample(monkeypatch, capsys):

@@ -10,6 +10,7 @@ import time
 
 import jax
 
+from efficient_attn.config import DataConfig
 from efficient_attn.train.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -70,14 +71,16 @@ def losses(workdir):
   return found
 
 
-def sample(monkeypatch, capsys, model, *flags, name='lm', data='text'):
+def sample(
+  monkeypatch, capsys, model, *flags, name='lm', data='text', **options
+):
   """Calls sample.py on a model that no run has trained.
 
-  Returns the exit code, stdout and stderr.
+  Options are those of its data. Returns the exit code, stdout and stderr.
   """
   config = argparse.Namespace(
     model=argparse.Namespace(name=name, vocab_size=256),
-    data=argparse.Namespace(name=data, tokenizer='bytes'),
+    data=DataConfig(name=data, **options),
   )
   if model is not None:
     config.model.vocab_size = model.embed.table.shape[0]
