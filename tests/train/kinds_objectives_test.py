@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from scipy.special import log_softmax
 
 from efficient_attn import config as configs
-from efficient_attn import models
+from efficient_attn import models, sharding
 from efficient_attn.models.spec import KINDS
 from efficient_attn.train.objectives import OBJECTIVES
 from tests.layers.built import filled
@@ -122,3 +124,54 @@ def test_classes_of_sequences(model):
   wanted = nll(logits, LABELLED['label'], LABELLED['weight'])
   np.testing.assert_allclose(sums['loss'], wanted, rtol=1e-5)
   assert sums['weight'] == 1 and sums['tokens_read'] == B * S
+
+
+@pytest.mark.parametrize(
+  'kind,objective,options',
+  [
+    ('encoder', 'masked_tokens', dict(embed_dim=4, share_layers=True)),
+    ('encoder_decoder', 'target_tokens', dict(position='learned')),
+    ('classifier', 'classification', dict(norm_position='post')),
+  ],
+)
+def test_sharded_equals_unsharded(kind, objective, options):
+  config = configs.resolve(
+    dict(
+      model=dict(
+        name=kind,
+        d_model=8,
+        num_heads=2,
+        num_layers=2,
+        vocab_size=VOCAB,
+        dtype='float32',
+        **options,
+      )
+    )
+  )
+  model = filled(lambda: models.build(config.model, rngs=nnx.Rngs(0)))
+  graphdef, params = nnx.split(model)
+  run = OBJECTIVES[objective](config, None)
+
+  def loss(params, batch):
+    return run(nnx.merge(graphdef, params), batch, None)['objective']
+
+  batch = BATCHES[objective]
+  wanted = jax.jit(jax.value_and_grad(loss))(params, batch)
+  mesh = sharding.make_mesh('data=2,tensor=2', jax.devices()[:4])
+  with jax.set_mesh(mesh):
+    rows = NamedSharding(mesh, sharding.activation_spec(('batch',)))
+    params = jax.tree.map(
+      lambda p: jax.device_put(p, NamedSharding(mesh, place(p))),
+      params,
+      is_leaf=lambda p: isinstance(p, nnx.Param),
+    )
+    found = jax.jit(jax.value_and_grad(loss))(
+      params, jax.device_put(batch, rows)
+    )
+  for a, b in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def place(p):
+  """Where a parameter is stored, behind the layers of a scanned stack."""
+  return P(*[None] * (p.ndim - len(p.axes)), *sharding.param_spec(p.axes))
