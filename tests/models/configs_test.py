@@ -17,7 +17,7 @@ HYBRID = 'configs/lm/hybrid.py'
 HYBRIDS = re.findall(r"^  '(\w+)': dict", (ROOT / HYBRID).read_text(), re.M)
 ARGUMENTS = [
   f'{HYBRID}:{name}{size}' for name in HYBRIDS for size in ('', ',tiny')
-] + ['configs/vit/digits.py:vit']
+] + ['configs/vit/digits.py:vit', 'configs/lm/classify.py:causal']
 STUDIES = [file for file in FILES if file.startswith('configs/ablations/')]
 # Without a tiny one, and what the others take beside '' and ':tiny'.
 PUBLISHED = {'based'}
