@@ -62,15 +62,7 @@ def generate(
   """
   batch, size = prompt.shape
   check_length(model, size, length)
-  if prompt_lengths is None:
-    prompt_lengths = [size] * batch
-  prompt_lengths = np.asarray(prompt_lengths, np.int32)
-  inside = (1 <= prompt_lengths) & (prompt_lengths <= size)
-  if prompt_lengths.shape != (batch,) or not inside.all():
-    raise ConfigError(
-      f'prompt_lengths={prompt_lengths.tolist()} must be one number from 1 to'
-      f' {size} for each of {batch} prompts'
-    )
+  prompt_lengths = check_lengths(prompt, prompt_lengths)
   prefix = size
   if (prompt_lengths == size).all():
     ragged = 'no'
@@ -182,6 +174,19 @@ def pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
   for row, prompt in zip(rows, prompts, strict=True):
     row[len(row) - len(prompt) :] = prompt
   return rows, lengths
+
+
+def check_lengths(prompt, lengths: Sequence[int] | None) -> np.ndarray:
+  """Returns the lengths of prompts [B, P], by default P, or refuses them."""
+  batch, size = prompt.shape
+  lengths = np.asarray([size] * batch if lengths is None else lengths, np.int32)
+  inside = (1 <= lengths) & (lengths <= size)
+  if lengths.shape != (batch,) or not inside.all():
+    raise ConfigError(
+      f'prompt_lengths={lengths.tolist()} must be one number from 1 to {size}'
+      f' for each of {batch} prompts'
+    )
+  return lengths
 
 
 def check_length(model: nnx.Module, prompt: int, length: int) -> None:

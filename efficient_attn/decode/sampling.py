@@ -33,27 +33,60 @@ def sample(
     ConfigError: an option is out of range.
   """
   check_options(temperature, top_k, top_p)
+  if is_greedy(temperature):
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  ranked, order = _head(logits, temperature, top_k, top_p)
+  choice = jax.random.categorical(key, ranked)
+  if order is not None:
+    choice = jnp.take_along_axis(order, choice[:, None], axis=-1)[:, 0]
+  return choice.astype(jnp.int32)
+
+
+def probabilities(
+  logits: jax.Array,
+  *,
+  temperature: float = 1.0,
+  top_k: int = 0,
+  top_p: float = 1.0,
+) -> jax.Array:
+  """Returns the probabilities by which `sample` draws, [..., vocab].
+
+  Those of a temperature of 0 are one and zeros.
+  """
+  check_options(temperature, top_k, top_p)
+  if is_greedy(temperature):
+    return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
+  ranked, order = _head(logits, temperature, top_k, top_p)
+  found = jax.nn.softmax(ranked, axis=-1)
+  if order is not None:
+    found = jnp.take_along_axis(found, jnp.argsort(order, axis=-1), axis=-1)
+  return found
+
+
+def is_greedy(temperature: float) -> bool:
+  """Tells whether a temperature is 0, or too small to divide by."""
+  return temperature < jnp.finfo(jnp.float32).tiny
+
+
+def _head(logits, temperature, top_k, top_p):
+  """Returns the logits to draw from, and their order if they are sorted."""
   if top_k > logits.shape[-1]:
     raise ConfigError(
       f'top_k={top_k} is more than the {logits.shape[-1]} tokens of the '
       'vocabulary; 0 keeps all'
     )
-  if temperature < jnp.finfo(jnp.float32).tiny:  # which 1 / temperature needs
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
   logits = logits - jnp.max(logits, axis=-1, keepdims=True)
   logits = logits / temperature  # at most 0: whatever overflows is -inf
-  if top_k > 0 or top_p < 1:
-    order = jnp.argsort(-logits, axis=-1)
-    ranked = jnp.take_along_axis(logits, order, axis=-1)
-    if top_k > 0:
-      past_k = jnp.arange(logits.shape[-1]) >= top_k
-      ranked = jnp.where(past_k, -jnp.inf, ranked)
-    probabilities = jax.nn.softmax(ranked, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    ranked = jnp.where(before < top_p, ranked, -jnp.inf)
-    choice = jax.random.categorical(key, ranked)[:, None]
-    return jnp.take_along_axis(order, choice, axis=-1)[:, 0].astype(jnp.int32)
-  return jax.random.categorical(key, logits).astype(jnp.int32)
+  if top_k <= 0 and top_p == 1:
+    return logits, None
+  order = jnp.argsort(-logits, axis=-1)
+  ranked = jnp.take_along_axis(logits, order, axis=-1)
+  if top_k > 0:
+    past_k = jnp.arange(logits.shape[-1]) >= top_k
+    ranked = jnp.where(past_k, -jnp.inf, ranked)
+  found = jax.nn.softmax(ranked, axis=-1)
+  before = jnp.cumsum(found, axis=-1) - found
+  return jnp.where(before < top_p, ranked, -jnp.inf), order
 
 
 def check_options(temperature: float, top_k: int, top_p: float) -> None:
