@@ -201,6 +201,73 @@ class RecurrentCache:
   cursor: Cursor | None = None
 
 
+_CACHES = (TokenCache, WindowCache, RecurrentCache, Cursor)
+
+
+def _is_cache(x) -> bool:
+  return isinstance(x, _CACHES)
+
+
+def can_rewind(cache: Any, read: int) -> bool:
+  """Tells whether `rewind` works on caches that have read `read` more tokens.
+
+  Not where a state summarises tokens: it does not say what it was before.
+  """
+
+  def can(cache):
+    if isinstance(cache, TokenCache):
+      return cache.state is None
+    if isinstance(cache, WindowCache):
+      axis = cache.cursor.length.ndim + 1
+      return read <= next(iter(cache.buffers.values())).shape[axis]
+    if isinstance(cache, RecurrentCache):
+      return not jax.tree.leaves((cache.state, cache.tails))
+    return isinstance(cache, Cursor)
+
+  return all(map(can, jax.tree.leaves(cache, is_leaf=_is_cache)))
+
+
+def rewind(before: Any, after: Any, read: int, count: jax.Array) -> Any:
+  """Takes back all but the first tokens that were read.
+
+  Args:
+    before: any pytree of caches, layers and rows stacked or not.
+    after: the same after `read` tokens of no other segment.
+    read: how many tokens that were.
+    count: [] int32, how many of them stay.
+
+  Returns:
+    The caches after the first `count` of the tokens.
+  """
+
+  def back(before, after):
+    if isinstance(before, Cursor):
+      return before.replace(length=before.length + count)
+    cursor = before.cursor and back(before.cursor, None)
+    if isinstance(before, RecurrentCache):
+      return before.replace(cursor=cursor)
+    axis = before.cursor.length.ndim + 1  # of tokens, behind layers and rows
+
+    def of_window(old, new):
+      size = old.shape[axis]
+      new = jax.lax.slice_in_dim(new, size - read, size, axis=axis)
+      joined = jnp.concatenate([old, new], axis)
+      return jax.lax.dynamic_slice_in_dim(joined, count, size, axis)
+
+    def of_tokens(old, new):
+      at = jax.lax.broadcasted_iota(jnp.int32, old.shape, axis)
+      length = jnp.expand_dims(cursor.length, range(axis - 1, old.ndim))
+      return jnp.where(at < length, new, old)
+
+    window = isinstance(before, WindowCache)
+    buffers = jax.tree.map(
+      of_window if window else of_tokens, before.buffers, after.buffers
+    )
+    return before.replace(buffers=buffers, cursor=cursor)
+
+  return jax.tree.map(back, before, after, is_leaf=_is_cache)
+
+
 def recall(
   context: Context, cache: TokenCache | WindowCache | None, **new: jax.Array
 ):

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from jax.extend import core
 
+from efficient_attn.layers.cache import can_rewind, rewind
 from efficient_attn.layers.mixers import MIXERS, build_mixer
 from tests.layers.built import built
 
@@ -59,3 +60,44 @@ def test_a_step_keeps_the_types_of_the_cache_also_under_x64(name):
     )
   for cache in later:
     chex.assert_trees_all_equal_shapes_and_dtypes(cache, first)
+
+
+# Those whose cache is of tokens, or of the last of them.
+REWOUND = [
+  name
+  for name in CAUSAL
+  if can_rewind(
+    nnx.eval_shape(
+      lambda name=name: build_mixer(name, rngs=nnx.Rngs(0), **SIZES).init_cache(
+        2, 8, jnp.float32
+      )
+    ),
+    2,
+  )
+]
+
+
+@pytest.mark.parametrize('name', REWOUND)
+def test_a_cache_rewinds_to_any_token(name):
+  """Here for two layers in a stack."""
+  layers = nnx.vmap(lambda key: build_mixer(name, rngs=nnx.Rngs(key), **SIZES))(
+    jax.random.split(jax.random.key(0), 2)
+  )
+  x = jax.random.normal(jax.random.key(1), (2, 5, 16))
+
+  @jax.jit
+  def read(cache, x):
+    return jax.vmap(lambda m, c: m(x, cache=c)[1])(layers, cache)
+
+  before = jax.vmap(lambda m: m.init_cache(2, 8, jnp.float32))(layers)
+  before = read(before, x[:, :3])
+  after = read(before, x[:, 3:])
+  wanted = before, read(before, x[:, 3:4]), after
+  for count, cache in enumerate(wanted):
+    found = rewind(before, after, 2, count)
+    chex.assert_trees_all_close(found, cache, atol=1e-6)
+
+
+def test_what_caches_can_rewind():
+  assert {'attention', 'window', 'mla'} <= set(REWOUND)
+  assert not {'gla', 'fox', 'path', 'moba', 'mamba'} & set(REWOUND)
