@@ -11,6 +11,7 @@ from flax import nnx
 from efficient_attn import models
 from efficient_attn.config import LMConfig
 from efficient_attn.decode.generate import generate
+from efficient_attn.decode.speculative import accept, speculate
 from experiments import page
 from experiments.survey.claim import (
   Claim,
@@ -40,76 +41,49 @@ def language_model(layers: int, width: int, seed: int) -> nnx.Module:
   return models.init(models.with_dtype(config), jax.random.key(seed))
 
 
-def logits(target, draft, share: float, tokens: jax.Array) -> jax.Array:
+class Mixture(nnx.Module):
   """A draft that is nearer to the target the more of it is mixed in."""
-  return (1 - share) * draft(tokens)[0] + share * target(tokens)[0]
+
+  position = None
+
+  def __init__(self, target: nnx.Module, draft: nnx.Module, share: float):
+    self.models = nnx.List([target, draft])
+    self.shares = share, 1 - share
+
+  def __call__(self, tokens, *, segment_ids=None, cache):
+    """Returns the mean of the logits, and the next caches."""
+    found = [
+      model(tokens, segment_ids=segment_ids, cache=one)
+      for model, one in zip(self.models, cache, strict=True)
+    ]
+    logits, caches = zip(*found, strict=True)
+    mean = sum(s * x for s, x in zip(self.shares, logits, strict=True))
+    return mean, list(caches)
+
+  def init_cache(self, batch: int, max_len: int):
+    """Returns the caches of both."""
+    return [model.init_cache(batch, max_len) for model in self.models]
 
 
-def block(target, propose, tokens, length, key, rule='residual'):
-  """Drafts tokens, keeps those that the target accepts, and draws one more.
+@jax.jit
+def wrong(target, draft, prompt, key):
+  """Draws two tokens [B, 2], those behind a rejected one from p.
 
-  Token x of the draft's q is accepted with probability min(1, p(x) / q(x)),
-  p being the target's; the token behind those accepted is drawn from
-  max(0, p - q), or from p if all were (Leviathan et al. 2211.17192).
-
-  Args:
-    target: the language model.
-    propose: tokens -> logits of the draft.
-    tokens: [B, T], of which the first `length` count.
-    length: [B].
-    key: PRNG key.
-    rule: 'residual', or 'target' to draw the last token from p, which is wrong.
-
-  Returns:
-    The tokens, their lengths, and how many were accepted, [B].
+  So that each token is the draft's if that is accepted, and else drawn from p.
   """
-  rows = jnp.arange(len(tokens))
-  *keys, accept, last = jax.random.split(key, AHEAD + 2)
-
-  def draw(tokens, inputs):
-    i, key = inputs
-    found = propose(tokens)[rows, length - 1 + i]
-    new = jax.random.categorical(key, found)
-    return tokens.at[rows, length + i].set(new), jax.nn.softmax(found)
-
-  steps = jnp.arange(AHEAD), jnp.stack(keys)
-  tokens, drafted = jax.lax.scan(draw, tokens, steps)
-  at = length[:, None] + jnp.arange(AHEAD + 1)
-  p = jax.nn.softmax(target(tokens)[0])[rows[:, None], at - 1]
-  q = jnp.pad(drafted.swapaxes(0, 1), ((0, 0), (0, 1), (0, 0)))
-  new = tokens[rows[:, None], at[:, :-1]][..., None]
-  ratio = [jnp.take_along_axis(x[:, :-1], new, -1)[..., 0] for x in (p, q)]
-  draws = jax.random.uniform(accept, at[:, :-1].shape)
-  taken = jnp.cumprod(draws * ratio[1] < ratio[0], axis=1).sum(1)
-  rest = jnp.maximum(p - q, 0) if rule == 'residual' else p
-  new = jax.random.categorical(last, jnp.log(rest[rows, taken]))
-  tokens = tokens.at[rows, length + taken].set(new)
-  return tokens, length + taken + 1, taken
-
-
-@functools.partial(jax.jit, static_argnames=('rows', 'blocks', 'rule'))
-def speculate(
-  target, draft, key, *, share=0.0, rows=ROWS, blocks=2, rule='residual'
-):
-  """Continues copies of a prompt by blocks; counts what each row accepted."""
-  size = len(PROMPT) + blocks * (AHEAD + 1)
-  tokens = jnp.zeros((rows, size), jnp.int32)
-  tokens = tokens.at[:, : len(PROMPT)].set(jnp.array(PROMPT))
-  length = jnp.full(rows, len(PROMPT))
-
-  def step(carry, key):
-    tokens, length, taken = block(
-      target,
-      functools.partial(logits, target, draft, share),
-      *carry,
-      key,
-      rule=rule,
+  tokens = prompt
+  for each in jax.random.split(key):
+    p, q = (jax.nn.softmax(m(tokens)[0][:, -1:]) for m in (target, draft))
+    keys = jax.random.split(each, 3)
+    new, other = (
+      jax.random.categorical(k, jnp.log(x))
+      for k, x in zip(keys[:2], (q, p), strict=True)
     )
-    return (tokens, length), taken
-
-  keys = jax.random.split(key, blocks)
-  (tokens, _), taken = jax.lax.scan(step, (tokens, length), keys)
-  return tokens, taken
+    accepting = jax.random.split(keys[2], len(prompt))
+    taken = jax.vmap(accept)(p, q, new, accepting)
+    new = jnp.where(taken[:, None] == 1, new, other)
+    tokens = jnp.concatenate([tokens, new], axis=1)
+  return tokens[:, -2:]
 
 
 def pairs(tokens) -> np.ndarray:
@@ -148,15 +122,14 @@ def measure() -> dict:
   def continued(model, key):
     return generate(model, prompt, key, length=2)
 
-  def speculated(rule, key):
-    tokens, _ = speculate(target, draft, key, rule=rule)
-    return tokens[:, start : start + 2]
+  def speculated(key):
+    return speculate(target, draft, prompt, key, length=2, ahead=AHEAD)[0]
 
   draws = {
     'target': functools.partial(continued, target),
     'draft': functools.partial(continued, draft),
-    'speculative': functools.partial(speculated, 'residual'),
-    'wrong': functools.partial(speculated, 'target'),
+    'speculative': speculated,
+    'wrong': functools.partial(wrong, target, draft, prompt),
   }
   found = dict(samples=ROWS * REPEATS)
   for name, draw in draws.items():
@@ -177,12 +150,20 @@ def draft_cost(target, draft, length=32) -> float:
 
 def saving(target, draft, share: float, cost: float) -> dict:
   """Acceptance and tokens a block, counted, and tokens by the formula."""
-  _, taken = speculate(
-    target, draft, jax.random.key(1), share=share, rows=512, blocks=6
+  prompt = jnp.broadcast_to(jnp.array(PROMPT), (512, len(PROMPT)))
+  _, counts = speculate(
+    target,
+    Mixture(target, draft, share),
+    prompt,
+    jax.random.key(1),
+    length=6 * (AHEAD + 1),
+    ahead=AHEAD,
   )
-  taken = np.asarray(taken)
-  rate = float(taken.sum() / np.minimum(taken + 1, AHEAD).sum())
-  tokens = float(taken.mean() + 1)
+  blocks, accepted, rejected = (
+    int(counts[name].sum()) for name in ('blocks', 'accepted', 'rejected')
+  )
+  rate = accepted / (accepted + rejected)
+  tokens = accepted / blocks + 1
   return dict(
     share=share,
     accepted=rate,
