@@ -36,6 +36,7 @@ MAY_IMPORT = {
   'models': MODELS,
   'decode': MODELS,
   'train': MODELS | {'config_files', 'data', 'decode'},
+  'compress': MODELS,
   'interop': MODELS,
 }
 OUTSIDE = {'launch', 'experiments', 'configs', 'tests'}

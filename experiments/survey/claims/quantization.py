@@ -6,9 +6,9 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from efficient_attn import models
+from efficient_attn.compress.quantize import FORMATS, quantized, stored_bytes
 from efficient_attn.ops.softmax.fake_quant import fake_quant
 from experiments import page
 from experiments.ablations import report
@@ -24,19 +24,17 @@ from experiments.survey.claim import (
   statement,
   within,
 )
-from experiments.survey.models import SEVEN_B
+from experiments.survey.models import SEVEN_B, parameters
 from experiments.survey.sources import OURS
 from experiments.survey.trained import language_model, losses, texts
 
 TEXTS = 64  # whose losses are compared
 RANGES = ((-0.3, 2.0), (0.5, 3.0))
-# By name: format, weights that share a scale (None: an output channel), bits
-# of what is stored with them.
-STORED = {
-  'FP16': ('', 1, 0),
-  'INT8': ('int8', None, 32),
-  'INT4': ('int4', 128, 16),
-  'INT4 with zero points': ('uint4', 128, 32),
+FORMS = {
+  'FP16': 'float16',
+  'INT8': 'int8',
+  'INT4': 'int4',
+  'INT4 with zero points': 'uint4',
 }
 
 
@@ -86,66 +84,13 @@ def bits(form: str) -> int:
   return math.ceil(math.log2(len(jnp.unique(values))))
 
 
-def summed_axes(path, p) -> tuple[int, int] | None:
-  """From where to where the axes of a matrix are that a product sums over.
-
-  A group of weights lies along them. None for vectors, which stay in 16 bits.
-  """
-  if 'table' in path:
-    return p.ndim - 1, p.ndim
-  stacked = p.ndim - len(p.axes)
-  return (stacked, stacked + p.inputs) if p.inputs else None
-
-
-def stored(params, name: str, embeddings: bool) -> float:
-  """Bytes of parameters in a format; vectors are in 16 bits.
-
-  Args:
-    params: by path, with the metadata of the layers.
-    name: in `STORED`.
-    embeddings: whether those are in this format too, or in 16 bits.
-  """
-  form, group, beside = STORED[name]
-  each, total = bits(form), 0
-  for path, p in params:
-    axes = summed_axes(path, p)
-    if axes is None or ('table' in path and not embeddings):
-      total += 16 * p.size
-      continue
-    inputs = math.prod(p.shape[slice(*axes)])
-    groups = p.size // inputs * -(-inputs // (group or inputs))
-    total += each * p.size + beside * groups
-  return total / 8
-
-
-def rounded(model: nnx.Module, name: str) -> nnx.Module:
-  """The model with its matrices as a format holds them."""
-  form, group, _ = STORED[name]
-
-  def put(path, p):
-    x, axes = p[...], summed_axes(path, p)
-    if axes is None:
-      return p
-    if not form:
-      return p.replace(x.astype(jnp.float16).astype(x.dtype))
-    start, end = axes
-    flat = x.reshape(
-      math.prod(x.shape[:start]), math.prod(x.shape[start:end]), -1
-    )
-    return p.replace(fake_quant(flat, form, (1, group, 1)).reshape(x.shape))
-
-  graphdef, params = nnx.split(model)
-  flat = [(path, put(path, p)) for path, p in nnx.to_flat_state(params)]
-  return nnx.merge(graphdef, nnx.from_flat_state(flat))
-
-
 def costs() -> dict:
   """Percent more bits per byte of a trained model, by format of its weights."""
   model, tokens = language_model(), texts(256, TEXTS)
   full = losses(model, tokens).mean(1)
   found = {'FP32 bits per byte': float(full.mean() / math.log(2))}
-  for name in STORED:
-    more = 100 * (losses(rounded(model, name), tokens).mean(1) / full - 1)
+  for name, form in FORMS.items():
+    more = 100 * (losses(quantized(model, form), tokens).mean(1) / full - 1)
     found[f'{name} cost'], found[f'{name} cost +-'] = report.interval(
       more.tolist()
     )
@@ -155,16 +100,17 @@ def costs() -> dict:
 def measure() -> dict:
   """R33: codes as printed, sizes of a 7B decoder and losses of a small one."""
   found = equations() | costs()
-  params = nnx.to_flat_state(nnx.state(models.abstract(SEVEN_B)))
-  full = 4 * sum(p.size for _, p in params)
+  decoder = models.abstract(SEVEN_B)
+  full = 4 * parameters(decoder)
   found['FP32'] = full / 1e9
-  for name, (form, *_) in STORED.items():
-    whole = stored(params, name, True)
+  for name, form in FORMS.items():
+    whole = stored_bytes(decoder, form)
+    less = stored_bytes(decoder, form, embeddings=False)
     found |= {
       f'{name} GB': whole / 1e9,
-      f'{name} bits': bits(form),
+      f'{name} bits': bits(FORMATS[form].form),
       f'{name} ratio': full / whole,
-      f'{name} ratio without embeddings': full / stored(params, name, False),
+      f'{name} ratio without embeddings': full / less,
     }
   found['FP16 to INT4'] = found['INT4 ratio'] / found['FP16 ratio']
   return found
@@ -175,13 +121,13 @@ def _table(v) -> list:
     [
       name,
       v[f'{name} bits'],
-      group or 'output channel',
+      FORMATS[form].group or 'output channel',
       v[f'{name} GB'],
       v[f'{name} ratio'],
       v[f'{name} ratio without embeddings'],
       f'{v[f"{name} cost"]:.2f} ± {v[f"{name} cost +-"]:.2f}',
     ]
-    for name, (_, group, _) in STORED.items()
+    for name, form in FORMS.items()
   ]
   head = [
     'format',

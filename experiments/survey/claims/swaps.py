@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from efficient_attn import ops
+from efficient_attn.compress.prune import pruned
 from efficient_attn.ops import masks
 from experiments.errors import relative
 from experiments.survey.claim import (
@@ -52,15 +53,6 @@ def shared(model: nnx.Module) -> nnx.Module:
   return with_mixer(changed(model, mean), 'attention', num_kv_heads=1)
 
 
-def pruned(model: nnx.Module) -> nnx.Module:
-  """The model without the smaller half of every matrix."""
-
-  def half(path, x):
-    return x if x.ndim < 2 else jnp.where(abs(x) < jnp.median(abs(x)), 0, x)
-
-  return changed(model, half)
-
-
 def swapped() -> dict[str, float]:
   """Nats per byte with each mixer in the place of trained attention."""
   model, tokens = language_model(), texts(LENGTH + 1, COUNT)
@@ -71,7 +63,7 @@ def swapped() -> dict[str, float]:
     'window': with_mixer(model, 'window', window=WINDOW),
     'narrow window': with_mixer(model, 'window', window=NARROW),
     'linear': with_mixer(model, 'linear'),
-    'pruned': pruned(model),
+    'pruned': pruned(model, 0.5),
     'untrained': untrained(),
   }
   return {name: float(losses(x, tokens).mean()) for name, x in made.items()}
