@@ -3,10 +3,10 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.config import LMConfig
+from efficient_attn.layers import reversible as pairs
 from efficient_attn.layers.context import Context
 from efficient_attn.layers.stack import Period, Stack
 
@@ -79,50 +79,6 @@ def feed(period, x):
   return block.ffn(block.ffn_norm(x))
 
 
-def ahead(pair, period):
-  """y1 = x1 + f(x2), y2 = x2 + g(y1)."""
-  x1, x2 = pair
-  y1 = x1 + mix(period, x2)
-  return (y1, x2 + feed(period, y1)), None
-
-
-def back(pair, period):
-  """x2 = y2 - g(y1), x1 = y1 - f(x2)."""
-  y1, y2 = pair
-  x2 = y2 - feed(period, y1)
-  return (y1 - mix(period, x2), x2), None
-
-
-@jax.custom_vjp
 def reversible(periods, x):
   """Layers whose backward pass starts from their outputs alone."""
-  pair, _ = jax.lax.scan(ahead, (x, x), periods)
-  return pair[0] + pair[1]
-
-
-def _forward(periods, x):
-  pair, _ = jax.lax.scan(ahead, (x, x), periods)
-  return pair[0] + pair[1], (periods, pair)
-
-
-def _backward(kept, d):
-  periods, pair = kept
-
-  def step(carry, period):
-    (y1, y2), (d1, d2) = carry
-    g, pull_g = jax.vjp(feed, period, y1)
-    x2 = y2 - g
-    f, pull_f = jax.vjp(mix, period, x2)
-    of_g, more = pull_g(d2)
-    d1 = d1 + more
-    of_f, more = pull_f(d1)
-    grads = jax.tree.map(jnp.add, of_f, of_g)
-    return ((y1 - f, x2), (d1, d2 + more)), grads
-
-  (_, (d1, d2)), grads = jax.lax.scan(
-    step, (pair, (d, d)), periods, reverse=True
-  )
-  return grads, d1 + d2
-
-
-reversible.defvjp(_forward, _backward)
+  return sum(pairs.reversible(mix, feed, periods, (x, x)))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn import models
+from efficient_attn.layers import reversible as pairs
 from efficient_attn.layers.stack import Stack
 from efficient_attn.models import cost
 from experiments import page
@@ -22,9 +23,9 @@ from experiments.survey.claim import (
   within,
 )
 from experiments.survey.recompute import (
-  ahead,
-  back,
   config,
+  feed,
+  mix,
   nothing,
   reversible,
   scanned,
@@ -82,8 +83,8 @@ def reversal(layers: int, dtype: str, width=64, tokens=32) -> float:
   def errors(key):
     made = Stack(config(layers, width), causal=True, rngs=nnx.Rngs(key))
     x = jax.random.normal(key, (2, 1, tokens, width)).astype(dtype)
-    pair, _ = jax.lax.scan(ahead, (x[0], x[1]), made.periods)
-    found, _ = jax.lax.scan(back, pair, made.periods, reverse=True)
+    pair = pairs.reversible(mix, feed, made.periods, (x[0], x[1]))
+    found = pairs.invert(mix, feed, made.periods, pair)
     wide = jnp.stack(found).astype(jnp.float32) - x.astype(jnp.float32)
     return jnp.abs(wide).max() / jnp.abs(x).max().astype(jnp.float32)
 
