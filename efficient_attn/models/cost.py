@@ -15,6 +15,10 @@ import jax.numpy as jnp
 from jax.extend import core
 
 
+class UnknownLengthError(Exception):
+  """A loop ends when its values say so, and has no length to count."""
+
+
 def flops(function: Callable, *args: Any) -> float:
   """Returns the FLOPs (2 per multiply-add) of the products in a call.
 
@@ -23,7 +27,7 @@ def flops(function: Callable, *args: Any) -> float:
     *args: arrays or their shapes.
 
   Raises:
-    NotImplementedError: a loop whose number of turns is not known.
+    UnknownLengthError: a loop whose number of turns is not known.
   """
   return _total(jax.make_jaxpr(function)(*args).jaxpr, _flops)
 
@@ -96,7 +100,7 @@ def _total(jaxpr, cost: Callable) -> float:
     elif name == 'cond':
       total += max(inner)
     elif name == 'while' and any(inner):
-      raise NotImplementedError('a loop of unknown length; use lax.scan')
+      raise UnknownLengthError('a loop of unknown length; use lax.scan')
     elif name == 'shard_map':
       total += eqn.params['mesh'].size * sum(inner)
     else:

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 from collections.abc import Callable
 
 import jax
@@ -103,8 +104,10 @@ def check(config: Config) -> Checked:
   }
   try:
     flops = cost.flops(forward, params, batch)
-  except NotImplementedError:  # a loop of unknown length
+  except cost.UnknownLengthError:
     flops = None
+  except NotImplementedError as e:  # a mixer that cannot mix such rows
+    raise ConfigError(f'model.pattern={config.model.pattern}: {e}') from e
   return Checked(
     config=config,
     architecture=architecture,
@@ -193,14 +196,19 @@ def check_fit(config: Config, dataset: data.Data) -> None:
         )
   if size is not None and model.vocab_size < size:
     key = 'tokenizer' if dataset.tokenizer else 'name'
+    added = f' and data.corruption={config.data.corruption!r}'
     raise ConfigError(
       f'model.vocab_size={model.vocab_size} is below the {size} tokens '
       f'of data.{key}={getattr(config.data, key)!r}'
+      + added
+      * bool(config.data.corruption)
     )
   examples = dataset.example, dataset.valid_example
   for example in examples:
-    if 'tokens' in example and model.position == 'learned':
-      length = example['tokens'].shape[-1] - (config.data.name == 'text')
+    if model.position == 'learned' and data.row_tokens(example):
+      length = data.row_tokens(example)
+      if 'targets' in example:
+        length = max(length, example['targets'].shape[-1] - 1)
       if length > model.max_len:
         raise ConfigError(
           f'model.max_len={model.max_len} learned positions are fewer than the '
@@ -214,11 +222,11 @@ def check_fit(config: Config, dataset: data.Data) -> None:
           f'{model.channels}: the images of data.name={config.data.name!r} are '
           f'{" x ".join(map(str, shape))}'
         )
-      if model.num_classes < dataset.num_classes:
-        raise ConfigError(
-          f'model.num_classes={model.num_classes} is below the '
-          f'{dataset.num_classes} classes of data.name={config.data.name!r}'
-        )
+  if (dataset.num_classes or 0) > getattr(model, 'num_classes', math.inf):
+    raise ConfigError(
+      f'model.num_classes={model.num_classes} is below the '
+      f'{dataset.num_classes} classes of data.name={config.data.name!r}'
+    )
 
 
 def report(checked: Checked) -> str:
@@ -235,12 +243,11 @@ def report(checked: Checked) -> str:
     for name, size in sizes.items()
   ]
   lines.append(f'  {"total":{width}} {total:>15,}')
-  words = checked.batch.get('tokens', next(iter(checked.batch.values())))
-  unit, count = 'images', config.batch_size
-  if 'tokens' in checked.batch:
-    unit = 'tokens'
-    count *= words.shape[1] - (config.data.name == 'text')
-  lines.append(f'a step: {count:,} {unit}')
+  tokens = data.row_tokens(checked.dataset.example)
+  count = config.batch_size * (tokens or 1)
+  lines.append(f'a step: {count:,} {"tokens" if tokens else "images"}')
+  if checked.dataset.readings is not None:
+    lines += map(str, checked.dataset.readings(config.steps))
   if checked.forward_flops is not None:
     lines.append(
       f'a step: {3 * checked.forward_flops:.3g} FLOPs of matrix products, '
@@ -284,7 +291,7 @@ def memory(checked: Checked) -> dict[str, int]:
     found['activations and gradients'] = cost.count(
       gradient, state.params, state.frozen, batch
     ).peak_bytes
-  except NotImplementedError:  # a loop of unknown length
+  except cost.UnknownLengthError:
     pass
   return {what: size for what, size in found.items() if size}
 

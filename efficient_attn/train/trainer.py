@@ -137,8 +137,9 @@ def run(
 
     writer = stack.enter_context(MetricWriter(workdir, config.steps, first))
     writer.message(describe(config, architecture, mesh, first))
-    for note in dataset.notes:
-      writer.message(note)
+    readings = dataset.readings(config.steps) if dataset.readings else ()
+    for note in (*dataset.notes, *readings):
+      writer.message(str(note))
     stop = stack.enter_context(StopSignal(config.log_every))
     tracer = stack.enter_context(Tracer(config.profile_steps, workdir))
     guard = StepGuard(config, checkpoints)
@@ -165,7 +166,7 @@ def run(
         values = evaluate(
           eval_step,
           evaluated_params(state),
-          dataset.valid,
+          dataset,
           put,
           limit=config.eval_batches,
         )

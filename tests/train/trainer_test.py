@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from efficient_attn import config as configs
-from efficient_attn import config_files, sharding
+from efficient_attn import config_files, data, sharding
 from efficient_attn.config import ConfigError
 from efficient_attn.train.check import check
 from efficient_attn.train.load import load_model
@@ -278,3 +278,31 @@ def test_saved_config_relaunches(one_device):
   )
   config = configs.resolve(saved)
   assert config.data == tiny().data and check(config).config == config
+
+
+def test_each_source_of_a_mixture_is_validated(tmp_path):
+  """And the whole is the mean over all of their tokens."""
+  for name, text in ('a', 'ab'), ('b', 'xyz'):
+    lines = [json.dumps({'text': text * (9 + i)}) for i in range(60)]
+    (tmp_path / f'{name}.jsonl').write_text('\n'.join(lines))
+  mixture = {
+    name: {'path': str(tmp_path / f'{name}.jsonl'), 'weight': weight}
+    for name, weight in (('a', 0.7), ('b', 0.3))
+  }
+  changes = {
+    'data': {'name': 'text', 'seq_len': 16, 'mixture': mixture},
+    'model.vocab_size': 256,
+    'eval_batches': 0,
+  }
+  config = configs.resolve(configs.override(TINY, changes))
+  final = run(config, tmp_path / 'run', jax.devices()[:1])
+  dataset = data.load(config.data, batch_size=config.batch_size)
+  weights = {
+    name: sum((batch['segment_ids'][:, 1:] > 0).sum() for batch in part)
+    for name, part in dataset.valid_parts.items()
+  }
+  mean = sum(final[f'{n}/loss'] * w for n, w in weights.items())
+  np.testing.assert_allclose(
+    final['loss'], mean / sum(weights.values()), rtol=1e-5
+  )
+  assert final['a/loss'] != final['b/loss']
