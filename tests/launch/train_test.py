@@ -1,5 +1,6 @@
 """Training and sampling as a user starts, stops, breaks and mistypes them."""
 
+import json
 import re
 import runpy
 import shutil
@@ -78,6 +79,44 @@ def test_interrupted_run_ends_like_an_uninterrupted_one(whole, tmp_path):
   assert (workdir / 'config.json').read_text() == (
     whole / 'config.json'
   ).read_text()
+
+
+@pytest.mark.in_turn
+def test_a_killed_run_of_new_parts_ends_like_a_whole_one(tmp_path):
+  """Adapters, groups, a teacher, another run's weights, a masked mixture."""
+  for name in 'ab':
+    lines = [json.dumps({'text': name * (20 + i)}) for i in range(60)]
+    (tmp_path / f'{name}.jsonl').write_text('\n'.join(lines))
+  first = {
+    'steps': 40,
+    'model.name': 'encoder',
+    'model.vocab_size': 257,
+    'data.corruption': 'mask',
+    'data.mixture.a.path': tmp_path / 'a.jsonl',
+    'data.mixture.a.weight': 0.7,
+    'data.mixture.b.path': tmp_path / 'b.jsonl',
+    'data.mixture.b.weight': 0.3,
+  }
+  second = first | {
+    'init_from.run': tmp_path / 'first',
+    'teacher.run': tmp_path / 'first',
+    'lora.rank': 2,
+    'optimizer.groups.norms.match': '*norm.scale',
+    'optimizer.groups.norms.learning_rate': 1e-3,
+  }
+
+  def run(name, changes):
+    flags = (f'--config.{key}={value}' for key, value in changes.items())
+    return train(tmp_path / name, *flags)
+
+  finish(run('first', first))
+  finish(run('whole', second))
+  process = run('killed', second)
+  signal_after(9, tmp_path / 'killed', process, signal.SIGKILL)
+  finish(process, code=-signal.SIGKILL)
+  finish(run('killed', second))
+  assert losses(tmp_path / 'killed') == losses(tmp_path / 'whole')
+  assert_same_parameters(tmp_path / 'killed', tmp_path / 'whole')
 
 
 @pytest.mark.in_turn

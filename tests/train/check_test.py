@@ -28,6 +28,17 @@ VIT = dict(
   model=dict(name='vit', d_model=16, num_layers=1, num_heads=4),
   data=dict(name='digits'),
 )
+PIXELS = dict(
+  steps=20,
+  model=dict(
+    name='classifier', d_model=16, num_layers=1, num_heads=4, num_classes=10
+  ),
+  data=dict(name='pixels'),
+)
+SPANS = LM | dict(
+  model=LM['model'] | dict(name='encoder_decoder', vocab_size=300),
+  data=LM['data'] | dict(corruption='spans'),
+)
 
 
 def checked(values, **changes):
@@ -82,6 +93,11 @@ def checked(values, **changes):
     (VIT, {'model.channels': 3}, 'are 8 x 8 x 1'),
     (VIT, {'model.image_size': 16}, 'are 8 x 8 x 1'),
     (LM, {'model.position': 'learned', 'model.max_len': 31}, 'the 32 tokens'),
+    (PIXELS, {'model.num_classes': 9}, 'below the 10 classes'),
+    (PIXELS, {'model.position': 'learned', 'model.max_len': 63}, 'the 64 tok'),
+    (SPANS, {'model.position': 'learned', 'model.max_len': 31}, 'the 32 tok'),
+    (SPANS, {'model.vocab_size': 257}, "and data.corruption='spans'"),
+    (SPANS, {'model.encoder_pattern': 'fox'}, 'encoder reads both ways'),
     (LM, {'model.pattern': 'fnet'}, 'mixer of encoders'),
     (VIT, {'model.pattern': 'fox'}, 'causal only'),
     (
