@@ -10,11 +10,16 @@ is its source, the sample its target.
 
 python launch/sample.py --workdir=runs/spans --prompt='def f(<0>):'
 
+With --draft=runs/small another run proposes tokens, which this one accepts or
+replaces: the samples are distributed as without.
+
 With --kv_policy=h2o --kv_budget=64 each layer of softmax attention holds the
 keys and values of 64 tokens, whatever the length.
 """
 
 import argparse
+import functools
+import operator
 import os
 import pathlib
 import re
@@ -47,6 +52,9 @@ def main():
   parser.add_argument('--top_p', type=float, default=0.95, help='1: all')
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument(
+    '--draft', default='', help='run of a smaller lm that proposes tokens'
+  )
+  parser.add_argument(
     '--kv_policy', default='', help='h2o, snapkv, tova, streaming_llm; off'
   )
   parser.add_argument(
@@ -72,6 +80,10 @@ def check(args: argparse.Namespace) -> None:
   check_options(args.temperature, args.top_k, args.top_p)
   if args.kv_policy:
     choose('--kv_policy', args.kv_policy, POLICIES)
+  if args.draft and args.kv_policy:
+    raise ConfigError(
+      '--draft takes rejected tokens back, which --kv_policy cannot; drop one'
+    )
   if not args.prompt:
     raise ConfigError('--prompt is empty; give at least one token')
 
@@ -139,8 +151,10 @@ def print_samples(args: argparse.Namespace) -> None:
     begin = np.full((len(rows), 1), spans.end, np.int32)
     said = dict(prompt=begin, source=rows, source_ids=real.astype(np.int32))
     stop, prompts, writer = [*stop, [spans.end]], [[]] * len(rows), spans
-  tokens = generate(
-    model,
+  decode = functools.partial(generate, model)
+  if args.draft:
+    decode = functools.partial(accepted, model, load_draft(args.draft, config))
+  tokens = decode(
     key=jax.random.key(args.seed),
     length=args.length,
     temperature=args.temperature,
@@ -156,6 +170,37 @@ def print_samples(args: argparse.Namespace) -> None:
     print(writer.decode([*prompt, *row]), end='\n\n')
   seconds = time.perf_counter() - start
   print(f'[{tokens.size} tokens in {seconds:.1f} s, compilation included]')
+
+
+def load_draft(workdir: str, config):
+  """Returns the model of a run that has the tokens of another."""
+  from efficient_attn.train.load import load_model
+
+  drafted, draft = load_model(workdir)
+  for key in ('model.name', 'model.vocab_size', 'data.tokenizer'):
+    ours, theirs = (operator.attrgetter(key)(of) for of in (config, drafted))
+    if ours != theirs:
+      raise ConfigError(
+        f'--draft={workdir!r} has {key}={theirs!r} and --workdir {ours!r}; '
+        'give a run of the same tokens'
+      )
+  return draft
+
+
+def accepted(model, draft, **options):
+  """Returns tokens that a draft proposed and the model accepted or drew."""
+  from efficient_attn.decode.speculative import speculate
+
+  if 'source' in options:
+    raise ConfigError('--draft serves an lm, and the run has sources; drop it')
+  try:
+    tokens, counts = speculate(model, draft, **options)
+  except NotImplementedError as e:
+    raise ConfigError(f'--draft: {e}') from None
+  passes = np.sum(counts.blocks)
+  tokens_a_pass = 1 + np.sum(counts.accepted) / passes
+  print(f'[{tokens_a_pass:.1f} tokens a pass of the model]')
+  return tokens
 
 
 class SpanTokens:

@@ -42,12 +42,16 @@ def model_of(vocab_size=256, position='none'):
     ('--top_p=1.5', 'top_p=1.5 must be in (0, 1]; 1 keeps all tokens'),
     ('--top_p=nan', 'top_p=nan must be in (0, 1]; 1 keeps all tokens'),
     ('--prompt=', '--prompt is empty; give at least one token'),
+    (
+      '--draft=x --kv_policy=h2o',
+      '--draft takes rejected tokens back, which --kv_policy cannot; drop one',
+    ),
   ],
 )
 def test_mistakes_are_found_before_the_model_is_loaded(
   flag, message, monkeypatch, capsys
 ):
-  said = sample(monkeypatch, capsys, None, flag)
+  said = sample(monkeypatch, capsys, None, *flag.split(' '))
   assert said == (2, '', f'error: {message}\n')
 
 
@@ -201,3 +205,13 @@ def test_files_and_stops_that_make_no_sense(
   (tmp_path / 'empty').write_text('\n\n')
   said = sample(monkeypatch, capsys, model_of(), *flags)
   assert said == (2, '', f'error: {message}\n')
+
+
+def test_a_draft_changes_no_greedy_token(monkeypatch, capsys):
+  """Here the model is its own draft: all it proposes is accepted."""
+  flags = '--temperature=0', '--prompt=ab'
+  _, plain, _ = sample(monkeypatch, capsys, model_of(), *flags)
+  code, out, _ = sample(monkeypatch, capsys, model_of(), *flags, '--draft=x')
+  count, _, drafted = out.partition('\n')
+  assert not code and count == '[5.0 tokens a pass of the model]'
+  assert drafted.splitlines()[0] == plain.splitlines()[0]
