@@ -18,7 +18,7 @@ from efficient_attn.config import Config, ConfigError
 from efficient_attn.models import with_dtype
 from efficient_attn.train import frozen
 from efficient_attn.train import workdir as folder
-from efficient_attn.train.check import check
+from efficient_attn.train.check import Checked, check
 from efficient_attn.train.checkpoint import Checkpoints
 from efficient_attn.train.evaluate import evaluate
 from efficient_attn.train.groups import FROZEN
@@ -27,7 +27,7 @@ from efficient_attn.train.machine import memory_total
 from efficient_attn.train.meter import Meter
 from efficient_attn.train.metrics import MetricWriter, plot_loss
 from efficient_attn.train.optimizer import make_schedule
-from efficient_attn.train.state import Architecture, changing
+from efficient_attn.train.state import Architecture, TrainState, changing
 from efficient_attn.train.step import (
   evaluated_params,
   make_eval_step,
@@ -61,9 +61,8 @@ def run(
     NonFiniteError: training diverged.
   """
   workdir = folder.resolve(workdir)
-  checked = check(config)
-  config = checked.config
-  config = dataclasses.replace(config, model=with_dtype(config.model))
+  checked = on_these_devices(check(config))
+  config, architecture = checked.config, checked.architecture
   mesh = sharding.make_mesh(config.mesh, devices)
   check_batch(config, mesh)
   with contextlib.ExitStack() as stack:
@@ -71,49 +70,12 @@ def run(
     stack.enter_context(folder.only_writer(workdir))
     folder.check_same_run(config, workdir)
     stack.enter_context(jax.set_mesh(mesh))
-
-    # Data.
-    dataset = checked.dataset
-    if jax.process_count() > 1:
-      dataset = data.load(
-        config.data,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-      )
-    iterator = iter(dataset.train)
-    put = batch_putter(mesh)
-
-    # Model, optimizer and where they stand.
-    architecture, optimizer = checked.architecture, checked.optimizer
-    if config.model != architecture.config:  # the devices chose a dtype
-      architecture = Architecture(config.model, config.lora, config.optimizer)
-    teacher = checked.teacher
-    checkpoints = Checkpoints(
-      workdir,
-      config,
-      dataset.fingerprint,
-      teacher.identity() if teacher else '',
-    )
+    dataset, teacher = checked.dataset, checked.teacher
+    iterator, put = iter(dataset.train), batch_putter(mesh)
+    identity = teacher.identity() if teacher else ''
+    checkpoints = Checkpoints(workdir, config, dataset.fingerprint, identity)
     stack.callback(checkpoints.close)
-    abstract = architecture.abstract_state(
-      config, optimizer, mesh, teacher and teacher.architecture
-    )
-    check_memory(abstract, mesh)
-    guide = teacher and teacher.params(mesh)
-    state = checkpoints.restore(changing(abstract, config), iterator)
-    if state is None:
-      source = checked.source
-      given = source and initial_values(source, config.init_from, mesh)
-      state = architecture.init(config, optimizer, mesh, given, guide)
-      frozen.save(workdir, state.frozen)
-    else:
-      state = dataclasses.replace(
-        state,
-        frozen=frozen.load(workdir, abstract.frozen),
-        teacher=guide or state.teacher,
-      )
+    state = begin(checked, checkpoints, workdir, mesh, iterator)
     jax.block_until_ready(state)
     first = int(state.step)
     check_steps(config, workdir, first)
@@ -127,7 +89,7 @@ def run(
       make_train_step(
         config,
         architecture,
-        optimizer,
+        checked.optimizer,
         checked.objective,
         teacher and teacher.architecture,
       ),
@@ -236,6 +198,59 @@ def run(
       with folder.naming(workdir / 'loss.png'):
         plot_loss(workdir)
   return final
+
+
+def on_these_devices(checked: Checked) -> Checked:
+  """Returns a run with the dtype of the devices and this process's data."""
+  config = checked.config
+  model = with_dtype(config.model)
+  config = dataclasses.replace(config, model=model)
+  architecture, dataset = checked.architecture, checked.dataset
+  if model != architecture.config:
+    architecture = Architecture(model, config.lora, config.optimizer)
+  if jax.process_count() > 1:
+    dataset = data.load(
+      config.data,
+      batch_size=config.batch_size,
+      seed=config.seed,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+  return dataclasses.replace(
+    checked, config=config, architecture=architecture, dataset=dataset
+  )
+
+
+def begin(
+  checked: Checked,
+  checkpoints: Checkpoints,
+  workdir: pathlib.Path,
+  mesh: jax.sharding.Mesh,
+  iterator,
+) -> TrainState:
+  """Returns the state of the newest checkpoint, or that of step 0.
+
+  Also winds the iterator to the batch that follows.
+  """
+  config, architecture = checked.config, checked.architecture
+  teacher, optimizer = checked.teacher, checked.optimizer
+  abstract = architecture.abstract_state(
+    config, optimizer, mesh, teacher and teacher.architecture
+  )
+  check_memory(abstract, mesh)
+  guide = teacher and teacher.params(mesh)
+  state = checkpoints.restore(changing(abstract, config), iterator)
+  if state is None:
+    source = checked.source
+    given = source and initial_values(source, config.init_from, mesh)
+    state = architecture.init(config, optimizer, mesh, given, guide)
+    frozen.save(workdir, state.frozen)
+    return state
+  return dataclasses.replace(
+    state,
+    frozen=frozen.load(workdir, abstract.frozen),
+    teacher=guide or state.teacher,
+  )
 
 
 def due(step: int, every: int) -> bool:
