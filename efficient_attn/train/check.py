@@ -286,6 +286,11 @@ def memory(checked: Checked) -> dict[str, int]:
     'frozen parameters': cost.array_bytes(state.frozen),
     'optimizer': cost.array_bytes(state.opt_state),
     'average of the parameters': cost.array_bytes(state.ema),
+    'teacher': cost.array_bytes(
+      checked.teacher.architecture.abstract_params()
+      if checked.teacher
+      else state.teacher
+    ),
   }
   try:
     found['activations and gradients'] = cost.count(

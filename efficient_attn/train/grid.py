@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from efficient_attn import data
-from efficient_attn.config import Config, DataConfig
+from efficient_attn.config import Config, ConfigError, DataConfig
 from efficient_attn.models import jit_init, with_dtype
 from efficient_attn.train.check import check_fit
 from efficient_attn.train.objectives import make_objective
@@ -51,6 +51,15 @@ class Grid:
   """
 
   def __init__(self, config: Config, runs: Sequence[Run], devices=None):
+    for key, other in (
+      ('init_from.run', config.init_from.run),
+      ('teacher.run', config.teacher.run),
+    ):
+      if other:
+        raise ConfigError(
+          f'{key}={other!r} is not for a grid of runs, which begin anew and '
+          'alone; use launch/train.py'
+        )
     self.config = dataclasses.replace(config, model=with_dtype(config.model))
     self.runs = list(runs)
     devices = (devices or jax.devices())[: len(self.runs)]

@@ -29,6 +29,7 @@ class Run(NamedTuple):
   """A trained run, whose adapters are merged into its weights.
 
   Attributes:
+    workdir: its folder.
     config: as it was last started.
     architecture: of its model, without adapters.
   """

@@ -8,6 +8,7 @@ import pytest
 
 from efficient_attn import config as configs
 from efficient_attn import data
+from efficient_attn.config import ConfigError
 from efficient_attn.train.grid import Grid, Run
 from efficient_attn.train.metrics import read_metrics
 from efficient_attn.train.objectives.cross_entropy import cross_entropy
@@ -111,3 +112,10 @@ def test_tests_with_other_options():
   assert batch['weights'].sum() == 5 * 6
   wanted = (nll * batch['weights']).sum() / (5 * 6)
   assert found['loss'] == pytest.approx(float(wanted), rel=1e-5)
+
+
+@pytest.mark.parametrize('key', ['init_from.run', 'teacher.run'])
+def test_runs_of_a_grid_begin_anew(key):
+  config = configs.resolve(configs.override({'model': {}}, {key: 'runs/a'}))
+  with pytest.raises(ConfigError, match=f"{key}='runs/a' is not for a grid"):
+    Grid(config, [])
