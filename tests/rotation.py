@@ -30,6 +30,10 @@ def combinations(*axes):
 # cases of each property run always; the others take turns, one in `TURNS`, and
 # so do all tests marked `in_turn`, long runs of what others test in parts.
 IN_TURN = (
+  'tests/data/corruption_test',
+  'tests/data/labelled_test',
+  'tests/data/mixture_test',
+  'tests/data/token_cache_test',
   'tests/decode/',
   'tests/experiments/mutations_test',
   'tests/experiments/rules_test',
@@ -37,6 +41,8 @@ IN_TURN = (
   'tests/models/',
   'tests/ops/',
   'tests/train/fixtures_test',
+  'tests/train/kinds_objectives_test',
+  'tests/train/parts_test',
 )
 TURNS = 6
 

@@ -274,6 +274,7 @@ ADAPTER = 'stack.periods.0.blocks.0.mixer.out.lora_b.weight'
 # Teachers.
 
 
+@pytest.mark.in_turn
 def test_a_student_nears_its_teacher(other, tmp_path):
   changes = OTHER | {
     'model.num_layers': 1,
@@ -333,6 +334,7 @@ def test_the_average_rises_as_its_schedule():
     np.testing.assert_allclose(x, average[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.in_turn
 def test_a_changed_teacher_is_noticed(other, tmp_path, monkeypatch):
   shutil.copytree(other, tmp_path / 'teacher')
   changes = OTHER | {'teacher.run': str(tmp_path / 'teacher')}
