@@ -75,20 +75,6 @@ def helped(name: str, says: str):
   return a_teacher_helps
 
 
-@statement(
-  'A student of a sixth of the size ends within a tenth of its teacher',
-  f'{OURS}, on S000 Distillation',
-  rule='the mean over seeds within 10 % of the bits per byte of the teacher, '
-  'which trains longer',
-)
-def a_small_student_is_near(values):
-  found = bits(values, 'small', 'taught')
-  ratio = sum(found) / len(found) / values['teacher']['bits']
-  size = values['small taught'][0]['parameters']
-  times = values['teacher']['parameters'] / size
-  return holds(ratio < 1.1), f'{ratio:.3f} of the bits, {times:.1f}x smaller'
-
-
 def _table(v) -> list:
   rows = [['teacher', f'{v["teacher"]["parameters"]:,}', '', '']]
   rows[0][2] = f'{v["teacher"]["bits"]:.3f}'
@@ -117,7 +103,6 @@ R52 = Claim(
   statements=(
     helped('small', 'A smaller student learns more with a teacher'),
     helped('gla', 'A student of another mixer learns more with a teacher'),
-    a_small_student_is_near,
   ),
 )
 
