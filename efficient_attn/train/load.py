@@ -32,11 +32,13 @@ class Run(NamedTuple):
     workdir: its folder.
     config: as it was last started.
     architecture: of its model, without adapters.
+    said: what named it, for errors.
   """
 
   workdir: pathlib.Path
   config: Config
   architecture: Architecture
+  said: str
 
   def params(self, mesh: jax.sharding.Mesh) -> Params:
     """Returns its newest parameters, laid out on a mesh.
@@ -53,7 +55,7 @@ class Run(NamedTuple):
         changing(abstract, config), iterator=None
       )
       if state is None:
-        raise ConfigError(f'{str(self.workdir)!r}: the run has no checkpoint')
+        raise ConfigError(f'{self.said}: the run has no checkpoint')
       fixed = frozen.load(self.workdir, abstract.frozen)
       params = evaluated_params(state, fixed)
       if config.lora.rank:
@@ -64,7 +66,7 @@ class Run(NamedTuple):
     """Returns what changes with its newest checkpoint."""
     steps = folder.checkpoint_steps(self.workdir)
     if not steps:
-      raise ConfigError(f'{str(self.workdir)!r}: the run has no checkpoint')
+      raise ConfigError(f'{self.said}: the run has no checkpoint')
     sums = self.workdir / 'checkpoints' / str(steps[-1]) / CHECKSUMS
     crc = zlib.crc32(sums.read_bytes()) if sums.exists() else 0
     return json.dumps([steps[-1], crc])
@@ -78,10 +80,10 @@ def open_run(workdir: str | pathlib.Path, key: str = '--workdir') -> Run:
     key: the flag or the key of a config that names it, for errors.
   """
   path = folder.resolve(workdir)
-  config = folder.read_config(path)
+  config, said = folder.read_config(path), f'{key}={str(workdir)!r}'
   if config is None:
-    raise ConfigError(f'{key}={str(workdir)!r}: no run there (config.json)')
-  return Run(path, config, Architecture(config.model))
+    raise ConfigError(f'{said}: no run there (config.json)')
+  return Run(path, config, Architecture(config.model), said)
 
 
 def load_model(workdir: str | pathlib.Path) -> tuple[Config, nnx.Module]:

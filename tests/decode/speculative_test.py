@@ -68,6 +68,7 @@ def test_greedy_equals_generate(pattern):
   assert counts.rejected.any() and counts.accepted.any()
 
 
+@pytest.mark.in_turn
 def test_a_target_accepts_its_own_drafts():
   target = model_of('gla', 'attention')
   options = dict(length=12, temperature=0)
@@ -78,6 +79,7 @@ def test_a_target_accepts_its_own_drafts():
     assert (counts[name] == count).all()
 
 
+@pytest.mark.in_turn
 def test_rows_of_unequal_length_end_apart():
   target = model_of('attention', 'window', num_layers=5)
   draft = model_of('gla', seed=1)
@@ -92,6 +94,7 @@ def test_rows_of_unequal_length_end_apart():
   np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.in_turn
 def test_a_prompt_of_one_token():
   target, draft = model_of('gla'), model_of('attention', seed=1)
   options = dict(length=4, temperature=0)

@@ -132,6 +132,7 @@ def restorer():
 SPANS = dict(name='encoder_decoder', corruption='spans', seq_len=64)
 
 
+@pytest.mark.in_turn
 def test_the_prompt_of_spans_is_a_source(monkeypatch, capsys):
   """Sentinels are read and written as <0>, and the end token ends a sample."""
 

@@ -86,6 +86,7 @@ def test_no_script_hides_a_module_of_python():
   assert not scripts & set(sys.stdlib_module_names)
 
 
+@pytest.mark.in_turn
 @pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='no /proc')
 def test_workers_end_with_a_killed_parent(tmp_path):
   for i in range(3):  # files that take long

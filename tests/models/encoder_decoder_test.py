@@ -207,6 +207,7 @@ def loss(model, source_ids=PADDED):
   return each.mean()
 
 
+@pytest.mark.in_turn
 def test_it_learns_a_batch():
   model = models.init(EncoderDecoderConfig(**BASE), KEYS[2])
   tx = optax.adam(1e-2)
