@@ -164,27 +164,32 @@ def _chunkwise(chunk, size, tokens, state, segment_ids):
     counts = chunks.to_chunks(counts, size, pad='edge')
     marks = counts, chunks.counts_before(counts)
 
-  def body(state, inputs):
-    tokens, marks = inputs
-    if marks is None:
-      return chunk(state, tokens, None)
-    marks = _marks(*marks)
-    # A state that the first token does not read is of a segment that is over.
-    # As zeros it reaches no product, whatever it holds.
-    state = jax.tree.map(lambda s: _where(marks.reads[:, 0], s), state)
-    return chunk(state, tokens, marks)
-
+  body = functools.partial(run_chunk, chunk)
   if -(-length // size) == 1:
     state, out = body(state, jax.tree.map(lambda x: x[0], (tokens, marks)))
     out = jax.tree.map(lambda x: x[None], out)
   else:
     state, out = jax.lax.scan(jax.checkpoint(body), state, (tokens, marks))
 
-  def join(x):  # [chunks, B, ..., C, X] to [B, T, ..., X]
-    x = jnp.moveaxis(x, (0, -2), (1, 2))
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+  return jax.tree.map(lambda x: join_chunks(x, length), out), state
 
-  return jax.tree.map(join, out), state
+
+def join_chunks(x: Array, length: int) -> Array:
+  """[chunks, B, ..., C, X] to [B, T, ..., X]."""
+  x = jnp.moveaxis(x, (0, -2), (1, 2))
+  return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+
+
+def run_chunk(chunk: Callable, state: Any, inputs: Any) -> tuple[Any, Any]:
+  """Runs one chunk of (tokens, segment counts and the count before them)."""
+  tokens, counts = inputs
+  if counts is None:
+    return chunk(state, tokens, None)
+  marks = _marks(*counts)
+  # A state that the first token does not read is of a segment that is over.
+  # As zeros it reaches no product, whatever it holds.
+  state = jax.tree.map(lambda s: _where(marks.reads[:, 0], s), state)
+  return chunk(state, tokens, marks)
 
 
 def _where(rows, state):
