@@ -1,0 +1,321 @@
+"""S_t = diag(a_t) S_{t-1} + k_t v_t^T, o_t = c S_t^T q_t, gated per channel.
+
+The chunkwise form of GLA (Yang et al. 2312.06635), HGRN-2 (2404.07904) and,
+with an exclusive read, RWKV-6 (2404.05892) in one pass over the chunks of 128
+tokens, the state in VMEM. With `before` and `after` the products of the gates
+from the start of a chunk to a token and from it to the end,
+
+  O  = c A V + c (Q * before) S         A_ij = sum_h q_ih k_jh a_h(j, i]
+  S <- diag(before_C) S + (K * after)^T V
+
+A and the gradients of q, k and the gate come from a tree of decays, see
+`decay_tree`. States are kept transposed, [V, H]: their decay is then a row.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from efficient_attn.kernels.additive import decay_tree
+from efficient_attn.kernels.additive.decay_tree import flat, tiles
+from efficient_attn.kernels.additive.layout import (
+  CHUNK,
+  HEADS,
+  NT,
+  TN,
+  Blocks,
+  by_head,
+  by_token,
+  call,
+  load_state,
+  products,
+  sizes_of,
+  sum_parts,
+)
+
+# exp is exactly zero.
+CLOSED = -1000.0
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=(
+    'inclusive', 'scale', 'dtype', 'operand', 'save', 'interpret',
+  ),
+)  # fmt: skip
+def forward(
+  q, k, v, log_decay, state, starts,
+  *, inclusive, scale, dtype, operand, save, interpret,
+):  # fmt: skip
+  """The outputs and the last state.
+
+  Args:
+    q: [B, T, K, H].
+    k: [B, T, K, H].
+    v: [B, T, K, G, V].
+    log_decay: [B | 1, T, K, G, H].
+    state: before token 0, [B, K, G, H, V], float32.
+    starts: [B, T], whether a segment begins, or None.
+    inclusive: whether a token reads itself, after its gate.
+    scale: c.
+    dtype: of the outputs.
+    operand: of the operands of matrix products, bfloat16 or float32.
+    save: whether to return the states before every chunk.
+    interpret: see `pl.pallas_call`.
+
+  Returns:
+    out [B, T, K, G, V], the last state [B, K, G, H, V] and, if `save`, the
+    states [chunks, B, K, G, V, H].
+  """
+  sizes = sizes_of(q, v, operand, HEADS['channel', 'forward'])
+  matrix = (sizes.width, sizes.channels)
+  blocks = Blocks(sizes, backward=False)
+  heads = sizes.kv_heads * sizes.group
+  first = jnp.swapaxes(state, -1, -2).reshape(sizes.batch, heads, *matrix)
+  values = by_head(v, sizes, operand)
+  outputs = [
+    (values.shape, dtype, blocks.tokens(sizes.heads, sizes.width)),
+    (first.shape, jnp.float32, blocks.state(matrix)),
+    ((sizes.chunks, *first.shape), operand, blocks.states(matrix)),
+  ]
+  out, last, *states = call(
+    _body(_forward, sizes, scale, inclusive, starts),
+    blocks,
+    [
+      (_of_queries(q, starts, inclusive, sizes), blocks.keys()),
+      (by_head(k, sizes, operand), blocks.keys()),
+      (values, blocks.tokens(sizes.heads, sizes.width)),
+      (
+        _gate(log_decay, starts, sizes),
+        blocks.tokens(sizes.heads, sizes.channels),
+      ),
+      (first, blocks.whole()),
+      *_reads(starts, blocks),
+    ],
+    outputs if save else outputs[:2],
+    name='channel_gate_forward',
+    interpret=interpret,
+    cost=(
+      CHUNK * (5 * sizes.channels + sizes.width)
+      + 2 * sizes.channels * sizes.width,
+      sizes.channels,
+    ),
+  )
+  out = by_token(out, jax.ShapeDtypeStruct(v.shape, dtype))
+  last = jnp.swapaxes(last, -1, -2).reshape(state.shape)
+  shape = (sizes.chunks, *state.shape[:-2], *matrix)
+  return out, last, *(x.reshape(shape) for x in states)
+
+
+def _forward(q_ref, k_ref, v_ref, gate_ref, first_ref, *refs,
+             sizes, scale, inclusive, segments):  # fmt: skip
+  reads_ref, (out_ref, state_ref, *states_ref) = _split(refs, segments)
+
+  load_state(first_ref, state_ref)
+
+  dot = products(sizes.operand)
+  for group in range(sizes.read):
+    q, k = _queries(q_ref, group, scale), _keys(k_ref, group)
+    for head in range(group * sizes.shared, (group + 1) * sizes.shared):
+      v, state = v_ref[0, head], state_ref[0, head]
+      for ref in states_ref:
+        ref[0, 0, head] = state.astype(ref.dtype)
+      levels, total = decay_tree.build(jnp.exp(gate_ref[0, head]), inclusive)
+      before, after = levels[CHUNK]
+      scores = decay_tree.scores(q, k, levels, dot, inclusive)
+      past = _reading(dot(flat(q * before), state, NT), reads_ref)
+      out_ref[0, head] = (dot(scores, v) + past).astype(out_ref.dtype)
+      kept = _kept(state, total, segments)
+      state_ref[0, head] = kept + dot(v, flat(k * after), TN)
+
+
+@functools.partial(
+  jax.jit, static_argnames=('inclusive', 'scale', 'operand', 'interpret')
+)
+def backward(
+  q, k, v, log_decay, starts, states, d_out, d_last,
+  *, inclusive, scale, operand, interpret,
+):  # fmt: skip
+  """The cotangents of q, k, v, log_decay and the first state.
+
+  Takes the arguments and the states of `forward`, and the cotangents of its
+  outputs and last state.
+  """
+  sizes = sizes_of(q, v, operand, HEADS['channel', 'backward'])
+  matrix = (sizes.width, sizes.channels)
+  blocks = Blocks(sizes, backward=True)
+  heads = sizes.kv_heads * sizes.group
+  last = jnp.swapaxes(d_last, -1, -2).reshape(sizes.batch, heads, *matrix)
+  keys, values = by_head(k, sizes, operand), by_head(v, sizes, operand)
+  gate = _gate(log_decay, starts, sizes)
+  parts = (sizes.batch, sizes.programs * sizes.read, *keys.shape[2:])
+  whole = parts == keys.shape
+  key_spec = blocks.tokens(sizes.read, sizes.channels)
+  value_spec = blocks.tokens(sizes.heads, sizes.width)
+  gate_spec = blocks.tokens(sizes.heads, sizes.channels)
+  d_q, d_k, d_v, d_gate, d_first = call(
+    _body(_backward, sizes, scale, inclusive, starts),
+    blocks,
+    [
+      (_of_queries(q, starts, inclusive, sizes), blocks.keys()),
+      (keys, blocks.keys()),
+      (values, value_spec),
+      (by_head(d_out, sizes, operand), value_spec),
+      (states.reshape(sizes.chunks, *last.shape), blocks.states(matrix)),
+      (gate, gate_spec),
+      (last, blocks.whole()),
+      *_reads(starts, blocks),
+    ],
+    [
+      (parts, q.dtype if whole else jnp.float32, key_spec),
+      (parts, k.dtype if whole else jnp.float32, key_spec),
+      (values.shape, v.dtype, value_spec),
+      (gate.shape, jnp.float32, gate_spec),
+      (last.shape, jnp.float32, blocks.state(matrix)),
+    ],
+    name='channel_gate_backward',
+    interpret=interpret,
+    cost=(
+      CHUNK * (15 * sizes.channels + 3 * sizes.width)
+      + 4 * sizes.channels * sizes.width,
+      sizes.channels,
+    ),
+  )
+  d_gate = by_token(d_gate, jax.ShapeDtypeStruct(
+    (sizes.batch, *log_decay.shape[1:]), jnp.float32
+  ))  # fmt: skip
+  if starts is not None:
+    d_gate = jnp.where(starts[..., None, None, None], 0, d_gate)
+    if not inclusive:
+      d_q = jnp.where(_by_key(starts, sizes), 0, d_q)
+  if log_decay.shape[0] != sizes.batch:
+    d_gate = jnp.sum(d_gate, 0, keepdims=True)
+  return (
+    by_token(sum_parts(d_q, sizes), q),
+    by_token(sum_parts(d_k, sizes), k),
+    by_token(d_v, v),
+    d_gate.astype(log_decay.dtype),
+    jnp.swapaxes(d_first, -1, -2).reshape(d_last.shape),
+  )
+
+
+def _backward(q_ref, k_ref, v_ref, d_out_ref, states_ref, gate_ref, last_ref,
+              *refs, sizes, scale, inclusive, segments):  # fmt: skip
+  reads_ref, outputs = _split(refs, segments)
+  d_q_ref, d_k_ref, d_v_ref, d_gate_ref, state_ref = outputs
+
+  load_state(last_ref, state_ref)
+
+  dot = products(sizes.operand)
+  for group in range(sizes.read):
+    q, k = _queries(q_ref, group, scale), _keys(k_ref, group)
+    d_q_sum = d_k_sum = 0
+    for head in range(group * sizes.shared, (group + 1) * sizes.shared):
+      v, d_out = v_ref[0, head], d_out_ref[0, head]
+      state, d_state = states_ref[0, 0, head], state_ref[0, head]
+      levels, total = decay_tree.build(jnp.exp(gate_ref[0, head]), inclusive)
+      before, after = levels[CHUNK]
+      d_q = tiles(_reading(dot(d_out, state), reads_ref)) * before
+      d_k = tiles(dot(v, d_state)) * after
+      d_kept = _kept(d_state, total, segments)
+      state_ref[0, head] = d_kept + dot(d_out, flat(q * before), TN)
+
+      d_total = jnp.sum(d_kept * state.astype(jnp.float32), 0, keepdims=True)
+      adjoint = decay_tree.Adjoint(
+        q * d_q, k * d_k, jnp.broadcast_to(d_total, (8, sizes.channels))
+      )
+      d_q, d_k, scores = decay_tree.pull(
+        q,
+        k,
+        levels,
+        dot(d_out, v, NT),
+        dot(v, d_out, NT),
+        adjoint,
+        dot,
+        d_q,
+        d_k,
+        inclusive,
+      )
+      d_gate_ref[0, head] = adjoint.gate(inclusive)
+      d_v = dot(scores, d_out) + dot(flat(k * after), d_state, NT)
+      d_v_ref[0, head] = d_v.astype(d_v_ref.dtype)
+      if inclusive:
+        own = v.astype(jnp.float32) * d_out.astype(jnp.float32)
+        own = tiles(jnp.sum(own, 1, keepdims=True))
+        d_q, d_k = d_q + own * k, d_k + own * q
+      d_q_sum += flat(d_q) * scale
+      d_k_sum += flat(d_k)
+    d_q_ref[0, group] = d_q_sum.astype(d_q_ref.dtype)
+    d_k_ref[0, group] = d_k_sum.astype(d_k_ref.dtype)
+
+
+def _queries(ref, group, scale):
+  return tiles(ref[0, group].astype(jnp.float32) * scale)
+
+
+def _keys(ref, group):
+  return tiles(ref[0, group].astype(jnp.float32))
+
+
+def _gate(log_decay, starts, sizes):
+  """The gates by head; where a segment begins they let nothing through."""
+  if starts is not None:
+    log_decay = jnp.where(starts[..., None, None, None], CLOSED, log_decay)
+  return by_head(log_decay, sizes, jnp.float32)
+
+
+def _by_key(starts, sizes):
+  """[B, T] to [B, 1, chunks * CHUNK, 1]."""
+  missing = sizes.chunks * CHUNK - sizes.length
+  return jnp.pad(starts, ((0, 0), (0, missing)))[:, None, :, None]
+
+
+def _of_queries(q, starts, inclusive, sizes):
+  """The queries by head.
+
+  An exclusive read comes before the gate of its token, which therefore cannot
+  close the past of a segment's first token. Its query is zero instead.
+  """
+  q = by_head(q, sizes, sizes.operand)
+  if starts is None or inclusive:
+    return q
+  return jnp.where(_by_key(starts, sizes), 0, q)
+
+
+def _body(kernel, sizes, scale, inclusive, starts):
+  return functools.partial(
+    kernel,
+    sizes=sizes,
+    scale=scale,
+    inclusive=inclusive,
+    segments=starts is not None,
+  )
+
+
+def _reads(starts, blocks):
+  """Whether tokens are of the segment before their chunk, [B, 1, T, 1]."""
+  if starts is None:
+    return []
+  cuts = _by_key(starts, blocks.sizes)
+  counts = jnp.cumsum(cuts.reshape(cuts.shape[0], -1, CHUNK), -1, jnp.int32)
+  reads = jnp.where(counts == 0, 1.0, 0.0).astype(jnp.float32)
+  return [(reads.reshape(cuts.shape), blocks.tokens_of_row())]
+
+
+def _split(refs, segments):
+  return (refs[0], refs[1:]) if segments else (None, refs)
+
+
+def _kept(state, total, segments):
+  """The decayed state; of another segment, where it may be anything, zero."""
+  kept = state * total
+  return jnp.where(total > 0, kept, 0) if segments else kept
+
+
+def _reading(past, reads_ref):
+  """What tokens read of the state, zero where it is of another segment.
+
+  The decay is zero there, and the state may be anything.
+  """
+  return past if reads_ref is None else jnp.where(reads_ref[0, 0] > 0, past, 0)
