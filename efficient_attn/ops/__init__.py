@@ -17,7 +17,10 @@ from efficient_attn.ops.recurrent.gated_slot_attention import (
   gated_slot_attention,
 )
 from efficient_attn.ops.recurrent.lact import large_chunk_fast_weights
-from efficient_attn.ops.recurrent.linear_attention import linear_attention
+from efficient_attn.ops.recurrent.linear_attention import (
+  explain_linear_attention,
+  linear_attention,
+)
 from efficient_attn.ops.recurrent.log_linear import log_linear_attention
 from efficient_attn.ops.recurrent.mesa import mesa_recurrence
 from efficient_attn.ops.recurrent.mlstm import mlstm
@@ -44,6 +47,7 @@ __all__ = [
   'diagonal_scan',
   'dplr',
   'explain_attention',
+  'explain_linear_attention',
   'fast_weights',
   'large_chunk_fast_weights',
   'linear_attention',

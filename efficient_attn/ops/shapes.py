@@ -8,6 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+# What explanations need of a tensor.
+Shaped: TypeAlias = Array | jax.ShapeDtypeStruct
+
 READS = ('inclusive', 'exclusive')
 
 

@@ -41,6 +41,9 @@ def make(
   options=(),
   seed=0,
   batch=BATCH,
+  heads=HEADS,
+  channels=CHANNELS,
+  values=VALUES,
   dtype=np.float64,
 ):
   """Arrays (a dict) and options (a dict) of one call."""
@@ -48,23 +51,23 @@ def make(
   rng = np.random.default_rng(seed)
   normal = lambda *shape: rng.standard_normal(shape).astype(dtype)  # noqa: E731
   normalize = options.get('normalize', False)
-  shape = (batch, length, kv_heads, CHANNELS)
+  shape = (batch, length, kv_heads, channels)
   arrays = {'q': normal(*shape), 'k': normal(*shape)}
   if normalize:
     arrays = {name: np.exp(x) for name, x in arrays.items()}
-  arrays['v'] = normal(batch, length, HEADS, VALUES)
+  arrays['v'] = normal(batch, length, heads, values)
   shape = {
-    'constant': (HEADS,),
-    'scalar': (batch, length, HEADS),
-    'channel': (batch, length, HEADS, CHANNELS),
+    'constant': (heads,),
+    'scalar': (batch, length, heads),
+    'channel': (batch, length, heads, channels),
   }.get(gate)
   if shape:
     arrays['log_decay'] = -rng.exponential(0.3, shape).astype(dtype)
   if options.get('read') == 'exclusive':
-    arrays['bonus'] = np.exp(normal(HEADS, CHANNELS))
+    arrays['bonus'] = np.exp(normal(heads, channels))
   if state:
-    memory = normal(batch, HEADS, CHANNELS, VALUES)
-    z = np.exp(normal(batch, HEADS, CHANNELS))
+    memory = normal(batch, heads, channels, values)
+    z = np.exp(normal(batch, heads, channels))
     arrays['initial_state'] = (memory, z) if normalize else memory
   if segments:
     # Boundaries everywhere, one-token segments and ids that come back.

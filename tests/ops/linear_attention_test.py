@@ -12,6 +12,7 @@ import pytest
 from efficient_attn.ops.recurrent.affine_summary import affine_summary
 from efficient_attn.ops.recurrent.forms import choose_form
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
+from efficient_attn.values import ConfigError
 from tests.ops.linear_attention_cases import (
   BATCH,
   CHANNELS,
@@ -342,7 +343,7 @@ def test_wrong_calls_say_what_is_wrong(message):
 
 def test_unknown_implementation():
   arrays = to_jax(make('none', 13, dtype=np.float32)[0])
-  with pytest.raises(NotImplementedError, match="pass None or 'xla'"):
+  with pytest.raises(ConfigError, match="'cudnn' of linear_attention does not"):
     linear_attention(**arrays, implementation='cudnn')
 
 

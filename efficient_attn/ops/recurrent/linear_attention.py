@@ -14,13 +14,15 @@ Time is O(T C (H + V) + T H V) per head for chunks of C, the state O(H V).
 """
 
 import functools
-from typing import TypeAlias
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from efficient_attn.ops import shapes
+from efficient_attn.ops import dispatch, shapes
 from efficient_attn.ops.recurrent import (
+  additive_kernels,
   additive_steps,
   forms,
   matrix_recurrence,
@@ -48,7 +50,7 @@ def linear_attention(
   bidirectional: bool = False,
   form: str | None = None,
   chunk_size: int = 64,
-  implementation: str | None = None,
+  implementation: str | Sequence[str] | None = None,
 ) -> tuple[Float[Array, 'B T N V'], Memory | NormalizedMemory | None]:
   """S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t.
 
@@ -78,8 +80,11 @@ def linear_attention(
       for decoding and as the definition) or 'parallel' ('chunkwise' with
       one chunk: T x T scores). None takes what is fastest here, see
       `choose_form`.
-    chunk_size: tokens per chunk, a power of two.
-    implementation: None or 'xla'.
+    chunk_size: tokens per chunk, a power of two; a kernel has its own.
+    implementation: 'xla', the name of a kernel in `additive_kernels.KERNELS`
+      (which is interpreted where it cannot be compiled), a sequence of names,
+      of which the first that can is used, or None: per platform the first
+      kernel that can, else 'xla'.
 
   Returns:
     out: [B, T, N, V] in the dtype of v.
@@ -89,7 +94,7 @@ def linear_attention(
   """
   _check(q, k, v, bonus, initial_state, segment_ids, normalize)
   _check_options(read, bidirectional, bonus, initial_state)
-  forms.check(form, implementation, 'linear_attention')
+  forms.check(form, dispatch.XLA, 'linear_attention')
   values, state = v, initial_state
   if normalize:
     values = jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
@@ -97,9 +102,14 @@ def linear_attention(
       memory, z = initial_state
       state = jnp.concatenate([memory, z[..., None].astype(memory.dtype)], -1)
   inclusive = read == 'inclusive'
+  if scale is None:
+    scale = q.shape[-1] ** -0.5
+  # Whether the recurrence gives the output itself, to be scaled and rounded.
+  direct = not (normalize or bidirectional or bonus is not None)
+  direct &= isinstance(scale, (float, int))
   out, state = matrix_recurrence.recur(
-    functools.partial(_step, inclusive=inclusive),
-    functools.partial(_chunk, inclusive=inclusive),
+    STEP[inclusive],
+    CHUNK[inclusive],
     keys=(q, k),
     values=(values,),
     log_decay=log_decay,
@@ -108,7 +118,16 @@ def linear_attention(
     bidirectional=bidirectional,
     form=form,
     chunk_size=chunk_size,
+    execute=functools.partial(
+      additive_kernels.recur,
+      inclusive=inclusive,
+      implementation=implementation,
+      scale=float(scale) if direct else 1.0,
+      dtype=v.dtype if direct else None,
+    ),
   )
+  if direct:
+    return out, state
   if bidirectional and inclusive:
     out = out - _own_token(q, k, values, None, out.dtype)
   if bonus is not None:
@@ -122,6 +141,38 @@ def linear_attention(
   return out.astype(v.dtype), state
 
 
+def explain_linear_attention(
+  q: Float[shapes.Shaped, 'B T K H'],
+  k: Float[shapes.Shaped, 'B T K H'],
+  v: Float[shapes.Shaped, 'B T N V'],
+  *,
+  log_decay: Float[shapes.Shaped, '...'] | None = None,
+  normalize: bool = False,
+  initial_state: Any = None,
+  read: str = 'inclusive',
+  form: str | None = None,
+  chunk_size: int = 64,
+  implementation: str | Sequence[str] | None = None,
+) -> str:
+  """Says which implementation each platform takes, and why not another.
+
+  Takes arguments of `linear_attention`; shapes are enough.
+  """
+  return dispatch.explain(
+    additive_kernels.KERNELS,
+    implementation,
+    op=additive_kernels.NAME,
+    length=q.shape[1],
+    channels=q.shape[-1],
+    width=v.shape[-1] + normalize,
+    dtype=shapes.accumulator(q, k, v, log_decay, initial_state),
+    per_channel=log_decay is not None and len(log_decay.shape) == 4,
+    form=form,
+    chunk_size=chunk_size,
+    inclusive=read == 'inclusive',
+  )
+
+
 def _step(state, token, *, inclusive):
   (q, k), (v,), gate = token
   token = q[:, :, 0], k[:, :, 0], v, gate
@@ -132,6 +183,17 @@ def _chunk(state, tokens, marks, *, inclusive):
   (q, k), (v,), gate = tokens
   tokens = q[:, :, 0], k[:, :, 0], v, gate
   return additive_steps.chunk(state, tokens, marks, inclusive=inclusive)
+
+
+# By whether a token reads itself: the same functions in every call, so that
+# what is traced of them is found again.
+STEP, CHUNK = (
+  {
+    inclusive: functools.partial(f, inclusive=inclusive)
+    for inclusive in (True, False)
+  }
+  for f in (_step, _chunk)
+)
 
 
 def _own_token(q, k, v, bonus, dtype):

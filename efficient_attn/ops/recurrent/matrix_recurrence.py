@@ -26,6 +26,7 @@ def recur(
   bidirectional: bool,
   form: str | None,
   chunk_size: int,
+  execute: Callable = forms.recur,
 ) -> tuple[Array, Array | None]:
   """Runs the recurrence over tokens (keys, values, gate).
 
@@ -42,6 +43,8 @@ def recur(
     bidirectional: adds the same op on the reversed sequence.
     form: see `forms.recur`.
     chunk_size: see `forms.recur`.
+    execute: called as `forms.recur` is; `segment_ids` and what follows by
+      keyword.
 
   Returns:
     out: [B, T, N, V] and
@@ -75,8 +78,8 @@ def recur(
     state = jnp.zeros(memory, dtype)
   state = shapes.group(state.astype(dtype), kv_heads, axis=1)
 
-  def execute(tokens, segment_ids):
-    return forms.recur(
+  def run(tokens, segment_ids):
+    return execute(
       step,
       chunk,
       tokens,
@@ -86,9 +89,9 @@ def recur(
       chunk_size=chunk_size,
     )
 
-  out, last = execute(tokens, segment_ids)
+  out, last = run(tokens, segment_ids)
   if bidirectional:
-    backward, _ = execute(*forms.reversed_tokens((tokens, segment_ids)))
+    backward, _ = run(*forms.reversed_tokens((tokens, segment_ids)))
     out = out + jnp.flip(backward, 1)
   out = out.reshape(batch, length, heads, width)
   return out, None if bidirectional else last.reshape(memory)

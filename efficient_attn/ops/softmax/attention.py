@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from efficient_attn.ops import masks, scores
-from efficient_attn.ops.shapes import Scalar
+from efficient_attn.ops.shapes import Scalar, Shaped
 from efficient_attn.ops.softmax.attention_blockwise import attention_blockwise
 from efficient_attn.ops.softmax.attention_reference import attention_reference
 from efficient_attn.ops.softmax.attention_tiles import choose_tiles
@@ -31,9 +31,6 @@ IMPLEMENTATIONS = {
   'reference': attention_reference,
   'blockwise': attention_blockwise,
 }
-
-# What `explain_attention` needs of a tensor.
-Shaped = Array | jax.ShapeDtypeStruct
 
 # Logits per head below which the whole matrix is faster than tiles.
 SMALL = 512 * 512
