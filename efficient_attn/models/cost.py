@@ -1,8 +1,10 @@
 """FLOPs and memory of a function, counted by walking its jaxpr.
 
 XLA's own cost analysis counts the body of a loop once; here a scan counts its
-length. Only matrix products and convolutions are counted as FLOPs, as is usual
-for the utilisation of a machine.
+length, and a kernel what it says that it costs, or its body for every program
+of its grid. Where a platform would take a kernel, the definition is counted.
+Only matrix products and convolutions are counted as FLOPs, as is usual for the
+utilisation of a machine.
 """
 
 import collections
@@ -94,11 +96,17 @@ def _total(jaxpr, cost: Callable) -> float:
   total = 0.0
   for eqn in jaxpr.eqns:
     name = eqn.primitive.name
+    estimate = eqn.params.get('cost_estimate')  # of a kernel
+    if estimate is not None:
+      total += estimate.flops
+      continue
     inner = [_total(j, cost) for j in _jaxprs(eqn)]
     if name.startswith(COMBINES) or not inner:
       total += cost(eqn)
     elif name == 'cond':
       total += max(inner)
+    elif name == 'pallas_call':
+      total += math.prod(eqn.params['grid_mapping'].grid) * sum(inner)
     elif name == 'while' and any(inner):
       raise UnknownLengthError('a loop of unknown length; use lax.scan')
     elif name == 'shard_map':
