@@ -30,6 +30,9 @@ def main():
     default=ROOT / 'experiments' / 'benchmarks' / 'results',
     help='folder of the results',
   )
+  parser.add_argument(
+    '--topology', default='v5e:2x2', help='of TPUs, for --suite=static'
+  )
   args = parser.parse_args()
   out = args.out.absolute()  # counted from where the user is
   os.chdir(ROOT)
@@ -37,14 +40,18 @@ def main():
   collectives = args.suite in ('grid', 'trainer')
   many = collectives or args.suite in ('attention', 'linear')
   cli.use_cpu_devices(cli.count_cores() if many else 1, collectives)
-  figures = importlib.import_module(SUITES[args.suite]).measure(args.rounds)
+  static = args.suite == 'static'
+  measure = importlib.import_module(SUITES[args.suite]).measure
+  figures = measure(args.topology if static else args.rounds)
   record = dict(
     suite=args.suite,
-    rounds=args.rounds,
+    **(dict(topology=args.topology) if static else dict(rounds=args.rounds)),
     **machine(),
     figures={name: float(f'{value:.4g}') for name, value in figures.items()},
   )
   path = out / record['device'] / f'{args.suite}.json'
+  if static:
+    path = out / 'static' / f'{args.topology.replace(":", "_")}.json'
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(json.dumps(record, indent=2) + '\n')
   for name, value in record['figures'].items():

@@ -10,4 +10,5 @@ SUITES = {
   'sparse': 'experiments.benchmarks.sparse',
   'training': 'experiments.benchmarks.training',
   'resume': 'experiments.benchmarks.resume',
+  'static': 'experiments.benchmarks.static',
 }
