@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 
 from efficient_attn.ops import chunks, dispatch, shapes
 from efficient_attn.ops.per_platform import differentiable, per_platform
-from efficient_attn.ops.recurrent import chunk_states, forms
+from efficient_attn.ops.recurrent import chunk_states, forms, gates
 
 NAME = 'linear_attention'
 SPAN = 128  # tokens between two states that the forward pass keeps
@@ -35,7 +35,8 @@ def recur(
   Args:
     step: see `forms.recur`.
     chunk: see `forms.recur`.
-    tokens: ([q, k], [v], gate), see `matrix_recurrence.recur`.
+    tokens: ([q, k], [v], gate), see `matrix_recurrence.recur`; the gate as
+      it is, without a floor.
     state: [B, K, G, H, V], before token 0.
     segment_ids: see `forms.recur`.
     form: see `forms.recur`.
@@ -76,13 +77,19 @@ def _definition(
   out, last = forms.recur(
     step,
     chunk,
-    tokens,
+    _floored(tokens),
     state,
     segment_ids=segment_ids,
     form=form,
     chunk_size=chunk_size,
   )
   return (out * scale).astype(dtype), last
+
+
+def _floored(tokens):
+  """For sums of gates, which the kernels do without, or mask."""
+  keys, values, gate = tokens
+  return keys, values, None if gate is None else gates.floored(gate)
 
 
 # Compiled, so that calls of equal shapes are traced once.
@@ -129,7 +136,7 @@ def _by_kernel(
 
   def forward(tokens, state, segment_ids):
     out, last, states = chunk_states.forward(
-      chunk, tokens, state, segment_ids, dtype=operand, **saved
+      chunk, _floored(tokens), state, segment_ids, dtype=operand, **saved
     )
     return ((out * scale).astype(dtype), last), as_saved(states)
 
@@ -141,10 +148,11 @@ def _by_kernel(
     tokens, _, segment_ids = args
     out, last = cotangents
     out = out.astype(last.dtype) * scale
+    floored, pull = jax.vjp(_floored, tokens)
     found, first = chunk_states.backward(
-      chunk, tokens, segment_ids, as_saved(states), out, last, **saved
+      chunk, floored, segment_ids, as_saved(states), out, last, **saved
     )
-    return found, first, None
+    return pull(found)[0], first, None
 
   call = differentiable(
     functools.partial(

@@ -33,15 +33,25 @@ def log_decay_floor(dtype: jnp.dtype) -> float:
   return float(np.log(jnp.finfo(dtype).smallest_subnormal)) - 1.0
 
 
+def floored(gate: Array) -> Array:
+  """Raises values whose decay is zero to the floor of the dtype.
+
+  The decay does not change, and -inf stays out of sums.
+  """
+  return jnp.maximum(gate, log_decay_floor(gate.dtype))
+
+
 def expand_log_decay(
-  log_decay: Array | None, sizes: tuple[int, int, int, int], dtype: jnp.dtype
+  log_decay: Array | None,
+  sizes: tuple[int, int, int, int],
+  dtype: jnp.dtype,
+  *,
+  floor: bool = True,
 ) -> Array | None:
   """Brings every kind of gate of `sizes` B, T, N, H to [B|1, T, N, H|1].
 
   The shape says the kind: [N] constant per head, [B, T, N] scalar per token,
-  [B, T, N, H] per channel. Values below the floor of the dtype, whose decay
-  is zero, are raised to it: the decay does not change, and -inf stays out of
-  sums.
+  [B, T, N, H] per channel. With `floor` see `floored`.
   """
   if log_decay is None:
     return None
@@ -59,7 +69,9 @@ def expand_log_decay(
       f'pass one of {wanted}, with N the heads of v.'
     )
   shapes.check_log_decay(log_decay)
-  gate = jnp.maximum(log_decay.astype(dtype), log_decay_floor(dtype))
+  gate = log_decay.astype(dtype)
+  if floor:
+    gate = floored(gate)
   if name == '[N]':
     gate = jnp.broadcast_to(gate, (1, length, heads))
   return gate if gate.ndim == 4 else gate[..., None]

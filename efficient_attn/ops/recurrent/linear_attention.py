@@ -125,6 +125,7 @@ def linear_attention(
       scale=float(scale) if direct else 1.0,
       dtype=v.dtype if direct else None,
     ),
+    floor=False,
   )
   if direct:
     return out, state

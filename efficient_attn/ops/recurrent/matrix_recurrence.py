@@ -27,6 +27,7 @@ def recur(
   form: str | None,
   chunk_size: int,
   execute: Callable = forms.recur,
+  floor: bool = True,
 ) -> tuple[Array, Array | None]:
   """Runs the recurrence over tokens (keys, values, gate).
 
@@ -45,6 +46,7 @@ def recur(
     chunk_size: see `forms.recur`.
     execute: called as `forms.recur` is; `segment_ids` and what follows by
       keyword.
+    floor: see `gates.expand_log_decay`.
 
   Returns:
     out: [B, T, N, V] and
@@ -62,7 +64,7 @@ def recur(
   )
   dtype = shapes.accumulator(keys, values, log_decay, initial_state)
   gate = gates.expand_log_decay(
-    log_decay, (batch, length, heads, channels), dtype
+    log_decay, (batch, length, heads, channels), dtype, floor=floor
   )
 
   def by_group(x):
