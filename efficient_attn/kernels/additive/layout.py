@@ -21,7 +21,7 @@ CHUNK = 128  # tokens of a program, and between two saved states
 HEADS = {
   ('scalar', 'forward'): 16,
   ('scalar', 'backward'): 8,
-  ('channel', 'forward'): 8,
+  ('channel', 'forward'): 16,
   ('channel', 'backward'): 8,
 }
 
