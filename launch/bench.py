@@ -41,8 +41,8 @@ def main():
   many = collectives or args.suite in ('attention', 'linear')
   cli.use_cpu_devices(cli.count_cores() if many else 1, collectives)
   static = args.suite == 'static'
-  measure = importlib.import_module(SUITES[args.suite]).measure
-  figures = measure(args.topology if static else args.rounds)
+  suite = importlib.import_module(SUITES[args.suite])
+  figures = suite.measure(args.topology if static else args.rounds)
   record = dict(
     suite=args.suite,
     **(dict(topology=args.topology) if static else dict(rounds=args.rounds)),
@@ -54,6 +54,8 @@ def main():
     path = out / 'static' / f'{args.topology.replace(":", "_")}.json'
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(json.dumps(record, indent=2) + '\n')
+  if static:
+    suite.write_table(path.parent)
   for name, value in record['figures'].items():
     print(f'{name:40} {value:g}')
   print(f'stored in {path}')

@@ -1,17 +1,19 @@
 """Kernels against their XLA forms on a TPU that is not there.
 
 Everything is compiled for a topology; see `schedule` for what is read of it.
-A time is max(cycles / clock, traffic / bandwidth). Arrays stand as the kernels
-take them, so that what is compared is the op and not the layout of a caller's
-arrays.
+A kernel takes max(cycles / clock, traffic / bandwidth); the cycles of an XLA
+form have its traffic in them. Arrays stand as the kernels take them, so that
+what is compared is the op and not the layout of a caller's arrays.
 
 python launch/bench.py --suite=static --topology=v5e:2x2
 """
 
 import concurrent.futures
 import functools
+import json
 import multiprocessing
 import os
+import pathlib
 import shutil
 from typing import NamedTuple
 
@@ -132,9 +134,9 @@ def _figures(topology, gate, which, implementation, folder=None):
       found[f'{name} MXU'] = kernel.busy['MXU']
       found[f'{name} spills'] = kernel.spills
     compute = found['cycles'] / chip.clock
-  moving = program.traffic / chip.bandwidth
-  found['compute ms'] = 1e3 * compute
-  found['ms'] = 1e3 * max(compute, moving)
+    found['compute ms'] = 1e3 * compute
+    compute = max(compute, program.traffic / chip.bandwidth)
+  found['ms'] = 1e3 * compute
   return found
 
 
@@ -156,9 +158,56 @@ def _roofline(gate, which, chip):
   tokens = batch * length * heads
   decay = 4 * (channels if gate == 'channel' else 1)
   forward = 4 * 2 * channels + decay
-  backward = 8 * 2 * channels + 2 * decay
+  backward = 7 * 2 * channels + 2 * decay
   flops = tokens * (4 * 64 * channels + 4 * channels**2)
   moved = tokens * (forward + backward * (which == 'both'))
   if which == 'both':
     flops *= 3.5
   return 1e3 * max(flops / chip.flops, moved / chip.bandwidth)
+
+
+def write_table(folder: pathlib.Path) -> None:
+  """Writes README.md beside the results of all topologies in a folder."""
+  lines = [
+    '# Kernels by the schedule of the TPU compiler',
+    '',
+    'Milliseconds at B8 T4096 N16 H128 in bfloat16, of one chip; written by',
+    '`python launch/bench.py --suite=static --topology=v5e:2x2`.',
+    'No TPU ran: see `experiments/benchmarks/static.py` for what is counted.',
+    '',
+    '| topology | gate | pass | XLA form | kernel | roofline | share of it |'
+    ' traffic, XLA / kernel (GB) | MXU | spills |',
+    '|---|---|---|---|---|---|---|---|---|---|',
+  ]
+  for path in sorted(folder.glob('*.json')):
+    record = json.loads(path.read_text())
+    for gate in GATES:
+      for which in PASSES:
+        case = f'{gate} {which}'
+        get = {
+          key.removeprefix(f'{case} '): value
+          for key, value in record['figures'].items()
+          if key.startswith(f'{case} ')
+        }
+        busy, spills = (
+          ' / '.join(
+            form.format(value)
+            for key, value in get.items()
+            if key.startswith(f'{KERNEL} ') and key.endswith(what)
+          )
+          for what, form in ((' MXU', '{:.0%}'), (' spills', '{:.0f}'))
+        )
+        cells = [
+          record['topology'],
+          gate,
+          'forward' if which == 'forward' else 'forward and backward',
+          f'{get["xla ms"]:.1f}',
+          f'{get[f"{KERNEL} ms"]:.2f}',
+          f'{get["roofline ms"]:.2f}',
+          f'{get[f"{KERNEL} share"]:.0%}',
+          f'{get["xla traffic GB"]:.1f} / {get[f"{KERNEL} traffic GB"]:.2f}',
+          busy,
+          spills,
+        ]
+        lines.append(f'| {" | ".join(cells)} |')
+  (folder / 'README.md').write_text('\n'.join(lines) + '\n')
