@@ -5,11 +5,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from efficient_attn.config import Config
-from efficient_attn.train.objectives.cross_entropy import (
-  cross_entropy,
-  divergence,
-)
-from efficient_attn.train.objectives.sums import weighted_sums
+from efficient_attn.train.objectives.sums import prediction_sums
 from efficient_attn.train.objectives.tokens import hides_padding
 
 
@@ -29,17 +25,16 @@ def classification(config: Config, token_bytes) -> Callable:
   def objective(model, batch, key, teacher=None):
     labels, weights = batch['label'], batch['weight']
     inputs = read(batch)
-    logits = model(**inputs, key=key)
-    loss, nll = cross_entropy(logits, labels, **vars(config.loss))
+    sums = prediction_sums(
+      model(**inputs, key=key),
+      labels,
+      weights,
+      None if teacher is None else teacher(**inputs),
+      loss=config.loss,
+      teacher=config.teacher,
+    )
     # Images, or tokens.
     size = inputs['tokens'].size if 'tokens' in inputs else weights.size
-    extra = dict(tokens_read=jnp.float32(size))
-    if teacher is not None:
-      share = config.teacher.weight
-      kl = divergence(logits, teacher(**inputs), config.teacher.temperature)
-      loss = (1 - share) * loss + share * kl
-      extra['kl'] = jnp.sum(kl * weights)
-    hits = jnp.argmax(logits, axis=-1) == labels
-    return weighted_sums(loss, nll, hits, weights) | extra
+    return sums | {'tokens_read': jnp.float32(size)}
 
   return objective

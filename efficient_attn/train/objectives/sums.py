@@ -10,12 +10,40 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from efficient_attn.config import LossConfig, TeacherConfig
+from efficient_attn.train.objectives.cross_entropy import (
+  cross_entropy,
+  divergence,
+)
 
-def weighted_sums(
-  objective: jax.Array, nll: jax.Array, hits: jax.Array, weights: jax.Array
+
+def prediction_sums(
+  logits: jax.Array,
+  labels: jax.Array,
+  weights: jax.Array,
+  teacher_logits: jax.Array | None,
+  *,
+  loss: LossConfig,
+  teacher: TeacherConfig,
 ) -> dict[str, jax.Array]:
-  """Sums the losses and hits of predictions [...] by their weights [...]."""
-  return dict(
+  """Sums the losses and hits of predictions by their weights.
+
+  Args:
+    logits: [..., classes].
+    labels: int [...].
+    weights: [...].
+    teacher_logits: [..., classes] or None.
+    loss: options of the cross-entropy.
+    teacher: how much its divergence counts.
+  """
+  objective, nll = cross_entropy(logits, labels, **vars(loss))
+  sums = {}
+  if teacher_logits is not None:
+    kl = divergence(logits, teacher_logits, teacher.temperature)
+    objective = (1 - teacher.weight) * objective + teacher.weight * kl
+    sums['kl'] = jnp.sum(kl * weights)
+  hits = jnp.argmax(logits, axis=-1) == labels
+  return sums | dict(
     objective=jnp.sum(objective * weights),
     loss=jnp.sum(nll * weights),
     correct=jnp.sum(hits * weights),

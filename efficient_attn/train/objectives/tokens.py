@@ -14,11 +14,7 @@ from efficient_attn.data import tasks
 from efficient_attn.layers.mixers import MIXERS
 from efficient_attn.layers.stack import row_of
 from efficient_attn.train.objectives.chunked import sum_over_tokens
-from efficient_attn.train.objectives.cross_entropy import (
-  cross_entropy,
-  divergence,
-)
-from efficient_attn.train.objectives.sums import weighted_sums
+from efficient_attn.train.objectives.sums import prediction_sums
 
 
 def next_token(config: Config, token_bytes: np.ndarray | None) -> Callable:
@@ -165,18 +161,15 @@ def _of_tokens(config, read, *, select=None, by_class=False) -> Callable:
 
 def _token_sums(logits, targets, teacher_logits, *, config, teacher, by_class):
   labels, weights = targets['labels'], targets['weights']
-  objective, nll = cross_entropy(logits, labels, **vars(config))
-  hits = jnp.argmax(logits, axis=-1) == labels
-  extra = {}
-  if teacher_logits is not None:
-    kl = divergence(logits, teacher_logits, teacher.temperature)
-    objective = (1 - teacher.weight) * objective + teacher.weight * kl
-    extra['kl'] = jnp.sum(kl * weights)
+  sums = prediction_sums(
+    logits, labels, weights, teacher_logits, loss=config, teacher=teacher
+  )
   if 'bytes' in targets:
-    extra['bytes'] = jnp.sum(targets['bytes'] * weights)
+    sums['bytes'] = jnp.sum(targets['bytes'] * weights)
   if by_class:
+    hits = jnp.argmax(logits, axis=-1) == labels
     # One-hot, as a scatter has no sharding; XLA sums it without storing it.
     classes = jax.nn.one_hot(labels, logits.shape[-1]) * weights[..., None]
-    extra['of_class'] = jnp.sum(classes, (0, 1))
-    extra['hits_of_class'] = jnp.sum(classes * hits[..., None], (0, 1))
-  return weighted_sums(objective, nll, hits, weights) | extra
+    sums['of_class'] = jnp.sum(classes, (0, 1))
+    sums['hits_of_class'] = jnp.sum(classes * hits[..., None], (0, 1))
+  return sums
