@@ -56,7 +56,7 @@ class Source(NamedTuple):
 
 
 class Reading(NamedTuple):
-  """How often training reads a source in some steps."""
+  """The share and the epochs of a source in some steps of training."""
 
   source: str
   share: float

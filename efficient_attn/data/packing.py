@@ -15,7 +15,7 @@ from efficient_attn.data.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-  """How records become rows.
+  """Turns records into rows.
 
   Attributes:
     tokenizer: of text.

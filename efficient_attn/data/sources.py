@@ -100,7 +100,7 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """How long documents are cut into pieces.
+  """The cuts of long documents into pieces.
 
   Attributes:
     piece: Bytes of a piece of text files, the end of each document counting as

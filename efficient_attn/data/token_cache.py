@@ -41,7 +41,7 @@ AGAIN = 'run the command of launch/tokenize_text.py that made it again'
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerFacts:
-  """Which tokenizer made the ids."""
+  """The tokenizer that made the ids."""
 
   name: str
   fingerprint: str
@@ -50,7 +50,7 @@ class TokenizerFacts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextFacts:
-  """Which text was tokenized: keys of the data, and a hash of its files."""
+  """The text that was tokenized: keys of the data, and a hash of its files."""
 
   path: str
   valid_path: str
@@ -61,7 +61,7 @@ class TextFacts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SplitFacts:
-  """How many records a split of the text has, in all and in a shard."""
+  """The number of records of a split, in all and in a shard."""
 
   records: Positive
   a_shard: Positive
@@ -69,7 +69,7 @@ class SplitFacts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShardFacts:
-  """What is in a shard; the bytes are those of its text."""
+  """The contents of a shard; the bytes are those of its text."""
 
   tokens: NonNegative
   documents: NonNegative

@@ -25,6 +25,7 @@ from orbax.checkpoint import v1 as ocp
 from efficient_attn.config import Config, ConfigError
 from efficient_attn.formats import without_parts
 from efficient_attn.train import workdir as folder
+from efficient_attn.train.groups import flat
 from efficient_attn.train.seal import DamagedError, seal, verify
 from efficient_attn.train.state import TrainState
 
@@ -322,8 +323,4 @@ def _renamed(state, wanted):
 
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {
-    jax.tree_util.keystr(path, simple=True, separator='.'): tuple(leaf.shape)
-    for path, leaf in leaves
-  }
+  return {name: tuple(leaf.shape) for name, leaf in flat(tree).items()}

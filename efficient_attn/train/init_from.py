@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from efficient_attn.config import Config, ConfigError, InitConfig
+from efficient_attn.config import Config, ConfigError
 from efficient_attn.layers.adapter import is_adapter
 from efficient_attn.layers.layout import restack, unstack
 from efficient_attn.train.groups import flat
@@ -58,7 +58,7 @@ def check(config: Config, architecture: Architecture) -> Run | None:
 
 
 def initial_values(
-  run: Run, options: InitConfig, mesh: jax.sharding.Mesh
+  run: Run, mesh: jax.sharding.Mesh
 ) -> Callable[[Params], Params]:
   """Returns a function from initial parameters to those taken from a run."""
   theirs = unstack(flat(run.params(mesh)))

@@ -31,12 +31,14 @@ class Run(NamedTuple):
   Attributes:
     workdir: its folder.
     config: as it was last started.
-    architecture: of its model, without adapters.
+    trained: the architecture of its model, with adapters and what is frozen.
+    architecture: that without adapters.
     said: what named it, for errors.
   """
 
   workdir: pathlib.Path
   config: Config
+  trained: Architecture
   architecture: Architecture
   said: str
 
@@ -47,9 +49,8 @@ class Run(NamedTuple):
     going on; nothing is written in its folder.
     """
     config = self.config
-    architecture = Architecture(config.model, config.lora, config.optimizer)
-    optimizer = architecture.optimizer(config)
-    abstract = architecture.abstract_state(config, optimizer, mesh)
+    optimizer = self.trained.optimizer(config)
+    abstract = self.trained.abstract_state(config, optimizer, mesh)
     with jax.set_mesh(mesh):
       state = Checkpoints(self.workdir, config).restore(
         changing(abstract, config), iterator=None
@@ -83,7 +84,9 @@ def open_run(workdir: str | pathlib.Path, key: str = '--workdir') -> Run:
   config, said = folder.read_config(path), f'{key}={str(workdir)!r}'
   if config is None:
     raise ConfigError(f'{said}: no run there (config.json)')
-  return Run(path, config, Architecture(config.model), said)
+  trained = Architecture(config.model, config.lora, config.optimizer)
+  plain = Architecture(config.model) if config.lora.rank else trained
+  return Run(path, config, trained, plain, said)
 
 
 def load_model(workdir: str | pathlib.Path) -> tuple[Config, nnx.Module]:

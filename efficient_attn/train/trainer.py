@@ -242,7 +242,7 @@ def begin(
   state = checkpoints.restore(changing(abstract, config), iterator)
   if state is None:
     source = checked.source
-    given = source and initial_values(source, config.init_from, mesh)
+    given = source and initial_values(source, mesh)
     state = architecture.init(config, optimizer, mesh, given, guide)
     frozen.save(workdir, state.frozen)
     return state

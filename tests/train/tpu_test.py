@@ -13,21 +13,14 @@ from efficient_attn.train.step import make_train_step
 pytest.importorskip('libtpu', reason="needs pip install 'efficient_attn[tpu]'")
 
 
-@pytest.mark.in_turn
-@pytest.mark.parametrize(
-  'mesh,collectives',
-  [
-    pytest.param('data=8', ['all-reduce'], marks=pytest.mark.exhaustive),
-    ('data=2,fsdp=2,tensor=2', ['all-gather', 'all-reduce']),
-  ],
-)
-def test_quickstart_compiles_for_v5e(mesh, collectives):
+def lowered_step(**changes):
+  """Returns the lowered step for v5e:2x4, in bfloat16."""
   topology = topologies.get_topology_desc(
     platform='tpu', topology_name='v5e:2x4'
   )
   values = configs.override(
     config_files.load('configs/lm/quickstart.py'),
-    {'mesh': mesh, 'model.dtype': 'bfloat16'},
+    {'model.dtype': 'bfloat16', **changes},
   )
   config = configs.resolve(values)
   mesh = sharding.make_mesh(config.mesh, topology.devices)
@@ -42,10 +35,32 @@ def test_quickstart_compiles_for_v5e(mesh, collectives):
     config, architecture, optimizer, make_objective(config)
   )
   with jax.set_mesh(mesh):
-    lowered = jax.jit(step, donate_argnums=0).lower(state, batch)
-  compiled = lowered.compile()
+    return jax.jit(step, donate_argnums=0).lower(state, batch)
+
+
+@pytest.mark.in_turn
+@pytest.mark.parametrize(
+  'mesh,collectives',
+  [
+    pytest.param('data=8', ['all-reduce'], marks=pytest.mark.exhaustive),
+    ('data=2,fsdp=2,tensor=2', ['all-gather', 'all-reduce']),
+  ],
+)
+def test_quickstart_compiles_for_v5e(mesh, collectives):
+  compiled = lowered_step(mesh=mesh).compile()
   text = compiled.as_text()
   assert all(name in text for name in collectives)
   # Donation: the new state takes the place of the old one.
   memory = compiled.memory_analysis()
   assert memory.alias_size_in_bytes > 0.9 * memory.output_size_in_bytes
+
+
+@pytest.mark.parametrize('mixer', ['retention', 'hgrn2'])
+def test_a_sharded_step_has_both_passes_of_the_kernel(mixer):
+  changes = {
+    'mesh': 'data=2,fsdp=2,tensor=2',
+    'model.pattern': f'("{mixer}",)',
+  }
+  text = lowered_step(**changes).as_text()
+  # One layer of a scan over layers: a forward and a backward pass.
+  assert text.count('tpu_custom_call') == 2

@@ -294,7 +294,7 @@ def _body(kernel, sizes, scale, inclusive, starts):
 
 
 def _reads(starts, blocks):
-  """Whether tokens are of the segment before their chunk, [B, 1, T, 1]."""
+  """Marks tokens of the segment before their chunk, [B, 1, T, 1]."""
   if starts is None:
     return []
   cuts = _by_key(starts, blocks.sizes)
