@@ -26,10 +26,12 @@ def combinations(*axes):
   ]
 
 
-# Folders whose properties are tested of many rows, shapes and options. A few
-# cases of each property run always; the others take turns, one in `TURNS`, and
-# so do all tests marked `in_turn`, long runs of what others test in parts.
+# Where properties are tested of many rows, shapes and options. The first case
+# of each and one in `OFTEN` of the others run always; the others take turns,
+# one in `TURNS`, and so do all tests marked `in_turn`, long runs of what others
+# test in parts.
 IN_TURN = (
+  'tests/data/batches_test',
   'tests/data/corruption_test',
   'tests/data/labelled_test',
   'tests/data/mixture_test',
@@ -37,14 +39,20 @@ IN_TURN = (
   'tests/decode/',
   'tests/experiments/mutations_test',
   'tests/experiments/rules_test',
+  'tests/experiments/survey_test',
+  'tests/kernels/',
   'tests/layers/',
   'tests/models/',
   'tests/ops/',
   'tests/train/fixtures_test',
   'tests/train/kinds_objectives_test',
+  'tests/train/optimizer_test',
   'tests/train/parts_test',
+  'tests/train/resume_test',
+  'tests/train/step_test',
 )
 TURNS = 6
+OFTEN = 6 * TURNS
 
 
 def belongs(item, part):
@@ -60,8 +68,7 @@ def belongs(item, part):
 def always(items):
   """The tests of `items` that do not take turns.
 
-  Of each property its first case and those whose turn is 0; all tests of a
-  group have the same turn, and share what they compile.
+  All tests of a group have the same turn, and share what they compile.
   """
   seen = collections.Counter()
   kept = []
@@ -71,7 +78,7 @@ def always(items):
     function, _, case = item.nodeid.partition('[')
     seen[function] += 1
     takes_turns = case and function.startswith(IN_TURN) and seen[function] > 1
-    if not takes_turns or belongs(item, f'0/{TURNS}'):
+    if not takes_turns or belongs(item, f'0/{OFTEN}'):
       kept.append(item)
   return kept
 
