@@ -36,7 +36,23 @@ HARDEST = -1e30
 
 
 class Score:
-  """Base of score modifiers; a subclass needs only `tile`."""
+  """Base of score modifiers; a subclass needs only `tile` or `in_tile`.
+
+  Attributes:
+    elementwise: whether it has an `in_tile` of elementwise operations, for
+      kernels, whose learned arrays lack T and S.
+  """
+
+  elementwise = False
+
+  def in_tile(
+    self, query: Int[Array, '*#tile'], key: Int[Array, '*#tile']
+  ) -> Float[Array, '*#tile']:
+    """The term of a tile, of a modifier whose arrays are cut to it.
+
+    Takes indices as `masks.Mask.in_tile` does.
+    """
+    raise NotImplementedError(f'{type(self).__name__} does not define in_tile')
 
   def tile(
     self, rows: Int[Array, 'R'], cols: Int[Array, 'C']
@@ -50,7 +66,10 @@ class Score:
     Returns:
       The term, broadcastable to [B, N, R, C].
     """
-    raise NotImplementedError(f'{type(self).__name__} does not define tile')
+    found = masks.cut(self, rows, cols).in_tile(
+      rows[None, None, :, None], cols[None, None, None, :]
+    )
+    return jnp.broadcast_to(found, found.shape[:2] + (rows.size, cols.size))
 
   def dense(self, T: int, S: int) -> Float[Array, '#B #N T S']:
     """The whole term, broadcastable to [B, N, T, S]."""
@@ -119,14 +138,13 @@ class Alibi(Score):
   slopes: Num[Array | np.ndarray, 'N']
   offset: masks.Offset = 0
   axes = {'slopes': 'N', 'offset': 'B'}
+  elementwise = True
 
-  def tile(self, rows, cols):
-    slopes = jnp.asarray(self.slopes)
+  def in_tile(self, query, key):
     # Distances are not exact in bfloat16 past 256.
-    slopes = slopes.astype(jnp.promote_types(slopes.dtype, jnp.float32))
-    offset = jnp.reshape(jnp.asarray(self.offset), (-1, 1, 1, 1))
-    distance = jnp.abs((rows[:, None] - cols[None, :])[None, None] + offset)
-    return -slopes[:, None, None] * distance.astype(slopes.dtype)
+    dtype = jnp.promote_types(self.slopes.dtype, jnp.float32)
+    distance = jnp.abs(query - key + self.offset)
+    return -self.slopes.astype(dtype) * distance.astype(dtype)
 
 
 @masks.expression
@@ -297,9 +315,8 @@ class Dense(Score):
   array: Float[Array | np.ndarray, '...']
   axes = {'array': 'BNTS'}
 
-  def tile(self, rows, cols):
-    tile = masks.cut(self.array, rows, cols)
-    return jnp.broadcast_to(tile, tile.shape[:2] + (rows.size, cols.size))
+  def in_tile(self, query, key):
+    return self.array
 
   def dense(self, T, S):
     return masks.broadcast_dense('scores.Dense', self.array, T, S)
@@ -312,7 +329,7 @@ class Dense(Score):
     for axis, indices in ((2, rows), (3, cols)):
       if shape[axis] > 1:
         place[axis] = indices[0]
-    tile = masks.cut(array, rows, cols)
+    tile = masks.cut_array(array, 'BNTS', rows, cols)
     tile = tile + _sum_to(cotangent, tile.shape)
     array = jax.lax.dynamic_update_slice(array, tile, place)
     return dataclasses.replace(total, array=array.reshape(total.array.shape))
@@ -340,6 +357,13 @@ class Sum(Score):
 
   left: Score
   right: Score
+
+  @property
+  def elementwise(self):
+    return self.left.elementwise and self.right.elementwise
+
+  def in_tile(self, query, key):
+    return self.left.in_tile(query, key) + self.right.in_tile(query, key)
 
   def tile(self, rows, cols):
     return self.left.tile(rows, cols) + self.right.tile(rows, cols)

@@ -103,6 +103,35 @@ def test_dense_and_tiles_follow_the_rule(name, T, S, traced):
   np.testing.assert_array_equal(np.broadcast_to(tile, wanted.shape), wanted)
 
 
+@pytest.mark.parametrize('turned', [False, True])
+def test_one_head_of_a_tile_as_a_kernel_reads_it(turned):
+  """Arrays cut to a tile of two axes, in either order."""
+  T, S = 15, 12
+  rows, cols = slice(3, 12), slice(4, 9)
+  turn = np.transpose if turned else np.asarray
+  query = turn(np.arange(T)[rows, None])
+  key = turn(np.arange(S)[None, cols])
+
+  def cut(array, axes):
+    at = {'B': B - 1, 'N': N - 1, 'T': rows, 'S': cols}
+    sizes = dict(zip(axes, array.shape, strict=True))
+    found = array[tuple(at[a] if n > 1 else 0 for a, n in sizes.items())]
+    if np.ndim(found) == 1:
+      found = found[:, None] if sizes.get('T', 1) > 1 else found[None]
+    return jnp.asarray(turn(found) if np.ndim(found) else found)
+
+  for name, mask in expressions(make_data(B, N, T, S)).items():
+    if mask is None:
+      continue
+    found = masks.with_axes(cut, mask.elementwise(T, S))
+    found = found.in_tile(jnp.asarray(query), jnp.asarray(key))
+    wanted = np.broadcast_to(expected(T, S)[name], (B, N, T, S))
+    wanted = turn(wanted[-1, -1, rows, cols])
+    np.testing.assert_array_equal(
+      np.broadcast_to(found, wanted.shape), wanted, name
+    )
+
+
 @pytest.mark.parametrize('T, S', [*SIZES, (14, 15)])
 @pytest.mark.parametrize('name', NAMES)
 def test_block_map_is_sound_and_exact_where_static(name, T, S):

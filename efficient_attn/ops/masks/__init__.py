@@ -37,7 +37,8 @@ array, scalar or [B], is traced (decoding with a cache) and its empty tiles are
 skipped at run time.
 
 A new mask is one more dataclass: of a rule on the distance (`Distance.admits`),
-on two positions (`Rule.pairs`), or on anything else (`Mask.tile`).
+on two positions (`Rule.pairs`), or on arrays, which `axes` names the axes of
+and which come cut to a tile (`Mask.in_tile`).
 """
 
 from efficient_attn.ops.masks.algebra import (
@@ -58,7 +59,6 @@ from efficient_attn.ops.masks.arrays import (
   HeadWindow,
   Segments,
   broadcast_dense,
-  cut,
   packed,
 )
 from efficient_attn.ops.masks.distance import (
@@ -70,7 +70,13 @@ from efficient_attn.ops.masks.distance import (
   Strided,
   Window,
 )
-from efficient_attn.ops.masks.expression import expression, letters
+from efficient_attn.ops.masks.expression import (
+  cut,
+  cut_array,
+  expression,
+  letters,
+  with_axes,
+)
 from efficient_attn.ops.masks.layouts import (
   RandomBlocks,
   cascade,
@@ -123,10 +129,12 @@ __all__ = [
   'broadcast_dense',
   'cascade',
   'cut',
+  'cut_array',
   'expression',
   'letters',
   'packed',
   'random_blocks',
   'shifted_blocks',
   'streaming',
+  'with_axes',
 ]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Int8, Integer
 
-from efficient_attn.ops.masks.expression import expression
+from efficient_attn.ops.masks.expression import cut, expression
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
@@ -33,6 +33,16 @@ class Mask:
       f'masks.{type(self).__name__} is not a rule on two positions'
     )
 
+  def in_tile(
+    self, query: Integer[Array, '*#tile'], key: Integer[Array, '*#tile']
+  ) -> Bool[Array, '*#tile']:
+    """What `pairs` does, of a mask whose arrays are cut to a tile.
+
+    Takes the indices of one tile, all as [#B, #N, #R, #C], or as [#R, #C], the
+    axes exchanged or not, of one head in a kernel.
+    """
+    return self.pairs(query, key)
+
   def tile(
     self, rows: Int[Array, 'R'], cols: Int[Array, 'C']
   ) -> Bool[Array, '#B #N R C']:
@@ -45,7 +55,14 @@ class Mask:
     Returns:
       True where the key is admitted, broadcastable to [B, N, R, C].
     """
-    return self.pairs(rows[None, None, :, None], cols[None, None, None, :])
+    found = cut(self, rows, cols).in_tile(
+      rows[None, None, :, None], cols[None, None, None, :]
+    )
+    return jnp.broadcast_to(found, found.shape[:2] + (rows.size, cols.size))
+
+  def elementwise(self, T: int, S: int) -> Mask:
+    """The same mask with an `in_tile` of elementwise operations."""
+    return self
 
   def dense(self, T: int, S: int) -> Bool[Array, '#B #N T S']:
     """The whole mask, broadcastable to [B, N, T, S]."""
@@ -88,6 +105,9 @@ class Mask:
 class _Both(Mask):
   """A mask made of `left` and `right`."""
 
+  def elementwise(self, T, S):
+    return type(self)(self.left.elementwise(T, S), self.right.elementwise(T, S))
+
   @property
   def relative(self):
     return self.left.relative and self.right.relative
@@ -102,6 +122,9 @@ class And(_Both):
 
   def pairs(self, query, key):
     return self.left.pairs(query, key) & self.right.pairs(query, key)
+
+  def in_tile(self, query, key):
+    return self.left.in_tile(query, key) & self.right.in_tile(query, key)
 
   def tile(self, rows, cols):
     return self.left.tile(rows, cols) & self.right.tile(rows, cols)
@@ -135,6 +158,9 @@ class Or(_Both):
   def pairs(self, query, key):
     return self.left.pairs(query, key) | self.right.pairs(query, key)
 
+  def in_tile(self, query, key):
+    return self.left.in_tile(query, key) | self.right.in_tile(query, key)
+
   def tile(self, rows, cols):
     return self.left.tile(rows, cols) | self.right.tile(rows, cols)
 
@@ -167,8 +193,14 @@ class Not(Mask):
   def relative(self):
     return self.mask.relative
 
+  def elementwise(self, T, S):
+    return Not(self.mask.elementwise(T, S))
+
   def pairs(self, query, key):
     return ~self.mask.pairs(query, key)
+
+  def in_tile(self, query, key):
+    return ~self.mask.in_tile(query, key)
 
   def tile(self, rows, cols):
     return ~self.mask.tile(rows, cols)

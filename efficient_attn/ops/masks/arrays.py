@@ -1,15 +1,21 @@
 # ruff: noqa: D102 (an override keeps the contract its base documents)
 """Masks made of arrays: ids, flags, layouts of blocks, whole matrices."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Bool, Int, Integer
 
 from efficient_attn.ops import chunks
 from efficient_attn.ops.masks.algebra import EMPTY, FULL, PARTIAL, Mask
 from efficient_attn.ops.masks.distance import Window
-from efficient_attn.ops.masks.expression import expression
+from efficient_attn.ops.masks.expression import (
+  cut,
+  cut_array,
+  expression,
+  quotient,
+  with_axes,
+)
 
 
 @expression
@@ -23,20 +29,18 @@ class Segments(Mask):
   key_ids: Integer[Array | np.ndarray, 'B S'] | None = None
   axes = {'query_ids': 'BT', 'key_ids': 'BS'}
 
-  def _ids(self, rows, cols):
-    query_ids = lax.dynamic_slice_in_dim(
-      self.query_ids, rows[0], rows.size, axis=1
-    )
+  def elementwise(self, T, S):
     keys = self.query_ids if self.key_ids is None else self.key_ids
-    key_ids = lax.dynamic_slice_in_dim(keys, cols[0], cols.size, axis=1)
-    return query_ids, key_ids
+    return Segments(self.query_ids, keys)
 
   def sees_itself(self):
     return self.key_ids is None
 
+  def in_tile(self, query, key):
+    return self.query_ids == self.key_ids
+
   def tile(self, rows, cols):
-    query_ids, key_ids = self._ids(rows, cols)
-    return (query_ids[:, :, None] == key_ids[:, None, :])[:, None]
+    return super(Segments, self.elementwise(0, 0)).tile(rows, cols)
 
   def dense(self, T, S):
     keys = self.query_ids if self.key_ids is None else self.key_ids
@@ -53,9 +57,10 @@ class Segments(Mask):
     return super().dense(T, S)
 
   def maybe(self, rows, cols):
-    query_ids, key_ids = self._ids(rows, cols)
-    below = query_ids.min(axis=1) <= key_ids.max(axis=1)
-    above = query_ids.max(axis=1) >= key_ids.min(axis=1)
+    own = cut(self.elementwise(0, 0), rows, cols)
+    query_ids, key_ids = own.query_ids, own.key_ids
+    below = query_ids.min(axis=2) <= key_ids.max(axis=3)
+    above = query_ids.max(axis=2) >= key_ids.min(axis=3)
     return jnp.any(below & above)
 
 
@@ -72,14 +77,21 @@ class At(Mask):
   key_positions: Integer[Array | np.ndarray, '#B S']
   axes = {'query_positions': 'BT', 'key_positions': 'BS'}
 
+  def in_tile(self, query, key):
+    return self.rule.pairs(self.query_positions, self.key_positions)
+
   def tile(self, rows, cols):
-    query = lax.dynamic_slice_in_dim(
-      self.query_positions, rows[0], rows.size, axis=1
-    )
-    key = lax.dynamic_slice_in_dim(
-      self.key_positions, cols[0], cols.size, axis=1
-    )
-    return self.rule.pairs(query[:, None, :, None], key[:, None, None, :])
+    # The arrays of a rule, such as a layout of blocks, are not cut.
+    query = cut_array(self.query_positions, 'BT', rows, cols)
+    key = cut_array(self.key_positions, 'BS', rows, cols)
+    return self.rule.pairs(query, key)
+
+  def elementwise(self, T, S):
+    rule = self.rule.elementwise(T, S)
+    axes = jax.tree.leaves(with_axes(lambda _, axes: axes, rule))
+    if set('TS') & set(''.join(axes)):
+      return Dense(self.dense(T, S))
+    return At(rule, self.query_positions, self.key_positions)
 
   def maybe(self, rows, cols):
     return jnp.any(self.tile(rows, cols))
@@ -97,8 +109,7 @@ class Heads(Mask):
   axes = {'flags': 'N'}
 
   def pairs(self, query, key):
-    here = self.flags[None, :, None, None]
-    return here & (query == query) & (key == key)
+    return _per_head(self.flags) & (query == query) & (key == key)
 
   def block_map(self, T, S, block_q, block_k):
     kinds = super().block_map(T, S, block_q, block_k)
@@ -123,7 +134,7 @@ class HeadWindow(Mask):
 
   def pairs(self, query, key):
     distance = key - query
-    left, right = self.left[:, None, None], self.right[:, None, None]
+    left, right = _per_head(self.left), _per_head(self.right)
     return (distance >= -left) & (distance <= right)
 
   def block_map(self, T, S, block_q, block_k):
@@ -159,9 +170,11 @@ class ElasticWindow(Mask):
 
   def _first(self, query):
     """The first key of each head."""
-    alpha, beta = self.alpha[:, None, None], self.beta[:, None, None]
-    whole, rest = jnp.divmod(query + 1, 1024)  # so that no product overflows
-    return query + 1 - alpha - beta * whole - beta * rest // 1024
+    alpha, beta = _per_head(self.alpha), _per_head(self.beta)
+    read = query + 1
+    # In two parts, so that no product overflows.
+    whole, rest = quotient(read, 1024), quotient(beta * (read % 1024), 1024)
+    return read - alpha - beta * whole - rest
 
   def pairs(self, query, key):
     return key >= self._first(query)
@@ -192,6 +205,9 @@ class Blocks(Mask):
     layout = jnp.asarray(self.layout).reshape(N, I, J)
     found = layout[:, query // self.block_q, key // self.block_k]
     return jnp.moveaxis(found[:, :, 0], 0, 1)
+
+  def elementwise(self, T, S):
+    return Dense(self.dense(T, S))
 
   def tile(self, rows, cols):
     layout = jnp.asarray(self.layout)
@@ -238,13 +254,9 @@ class Blocks(Mask):
     return jnp.any(self.tile(rows, cols))
 
 
-def cut(array: Array | np.ndarray, rows: Array, cols: Array) -> Array:
-  """The tile of an array broadcastable to [B, N, T, S], as rank 4."""
-  array = jnp.asarray(array).reshape((1,) * (4 - array.ndim) + array.shape)
-  for axis, indices in ((2, rows), (3, cols)):
-    if array.shape[axis] > 1:
-      array = lax.dynamic_slice_in_dim(array, indices[0], indices.size, axis)
-  return array
+def _per_head(x):
+  """[N] to [N, 1, 1]; what is cut to a tile stays as it is."""
+  return x[:, None, None] if jnp.ndim(x) == 1 else x
 
 
 @expression
@@ -254,9 +266,8 @@ class Dense(Mask):
   array: Bool[Array | np.ndarray, '...']
   axes = {'array': 'BNTS'}
 
-  def tile(self, rows, cols):
-    tile = cut(self.array, rows, cols)
-    return jnp.broadcast_to(tile, tile.shape[:2] + (rows.size, cols.size))
+  def in_tile(self, query, key):
+    return self.array
 
   def dense(self, T, S):
     return broadcast_dense('masks.Dense', self.array, T, S)

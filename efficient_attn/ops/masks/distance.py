@@ -26,7 +26,7 @@ class Distance(Mask):
 
   def pairs(self, query, key):
     offset = self.offset
-    if not isinstance(offset, numbers.Integral):
+    if jnp.ndim(offset) == 1:
       offset = jnp.reshape(jnp.asarray(offset), (-1, 1, 1, 1))
     return self.admits(key - query - offset)
 

@@ -2,9 +2,14 @@
 
 import dataclasses
 import numbers
+from collections.abc import Callable
 from typing import Any, dataclass_transform
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Int
 
 STATIC = (numbers.Number, str, type(None))
 
@@ -58,21 +63,60 @@ def _is_static(value):
   return isinstance(value, STATIC)
 
 
-def letters(tree: Any) -> Any:
-  """The axes of each array of an expression, as `sharding.local_op` wants.
-
-  Axes of size 1 are '_': they are broadcast, not split.
-  """
+def with_axes(function: Callable, tree: Any) -> Any:
+  """An expression with function(array, axes) in place of its arrays."""
 
   def leaf(path, array):
     owner = tree
     for key in path[:-1]:
       owner = getattr(owner, key.name)
     axes = owner.axes[path[-1].name]
-    shown = axes[len(axes) - array.ndim :]
-    return ''.join(
-      '_' if size == 1 else axis
-      for axis, size in zip(shown, array.shape, strict=True)
-    )
+    return function(array, axes[len(axes) - array.ndim :])
 
   return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def letters(tree: Any) -> Any:
+  """The axes of each array of an expression, as `sharding.local_op` wants.
+
+  Axes of size 1 are '_': they are broadcast, not split.
+  """
+
+  def shown(array, axes):
+    return ''.join(
+      '_' if size == 1 else axis
+      for axis, size in zip(axes, array.shape, strict=True)
+    )
+
+  return with_axes(shown, tree)
+
+
+def cut(tree: Any, rows: Int[Array, 'R'], cols: Int[Array, 'C']) -> Any:
+  """An expression with its arrays cut to one tile, as [#B, #N, #R, #C]."""
+  return with_axes(lambda array, axes: cut_array(array, axes, rows, cols), tree)
+
+
+def cut_array(
+  array: Array | np.ndarray,
+  axes: str,
+  rows: Int[Array, 'R'],
+  cols: Int[Array, 'C'],
+) -> Array:
+  """One array with some of the axes BNTS, cut to a tile, as [#B, #N, #R, #C].
+
+  An axis of size 1 stays as it is.
+  """
+  array = jnp.asarray(array)
+  for axis, letter in enumerate(axes):
+    if letter in 'TS' and array.shape[axis] > 1:
+      indices = rows if letter == 'T' else cols
+      array = lax.dynamic_slice_in_dim(array, indices[0], indices.size, axis)
+  sizes = dict(zip(axes, array.shape, strict=True))
+  return array.reshape([sizes.get(axis, 1) for axis in 'BNTS'])
+
+
+def quotient(x: Any, divisor: Any) -> Any:
+  """Returns x // divisor, of traced arrays by operations that kernels have."""
+  if isinstance(x, jax.Array) or isinstance(divisor, jax.Array):
+    return lax.div(x - x % divisor, divisor)
+  return x // divisor

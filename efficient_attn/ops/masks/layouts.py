@@ -60,6 +60,9 @@ class RandomBlocks(Mask):
   def pairs(self, query, key):
     return self._blocks(self.length, self.length).pairs(query, key)
 
+  def elementwise(self, T, S):
+    return self._blocks(T, S).elementwise(T, S)
+
   def dense(self, T, S):
     return self._blocks(T, S).dense(T, S)
 

@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Int
 
 from efficient_attn.ops.masks.algebra import EMPTY, FULL, PARTIAL, Mask
-from efficient_attn.ops.masks.expression import expression
+from efficient_attn.ops.masks.arrays import Dense
+from efficient_attn.ops.masks.expression import expression, quotient
 
 
 class Rule(Mask):
@@ -100,6 +101,18 @@ class Global(Rule):
     positions = np.array(self.positions, int)
     return isin(query, positions) | isin(key, positions)
 
+  def in_tile(self, query, key):
+    admitted = (query < 0) | (key < 0)
+    for position in self.positions:
+      admitted |= (query == position) | (key == position)
+    return admitted
+
+  def elementwise(self, T, S):
+    return self if len(self.positions) <= 8 else Dense(self.dense(T, S))
+
+  def tile(self, rows, cols):
+    return self.pairs(rows[None, None, :, None], cols[None, None, None, :])
+
   def runs(self, rows, S):
     here = np.isin(rows, self.positions)
     keys = np.unique(self.positions)[None].astype(int)
@@ -119,7 +132,7 @@ class Fixed(Rule):
   summary: int = 1
 
   def pairs(self, query, key):
-    own = query // self.stride == key // self.stride
+    own = quotient(query, self.stride) == quotient(key, self.stride)
     return own | (key % self.stride >= self.stride - self.summary)
 
   def runs(self, rows, S):
@@ -137,7 +150,8 @@ class BlockWindow(Rule):
   right: int
 
   def pairs(self, query, key):
-    distance = key // self.block_size - query // self.block_size
+    size = self.block_size
+    distance = quotient(key, size) - quotient(query, size)
     return (distance >= -self.left) & (distance <= self.right)
 
   def runs(self, rows, S):
@@ -167,7 +181,7 @@ class Neighborhood(Rule):
     for size, width in zip(self.grid, self.window, strict=True):
       inner //= size
       width = min(width, size)
-      place = position // inner % size
+      place = quotient(position, inner) % size
       yield place, (place - width // 2).clip(0, size - width), width, inner
 
   def pairs(self, query, key):
@@ -222,12 +236,13 @@ class Radial(Rule):
     decay = distance * 0 + 1
     decay += sum((distance >= power) * (power // 2) for power in powers)
     least = min(self.min_width, self.frame_size)
-    width = (self.frame_size // decay).clip(least)
-    return width, distance % -(-least * decay // self.frame_size) == 0
+    width = quotient(self.frame_size, decay).clip(least)
+    step = -quotient(-least * decay, self.frame_size)
+    return width, distance % step == 0
 
   def pairs(self, query, key):
     size = self.frame_size
-    width, seen = self._band(abs(query // size - key // size))
+    width, seen = self._band(abs(quotient(query, size) - quotient(key, size)))
     near = abs(query % size - key % size) < width
     return near & seen | (key < size)
 
