@@ -29,8 +29,8 @@ def test_dispatch_by_size():
     'reference: one query row'
   )
   assert explain_attention(*of_length(4096, 4096), mask=masks.Causal()) == (
-    'blockwise: T * S = 16777216 logits per head are over 262144; visits 136 of'
-    ' 256 tiles of 256 x 256'
+    'blockwise: T * S = 16777216 logits per head are over 262144; visits 72 of'
+    ' 128 tiles of 256 x 512'
   )
   assert explain_attention(q, k, v, implementation='blockwise').startswith(
     'blockwise: the implementation asked for; visits 1 of 1 tiles'

@@ -52,7 +52,7 @@ def choose_tiles(
   block_q: int | None = None,
   block_k: int | None = None,
 ) -> Tiling:
-  """Covers what a mask admits with the tiles that cost least on this machine.
+  """Covers what a mask admits with the tiles that cost least.
 
   A mask that admits a third of the smallest tiles or more gets the largest.
   `block_q` and `block_k` set the size instead.
@@ -84,8 +84,10 @@ def choose_tiles(
 
 
 def costs_here() -> Costs:
-  """The costs on this machine, by how it is divided into devices."""
-  divided = jax.default_backend() == 'cpu' and jax.device_count() > 1
+  """The costs on the devices of the mesh in context, a CPU's or others."""
+  mesh = jax.sharding.get_abstract_mesh()
+  device = mesh.abstract_device
+  divided = device is not None and device.platform == 'cpu' and mesh.size > 1
   return CORE if divided else MACHINE
 
 
