@@ -24,8 +24,8 @@ The lists go block of queries by block of queries, as in FlashAttention-2 (Dao
 al. 2022).
 """
 
-import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -35,16 +35,22 @@ from jaxtyping import Array, Float
 
 from efficient_attn.ops import masks, scores
 from efficient_attn.ops.shapes import Scalar, fold_scale
+from efficient_attn.ops.softmax.attention_blockwise_tile import (
+  Options,
+  admitted_by,
+  dot,
+  logits_of,
+  make_options,
+  unless_empty,
+)
 from efficient_attn.ops.softmax.attention_tiles import (
   add_at,
-  by_keys,
-  choose_tiles,
   locate,
   put_rows,
   take_cols,
   take_rows,
 )
-from efficient_attn.ops.softmax.hidden import may_hide, without_hidden
+from efficient_attn.ops.softmax.hidden import without_hidden
 from efficient_attn.ops.softmax.stats import Stats, exp_below
 
 ORDERS = ('query', 'key')
@@ -84,127 +90,111 @@ def attention_blockwise(
     The output in the query's dtype, 0 where a row attends to nothing, and the
     softmax denominators in at least float32.
   """
-  B, T, N, H = query.shape
-  S, K, V = value.shape[1:]
+  T, S = query.shape[1], key.shape[1]
   if order not in ORDERS:
     raise ValueError(f'order = {order!r}: pass one of {ORDERS}.')
-  block_q, block_k, tiles = choose_tiles(mask, T, S, block_q, block_k)
-  if order == 'key':
-    tiles = by_keys(tiles)
-  corner = jnp.arange(block_q), jnp.arange(block_k)
-  query, scale = fold_scale(query, H**-0.5 if scale is None else scale)
+  query, scale = fold_scale(
+    query, query.shape[-1] ** -0.5 if scale is None else scale
+  )
   learned = not isinstance(logits_soft_cap, (float, int, type(None)))
-  options = _Options(
-    block_q=block_q,
-    block_k=block_k,
+  options = make_options(
+    mask,
+    T,
+    S,
     scale=scale,
     soft_cap=None if learned else logits_soft_cap,
-    tiles=tiles.tobytes(),
-    shared=bool(T % block_q or (tiles[:, 1] > S - block_k).any()),
-    run_time=mask is not None and mask.maybe(*corner) is not True,
-    hides=may_hide(mask, T, S),
+    block_q=block_q,
+    block_k=block_k,
+    order=order,
   )
-  out, stats = _attend(
+  cap = jnp.asarray(logits_soft_cap) if learned else None
+  return attend(options, query, key, value, mask, bias, sinks, cap, run=_attend)
+
+
+def attend(
+  options: Options,
+  query: Float[Array, 'B T N H'],
+  key: Float[Array, 'B S K H'],
+  value: Float[Array, 'B S K V'],
+  mask: masks.Mask | None,
+  bias: scores.Score | None,
+  sinks: Float[Array, 'N'] | None,
+  cap: Float[Array, ''] | None = None,
+  run: Callable | None = None,
+) -> tuple[Float[Array, 'B T N V'], Stats]:
+  """Returns what `attention_blockwise` does, without its gradient.
+
+  Takes the options and arguments of a call, its learned soft cap, and what
+  runs in place of the plain loop.
+  """
+  out, stats = (run or _run)(
     options,
-    query.transpose(0, 2, 1, 3).reshape(B, K, N // K, T, H),
-    key.transpose(0, 2, 1, 3),
-    value.transpose(0, 2, 1, 3),
+    _grouped(query, value),
+    *map(_heads_first, (key, value)),
     mask,
     bias,
-    None if sinks is None else sinks.reshape(K, N // K),
-    jnp.asarray(logits_soft_cap) if learned else None,
+    None if sinks is None else sinks.reshape(value.shape[2], -1),
+    cap,
   )
-  out = out.reshape(B, N, T, V).transpose(0, 2, 1, 3)
-  stats = jax.tree.map(lambda x: x.reshape(B, N, T).transpose(0, 2, 1), stats)
-  return out, stats
+  B, T, N, _ = query.shape
+  return _ungrouped(out, N), jax.tree.map(lambda x: _ungrouped(x, N), stats)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Options:
-  """What is static about a call, beside shapes and the form of the mask."""
+def gradients(
+  options: Options,
+  args: tuple,
+  out: Float[Array, 'B T N V'],
+  stats: Stats,
+  cotangents: tuple[Float[Array, 'B T N V'], Stats],
+) -> tuple:
+  """The cotangents of query, key, value, mask, bias and sinks.
 
-  block_q: int
-  block_k: int
-  scale: float
-  soft_cap: float | None  # one that is learned is an operand
-  tiles: bytes  # of `tile_schedule`: numpy arrays have no hash
-  shared: bool  # whether a tile sticks out
-  run_time: bool  # whether the mask decides at run time what is empty
-  hides: bool  # whether it may hide a token from all others
-
-  def passes(self, mask: masks.Mask | None):
-    """Yields the tiles that are full, without the mask, and then the rest."""
-    tiles = np.frombuffer(self.tiles, np.int32).reshape(-1, 3)
-    full = tiles[:, 2] == masks.FULL
-    for chosen, needed in ((tiles[full], None), (tiles[~full], mask)):
-      if len(chosen):
-        yield chosen, needed
-
-
-def _unless_empty(options, mask, tile, visit, skip, operand):
-  """`visit(operand)`, or `skip(operand)` when run time shows no pair."""
-  if mask is None or not options.run_time:
-    return visit(operand)
-  maybe = mask.maybe(tile.rows, tile.cols)
-  return lax.cond(maybe, visit, skip, operand)
-
-
-def _dot(pattern, a, b):
-  stats = jnp.promote_types(a.dtype, jnp.float32)
-  return jnp.einsum(pattern, a, b, preferred_element_type=stats)
-
-
-def _folded(x, shape):
-  """[#B, #N, R, C] in the layout of logits [B, K, G * R, C], of `shape`."""
-  K, rows, C = shape
-  heads = K
-  if x.shape[1] == 1:
-    R = x.shape[2]
-    x, heads = jnp.broadcast_to(x, (x.shape[0], rows // R, R, C)), 1
-  return x.reshape(x.shape[0], heads, rows, C)
-
-
-def _admitted(mask, tile, shape):
-  """Returns the mask of a tile's logits, or None if all of them count."""
-  found = tile.own
-  if mask is not None:
-    admitted = mask.tile(tile.rows, tile.cols)
-    found = admitted if found is None else admitted & found
-  return None if found is None else _folded(found, shape)
-
-
-def _logits(options, q, k, admitted, bias, cap, tile, turned=False):
-  """Logits [B, K, G * R, C] of one tile, d(capped) / d(scaled) and / d(cap).
-
-  `turned` to [B, K, C, G * R], in which three of the five matmuls of the
-  backward pass need no transpose, and two of those of [G * R, C].
+  Args:
+    options: of the call.
+    args: query, key, value, mask, bias and sinks.
+    out: what `attend` returned.
+    stats: what `attend` returned.
+    cotangents: of both.
   """
+  query, key, value, mask, bias, sinks = args
+  grouped = functools.partial(jax.tree.map, lambda x: _grouped(x, value))
+  residuals = (
+    _grouped(query, value),
+    *map(_heads_first, (key, value)),
+    mask,
+    bias,
+    None if sinks is None else sinks.reshape(value.shape[2], -1),
+    None,
+    *grouped((out, stats)),
+  )
+  dq, dk, dv, _, dbias, dsinks, _ = _attend_backward(
+    options, residuals, grouped(cotangents)
+  )
+  return (
+    _ungrouped(dq, query.shape[2]),
+    *map(_heads_first, (dk, dv)),
+    None,
+    dbias,
+    None if sinks is None else dsinks.reshape(-1),
+  )
 
-  def turn(x):
-    return x.swapaxes(2, 3) if turned else x
 
-  if turned:
-    s = options.scale * _dot('bkch,bkrh->bkcr', k, q)
-  else:
-    s = options.scale * _dot('bkrh,bkch->bkrc', q, k)
-  slope = of_cap = None
-  cap = options.soft_cap if cap is None else cap.astype(s.dtype)
-  if cap is not None:
-    capped = jnp.tanh(s / cap)
-    slope = 1 - capped * capped
-    of_cap = capped - s / cap * slope
-    s = cap * capped
-  if bias is not None:
-    shape = k.shape[1], q.shape[2], k.shape[2]
-    added = _folded(bias.tile(tile.rows, tile.cols), shape)
-    s = s + turn(added).astype(s.dtype)
-  if admitted is not None:
-    s = jnp.where(turn(admitted), s, -jnp.inf)
-  return s, slope, of_cap
+def _heads_first(x):
+  return x.transpose(0, 2, 1, 3)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(options, q, k, v, mask, bias, sinks, cap):
+def _grouped(x, value):
+  """[B, T, N, ...] to [B, K, G, T, ...]."""
+  x = jnp.moveaxis(x, 1, 2)
+  return x.reshape(x.shape[0], value.shape[2], -1, *x.shape[2:])
+
+
+def _ungrouped(x, heads):
+  """[B, K, G, T, ...] to [B, T, N, ...]."""
+  return jnp.moveaxis(x.reshape(x.shape[0], heads, *x.shape[3:]), 1, 2)
+
+
+def _run(options, q, k, v, mask, bias, sinks, cap):
   """[B,K,G,T,H] [B,K,S,H] [B,K,S,V] -> out [B,K,G,T,V], Stats [B,K,G,T]."""
   B, K, G, T, _ = q.shape
   S, R, C = k.shape[2], options.block_q, options.block_k
@@ -232,6 +222,9 @@ def _attend(options, q, k, v, mask, bias, sinks, cap):
   return _finish(*rows, q.dtype)
 
 
+_attend = jax.custom_vjp(_run, nondiff_argnums=(0,))
+
+
 def _absorb(options, q, k, v, mask, bias, cap, tile, running):
   """(m, l, o) of the rows of a tile, after its keys."""
 
@@ -239,19 +232,19 @@ def _absorb(options, q, k, v, mask, bias, cap, tile, running):
     m, l, acc = running
     qi, kj, vj = take_rows(q, tile), take_cols(k, tile), take_cols(v, tile)
     shape = kj.shape[1], qi.shape[2], kj.shape[2]
-    admitted = _admitted(mask, tile, shape)
+    admitted = admitted_by(mask, tile, shape)
     if options.hides and admitted is not None:
       qi, kj, vj = without_hidden(admitted, qi, kj, vj)
-    s, *_ = _logits(options, qi, kj, admitted, bias, cap, tile)
-    top = jnp.maximum(m, jnp.max(s, axis=-1))
+    s, *_ = logits_of(options, qi, kj, admitted, bias, cap, tile)
+    top = lax.stop_gradient(jnp.maximum(m, jnp.max(s, axis=-1)))
     anchor = jnp.where(top == -jnp.inf, 0, top)
     p = exp_below(s, anchor[..., None])
     decay = jnp.exp(m - anchor)
-    pv = _dot('bkrc,bkcv->bkrv', p.astype(v.dtype), vj)
+    pv = dot('bkrc,bkcv->bkrv', p.astype(v.dtype), vj)
     l = l * decay + jnp.sum(p, axis=-1)
     return top, l, acc * decay[..., None] + pv
 
-  return _unless_empty(options, mask, tile, visit, lambda x: x, running)
+  return unless_empty(options, mask, tile, visit, lambda x: x, running)
 
 
 def _finish(m, l, acc, dtype):
@@ -284,7 +277,7 @@ def _attend_backward(options, residuals, cotangents):
   stats = total.dtype
 
   # As a dot: XLA sums short rows on a CPU twenty times slower.
-  delta = _dot('bkgtv,bkgtv->bkgt', dout, out) - total * dtotal
+  delta = dot('bkgtv,bkgtv->bkgt', dout, out) - total * dtotal
   share = jnp.where(total == 0, 0, 1 / total)  # of a weight 1
 
   def step(carry, entry, mask):
@@ -296,15 +289,15 @@ def _attend_backward(options, residuals, cotangents):
       qi, doi = take_rows(q, tile), take_rows(dout, tile)
       kj, vj = take_cols(k, tile), take_cols(v, tile)
       shape = K, qi.shape[2], C
-      admitted = _admitted(mask, tile, shape)
+      admitted = admitted_by(mask, tile, shape)
       if options.hides and admitted is not None:
         qi, kj, vj = without_hidden(admitted, qi, kj, vj)
-      s, slope, of_cap = _logits(
+      s, slope, of_cap = logits_of(
         options, qi, kj, admitted, bias, cap, tile, turned=True
       )
       p = exp_below(s, take_rows(top, tile)[..., None, :])
       p = p * take_rows(share, tile)[..., None, :]
-      dp = _dot('bkcv,bkrv->bkcr', vj, doi)
+      dp = dot('bkcv,bkrv->bkcr', vj, doi)
       ds = p * (dp - take_rows(delta, tile)[..., None, :])
       if bias is not None:
         full = ds.swapaxes(2, 3).reshape(B, K * G, R, C)
@@ -314,9 +307,9 @@ def _attend_backward(options, residuals, cotangents):
       if slope is not None:
         ds = ds * slope
       ds = (options.scale * ds).astype(q.dtype)
-      dqi = _dot('bkcr,bkch->bkrh', ds, kj).reshape(B, K, G, R, -1)
-      dkj = _dot('bkcr,bkrh->bkch', ds, qi)
-      dvj = _dot('bkcr,bkrv->bkcv', p.astype(v.dtype), doi)
+      dqi = dot('bkcr,bkch->bkrh', ds, kj).reshape(B, K, G, R, -1)
+      dkj = dot('bkcr,bkrh->bkch', ds, qi)
+      dvj = dot('bkcr,bkrv->bkcv', p.astype(v.dtype), doi)
       return dqi, dkj, dvj, [dbias, dcap]
 
     def skip(others):
@@ -327,7 +320,7 @@ def _attend_backward(options, residuals, cotangents):
       )
       return *zeros, others
 
-    dqi, dkj, dvj, others = _unless_empty(
+    dqi, dkj, dvj, others = unless_empty(
       options, mask, tile, visit, skip, others
     )
     dq = add_at(dq, dqi, tile.row_start, axis=3)
