@@ -240,6 +240,10 @@ class Radial(Rule):
     step = -quotient(-least * decay, self.frame_size)
     return width, distance % step == 0
 
+  def elementwise(self, T, S):
+    # A division of every pair by a number of its own takes a kernel too long.
+    return Dense(self.dense(T, S))
+
   def pairs(self, query, key):
     size = self.frame_size
     width, seen = self._band(abs(quotient(query, size) - quotient(key, size)))

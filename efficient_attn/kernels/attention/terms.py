@@ -1,0 +1,146 @@
+"""Masks and biases in a kernel: functions of positions and of arrays.
+
+An expression comes as a function of the positions of queries and keys and of
+its arrays, all broadcastable to one tile, so that it knows neither how a tile
+is laid out nor where its arrays are.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from efficient_attn.kernels.attention.tiles import Schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+  """A mask or a bias; hashable.
+
+  Attributes:
+    function: maps query and key positions and a list of arrays to a tile.
+    axes: of each array, in the order BNTS; those that an array lacks are
+      broadcast.
+    learned: which arrays have a gradient; none of them has T or S.
+  """
+
+  function: Callable[..., jax.Array]
+  axes: tuple[str, ...]
+  learned: tuple[int, ...] = ()
+
+
+def lay_out(
+  x: jax.Array, axes: str, schedule: Schedule, place: Callable
+) -> tuple[jax.Array, pl.BlockSpec]:
+  """An array as a kernel takes it, with its block specification.
+
+  Args:
+    x: the array.
+    axes: its axes.
+    schedule: of the call.
+    place: maps the indices of a program to (b, n, i, p): batch, head, block
+      of queries, span of keys.
+  """
+  R, C, span = schedule.rows, schedule.cols, schedule.span
+  full = dict(zip('TS', schedule.padded, strict=True))
+  pad = [(0, full.get(a, n) - n) for a, n in zip(axes, x.shape, strict=True)]
+  sizes = dict(zip(axes, x.shape, strict=True))
+  lead = sizes.get('B', 1), sizes.get('N', 1)
+  if x.dtype == bool:
+    x = x.astype(jnp.int8 if axes[-2:] == 'TS' else jnp.int32)
+  x = jnp.pad(x, pad)
+  if 'T' not in axes and 'S' not in axes:
+    return x.reshape(lead), pl.BlockSpec(memory_space=pltpu.SMEM)
+
+  def spec(block, *rest):
+    def index(*ids):
+      b, n, i, p = place(*ids)
+      at = dict(i=i, p=p)
+      head = (b if 'B' in axes else 0), (n if 'N' in axes else 0)
+      return *head, *(at.get(r, 0) for r in rest)
+
+    return pl.BlockSpec((1, 1, *block), index)
+
+  if 'S' not in axes:
+    return x.reshape(*lead, -1, 1, R), spec((1, 1, R), 'i', '', '')
+  if 'T' not in axes:
+    return x.reshape(*lead, -1, 1, C), spec((span, 1, C), 'p', '', '')
+  return x.reshape(*lead, *x.shape[-2:]), spec((R, span * C), 'i', 'p')
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+  """Evaluates a term on pieces of tiles.
+
+  Attributes:
+    term: the term.
+    refs: of its arrays, as `lay_out` gave them.
+    place: (b, n, i, p).
+    schedule: of the call.
+    turned: whether keys run along the first axis of a tile.
+  """
+
+  term: Term
+  refs: Sequence[Any]
+  place: tuple
+  schedule: Schedule
+  turned: bool
+
+  def positions(
+    self, tile: jax.Array, rows: slice, cols: slice
+  ) -> tuple[jax.Array, jax.Array]:
+    """Positions of queries [R, 1] and keys [1, C], or [1, R] and [C, 1]."""
+    _, _, i, p = self.place
+    s = self.schedule
+    query = i * s.rows + rows.start
+    key = (p * s.span + tile) * s.cols + cols.start
+    return (
+      query + _indices(rows, 1 if self.turned else 0),
+      key + _indices(cols, 0 if self.turned else 1),
+    )
+
+  def arrays(
+    self, tile: jax.Array, rows: slice, cols: slice
+  ) -> list[jax.Array]:
+    """The arrays, cut to a piece of a tile."""
+    return [
+      self._cut(ref, axes, tile, rows, cols)
+      for ref, axes in zip(self.refs, self.term.axes, strict=True)
+    ]
+
+  def _cut(self, ref, axes, tile, rows, cols):
+    if 'S' in axes and 'T' in axes:
+      start = pl.multiple_of(tile * self.schedule.cols + cols.start, 128)
+      found = ref[0, 0, rows, pl.ds(start, cols.stop - cols.start)]
+      if found.dtype == jnp.int8:
+        found = found.astype(jnp.int32)
+      return found.T if self.turned else found
+    if 'T' in axes:
+      found = ref[0, 0, 0, :, rows]
+      return found if self.turned else column(found)
+    if 'S' in axes:
+      found = ref[0, 0, tile, :, cols]
+      return column(found) if self.turned else found
+    b, n, *_ = self.place
+    return ref[b if 'B' in axes else 0, n if 'N' in axes else 0]
+
+  def __call__(self, tile: jax.Array, rows: slice, cols: slice) -> jax.Array:
+    """The term on a piece of a tile."""
+    return self.term.function(
+      *self.positions(tile, rows, cols), self.arrays(tile, rows, cols)
+    )
+
+
+def _indices(part, axis):
+  shape = [1, 1]
+  shape[axis] = part.stop - part.start
+  return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+
+
+def column(row: jax.Array) -> jax.Array:
+  """[1, X] to [X, 1]."""
+  return jnp.broadcast_to(row, (128, row.shape[1])).T[:, :1]
