@@ -1,9 +1,11 @@
-"""The attention kernels: their tiles and races."""
+"""The attention kernels: races, and compiling for TPUs that are not there."""
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from efficient_attn.kernels.attention.backward import backward
@@ -16,8 +18,9 @@ from efficient_attn.kernels.attention.tiles import (
   UPPER,
   make_schedule,
 )
-from efficient_attn.ops import masks
-from tests.kernels.additive_test import races
+from efficient_attn.ops import masks, scores
+from efficient_attn.ops.softmax.attention import attention
+from tests.kernels.additive_test import TOPOLOGIES, devices, races
 
 
 def lists(schedule, span, i):
@@ -86,3 +89,81 @@ def test_no_races_and_nothing_uninitialised():
     for x, y in zip(run(interpret, span), run(True, span), strict=True):
       np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
   assert not races().races_found
+
+
+C = masks.Causal()
+FLAGS = np.array([True, False, True, False])
+WINDOWS = np.array([1, 20, 300, 4]), np.array([0, 1, 2, 3])
+# Mask of segment ids, T, S, K, H, V and options of calls of 4 query heads.
+SHAPES = {
+  'causal': (lambda ids: C, 600, 600, 4, 128, 128, {}),
+  'packed': (lambda ids: masks.packed(C, ids), 600, 600, 2, 64, 128, {}),
+  'all': (
+    lambda ids: masks.packed(masks.Prefix(3) | masks.Window(64, 0), ids),
+    600, 600, 1, 128, 64,
+    dict(
+      bias=scores.Alibi(jnp.ones(4)),
+      sinks=jnp.ones(4),
+      logits_soft_cap=30.0,
+    ),
+  ),
+  'hidden': (
+    lambda ids: masks.Segments(ids, ids[:, :300]), 600, 300, 4, 256, 256, {},
+  ),
+  'heads': (
+    lambda ids: masks.Heads(FLAGS) & C
+    | ~masks.Heads(FLAGS) & masks.HeadWindow(*WINDOWS),
+    600, 600, 2, 80, 65, {},
+  ),
+  'dense': (
+    lambda ids: masks.Dense((ids > 0)[:, None, None]) & masks.Strided(16),
+    600, 600, 4, 64, 64, {},
+  ),
+  'layout': (
+    lambda ids: masks.RandomBlocks(640, 64, 3, 0, True) | masks.Fixed(16, 2),
+    600, 600, 4, 64, 64, {},
+  ),
+  'long': (lambda ids: masks.Window(4095, 0), 32768, 32768, 1, 128, 128, {}),
+}  # fmt: skip
+COMPILED = [
+  pytest.param(shape, topology, dtype, marks=marks)
+  for shape in SHAPES
+  for topology in TOPOLOGIES
+  for dtype in ('bfloat16', 'float32')
+  for marks in (
+    ()
+    if (shape, topology, dtype) == ('packed', 'v5e:2x2', 'bfloat16')
+    else pytest.mark.in_turn
+    if dtype == 'bfloat16' and (topology == 'v5e:2x2' or shape == 'packed')
+    else pytest.mark.exhaustive,
+  )
+  if (shape, topology) != ('long', 'v4:2x2x1')
+]
+
+
+@pytest.mark.parametrize('shape, topology, dtype', COMPILED)
+def test_compiles_for_tpus(shape, topology, dtype):
+  mask, T, S, K, H, V, options = SHAPES[shape]
+  mesh = jax.sharding.Mesh(np.array(devices(topology)[:1]), ('chip',))
+  leaf = functools.partial(
+    jax.ShapeDtypeStruct, sharding=jax.NamedSharding(mesh, jax.P())
+  )
+  q, k, v = (
+    leaf(s, jnp.dtype(dtype))
+    for s in ((1, T, 4, H), (1, S, K, H), (1, S, K, V))
+  )
+
+  def both(q, k, v, ids):
+    def call(*arrays):
+      return attention(
+        *arrays, mask=mask(ids), implementation='pallas_tpu', **options
+      )
+
+    out, pull = jax.vjp(call, q, k, v)
+    return out, pull(out)
+
+  lowered = jax.jit(both).lower(q, k, v, leaf((1, T), jnp.int32))
+  # Where keys and values do not fit, dq has a kernel of its own.
+  kernels = 3 if shape == 'long' else 2
+  assert lowered.as_text().count('tpu_custom_call') == kernels
+  lowered.compile()

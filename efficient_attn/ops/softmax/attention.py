@@ -4,9 +4,9 @@
 
 (Vaswani et al. 2017), with grouped queries (Ainslie et al. 2023), a soft cap
 c tanh(x / c) (Gemma 2), and learned sinks (gpt-oss). The cap comes before the
-bias, so that it never pulls a large negative bias back into view. What each
-implementation shares is the signature in `IMPLEMENTATIONS`; `reference` is
-the definition.
+bias, so that it never pulls a large negative bias back into view. All entries
+of `IMPLEMENTATIONS` share one signature; `reference` is the definition. The
+kernels of `attention_kernels.KERNELS` stand beside them.
 """
 
 import difflib
@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from efficient_attn.ops import masks, scores
+from efficient_attn.ops import dispatch, masks, scores
 from efficient_attn.ops.shapes import Scalar, Shaped
+from efficient_attn.ops.softmax import attention_kernels
 from efficient_attn.ops.softmax.attention_blockwise import attention_blockwise
 from efficient_attn.ops.softmax.attention_reference import attention_reference
 from efficient_attn.ops.softmax.attention_tiles import choose_tiles
@@ -31,6 +32,8 @@ IMPLEMENTATIONS = {
   'reference': attention_reference,
   'blockwise': attention_blockwise,
 }
+
+KERNELS = attention_kernels.KERNELS
 
 # Logits per head below which the whole matrix is faster than tiles.
 SMALL = 512 * 512
@@ -67,8 +70,9 @@ def attention(
     scale: factor of the logits, H**-0.5 by default.
     logits_soft_cap: c in c tanh(logits / c).
     sinks: one logit per head that joins the softmax denominator.
-    implementation: a name in `IMPLEMENTATIONS`; a sequence of names, of which
-      the first that can is used; or None for the best one.
+    implementation: a name in `IMPLEMENTATIONS`, the name of a kernel, or 'xla'
+      for the best that is not a kernel; a sequence of names, of which the
+      first that can is used; or None for the best one of each platform.
     return_lse: whether to return the log of the denominator too.
 
   Returns:
@@ -107,23 +111,37 @@ def attention_with_stats(
   """
   bias = _as_score(bias)
   _check(query, key, value, mask, bias, logits_soft_cap, sinks)
+  options = dict(
+    mask=mask,
+    bias=bias,
+    scale=scale,
+    logits_soft_cap=logits_soft_cap,
+    sinks=sinks,
+  )
+  request = attention_kernels.request(query, value, bias, logits_soft_cap)
   names, _ = _candidates(query, key, implementation)
   reasons = []
   for name in names:
     try:
-      return IMPLEMENTATIONS[name](
-        query,
-        key,
-        value,
-        mask=mask,
-        bias=bias,
-        scale=scale,
-        logits_soft_cap=logits_soft_cap,
-        sinks=sinks,
-      )
+      rows = _kernels(name, implementation, request)
+      if rows:
+        return attention_kernels.attend(query, key, value, rows=rows, **options)
+      return IMPLEMENTATIONS[name](query, key, value, **options)
     except NotImplementedError as error:
       reasons.append(f'{name}: {error}')
   raise NotImplementedError('attention: ' + '; '.join(reasons))
+
+
+def _kernels(name, implementation, request):
+  """The kernel of each platform, where any stands for `name`."""
+  if name in KERNELS:
+    reason = KERNELS[name].refuses(**request)
+    if reason is not None:
+      raise NotImplementedError(reason)
+    return {None: name}
+  if implementation is not None or name != 'blockwise':
+    return {}
+  return dispatch.choose(KERNELS, None, op='attention', **request)
 
 
 def explain_attention(
@@ -144,28 +162,42 @@ def explain_attention(
   """
   bias = _as_score(bias)
   _check(query, key, value, mask, bias, logits_soft_cap, sinks)
+  request = attention_kernels.request(query, value, bias, logits_soft_cap)
   names, why = _candidates(query, key, implementation)
   refused = []
   for name in names:
     try:
-      jax.eval_shape(
-        functools.partial(
-          IMPLEMENTATIONS[name],
-          mask=mask,
-          bias=bias,
-          scale=scale,
-          logits_soft_cap=logits_soft_cap,
-          sinks=sinks,
-        ),
-        query,
-        key,
-        value,
-      )
+      rows = _kernels(name, implementation, request)
+      if name in IMPLEMENTATIONS:
+        jax.eval_shape(
+          functools.partial(
+            IMPLEMENTATIONS[name],
+            mask=mask,
+            bias=bias,
+            scale=scale,
+            logits_soft_cap=logits_soft_cap,
+            sinks=sinks,
+          ),
+          query,
+          key,
+          value,
+        )
     except NotImplementedError as error:
       refused.append(f'; not {name}: {error}')
       continue
     answer = f'{name}: {why}' + ''.join(refused)
-    return answer + _tiles(query, key, mask) * (name == 'blockwise')
+    if name == 'blockwise':
+      answer += _tiles(query, key, mask)
+    if implementation is None and name == 'blockwise':
+      answer += ''.join(
+        f'; on {platform} {kernel}' for platform, kernel in rows.items()
+      )
+      answer += ''.join(
+        f'; not {kernel}: {reason}'
+        for kernel, row in KERNELS.items()
+        if (reason := row.refuses(**request)) is not None
+      )
+    return answer
   return 'none' + ''.join(refused)
 
 
@@ -178,7 +210,7 @@ def _tiles(query, key, mask):
 
 def _candidates(query, key, implementation):
   """The names to try in order, and the reason."""
-  if implementation is None:
+  if implementation in (None, dispatch.XLA):
     T, S = query.shape[1], key.shape[1]
     if T == 1:
       return ('reference',), 'one query row (T = 1) has nothing to tile'
@@ -190,13 +222,16 @@ def _candidates(query, key, implementation):
     names = (names,)
   if not names:
     raise ConfigError('implementation is empty; name one, or pass None.')
+  known = (*IMPLEMENTATIONS, *KERNELS, dispatch.XLA)
   for name in names:
-    if name not in IMPLEMENTATIONS:
-      near = difflib.get_close_matches(name, IMPLEMENTATIONS, n=1, cutoff=0)
+    if name not in known:
+      near = difflib.get_close_matches(name, known, n=1, cutoff=0)
       raise ConfigError(
         f'implementation {name!r} does not exist; did you mean {near[0]!r}?'
-        f' There are {", ".join(IMPLEMENTATIONS)}.'
+        f' There are {", ".join(known)}.'
       )
+  plain, _ = _candidates(query, key, None)
+  names = [plain[0] if name == dispatch.XLA else name for name in names]
   return tuple(names), 'the implementation asked for'
 
 

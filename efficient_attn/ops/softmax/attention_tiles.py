@@ -27,6 +27,50 @@ MACHINE = Costs(((256, 512), (256, 256), (128, 128)), 2**17, 1.7, 12_288)
 CORE = Costs(((256, 256), (128, 128)), 0, 1, 2048)
 
 
+class KernelTiles(NamedTuple):
+  """Tiles of the kernels on one kind of device.
+
+  Attributes:
+    rows: most queries of a block.
+    cols: most keys of a tile.
+    keys: bytes of the VMEM for keys, values and their gradients.
+    vmem: bytes of the VMEM that a kernel may use.
+  """
+
+  rows: int
+  cols: int
+  keys: int
+  vmem: int
+
+
+# By kind of device and dtype. A float32 product is made of six in bfloat16, and
+# unrolled into as many instructions.
+MIB = 2**20
+KERNEL_TILES = {
+  ('TPU v4', 'bfloat16'): KernelTiles(512, 512, 6 * MIB, 16 * MIB),
+  ('TPU v4', 'float32'): KernelTiles(256, 256, 6 * MIB, 16 * MIB),
+  ('TPU v5 lite', 'bfloat16'): KernelTiles(512, 512, 96 * MIB, 120 * MIB),
+  ('TPU v5 lite', 'float32'): KernelTiles(256, 256, 96 * MIB, 120 * MIB),
+  ('TPU v6 lite', 'bfloat16'): KernelTiles(512, 512, 96 * MIB, 120 * MIB),
+  ('TPU v6 lite', 'float32'): KernelTiles(256, 256, 96 * MIB, 120 * MIB),
+  # v5p, v7x, and where no mesh names the device.
+  (None, 'bfloat16'): KernelTiles(512, 512, 40 * MIB, 60 * MIB),
+  (None, 'float32'): KernelTiles(256, 256, 40 * MIB, 60 * MIB),
+}
+
+
+def kernel_tiles(device: str | None, dtype: np.dtype) -> KernelTiles:
+  """The tiles of the kernels on a kind of device."""
+  name = jnp.dtype(dtype).name
+  return KERNEL_TILES.get((device, name), KERNEL_TILES[None, name])
+
+
+def device_here() -> str | None:
+  """The kind of device that the mesh in context names."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return None if device is None else device.device_kind
+
+
 class Tiling(NamedTuple):
   """Which tiles of which size are visited: see `tile_schedule`."""
 

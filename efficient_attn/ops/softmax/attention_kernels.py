@@ -1,0 +1,391 @@
+"""The kernels of attention, and which calls they serve."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from efficient_attn.ops import dispatch, masks, scores
+from efficient_attn.ops.per_platform import differentiable, per_platform
+from efficient_attn.ops.shapes import Scalar, Shaped, fold_scale
+from efficient_attn.ops.softmax import attention_blockwise as blockwise
+from efficient_attn.ops.softmax.attention_blockwise_tile import make_options
+from efficient_attn.ops.softmax.attention_reference import attention_reference
+from efficient_attn.ops.softmax.attention_tiles import (
+  KernelTiles,
+  device_here,
+  kernel_tiles,
+)
+from efficient_attn.ops.softmax.hidden import may_hide
+from efficient_attn.ops.softmax.stats import Stats, exp_below
+
+# Tiles whose lists fit the scalar memory.
+MOST_TILES = 2**16
+
+
+def attend(
+  query: Float[Array, 'B T N H'],
+  key: Float[Array, 'B S K H'],
+  value: Float[Array, 'B S K V'],
+  *,
+  rows: Mapping[str | None, str],
+  mask: masks.Mask | None,
+  bias: scores.Score | None,
+  scale: Scalar | None,
+  logits_soft_cap: float | None,
+  sinks: Float[Array, 'N'] | None,
+) -> tuple[Float[Array, 'B T N V'], Stats]:
+  """Attention by a kernel where `rows` names one, else blockwise.
+
+  Args:
+    query: see `attention`, as what follows.
+    key: keys.
+    value: values.
+    rows: the kernel of each platform, see `dispatch.choose`.
+    mask: mask.
+    bias: bias.
+    scale: scale.
+    logits_soft_cap: a number, or None.
+    sinks: sinks.
+  """
+  query, scale = fold_scale(
+    query, query.shape[-1] ** -0.5 if scale is None else scale
+  )
+  options = make_options(
+    mask, query.shape[1], key.shape[1], scale=scale, soft_cap=logits_soft_cap
+  )
+  known = _known(mask, bias)
+  kernels = functools.partial(
+    dispatch.kernels,
+    KERNELS,
+    rows,
+    known=known,
+    scale=scale,
+    soft_cap=logits_soft_cap,
+    device=device_here(),
+  )
+
+  def definition(query, key, value, mask, bias, sinks):
+    return attention_reference(
+      query,
+      key,
+      value,
+      mask=mask,
+      bias=bias,
+      scale=scale,
+      logits_soft_cap=logits_soft_cap,
+      sinks=sinks,
+    )
+
+  plain = functools.partial(blockwise.attend, options)
+
+  def forward(*args):
+    found = plain(*args)
+    return found, found
+
+  def backward(args, residuals, cotangents):
+    found = blockwise.gradients(options, args, *residuals, cotangents)
+    dq, dk, dv, _, dbias, dsinks = found
+    return dq, dk, dv, _nothing(args[3]), known.only_learned(dbias), dsinks
+
+  call = differentiable(
+    functools.partial(per_platform, plain, kernels('call')),
+    functools.partial(per_platform, forward, kernels('forward')),
+    functools.partial(per_platform, backward, kernels('backward')),
+    definition,
+  )
+  return call(query, key, value, mask, bias, sinks)
+
+
+def request(
+  query: Shaped,
+  value: Shaped,
+  bias: scores.Score | None,
+  soft_cap: Scalar | None,
+) -> dict[str, Any]:
+  """What a kernel may refuse, from shapes and statics."""
+  return dict(query=query, value=value, bias=bias, soft_cap=soft_cap)
+
+
+def _refuses(
+  *,
+  query: Shaped,
+  value: Shaped,
+  bias: scores.Score | None,
+  soft_cap: Scalar | None,
+) -> str | None:
+  """Why the kernel cannot serve a call, or None."""
+  T, S = query.shape[1], value.shape[1]
+  if query.dtype not in (jnp.bfloat16, jnp.float32):
+    return f'the query is {query.dtype}, it takes bfloat16 and float32'
+  if T == 1:
+    return 'T = 1, one query row has nothing to tile'
+  for axis, size in (('H', query.shape[-1]), ('V', value.shape[-1])):
+    if not 16 <= size <= 256:
+      return f'{axis} = {size}, it takes 16 to 256'
+  if not isinstance(soft_cap, (float, int, type(None))):
+    return 'logits_soft_cap is an array, it takes a number'
+  if bias is not None and not bias.elementwise:
+    return f'the bias is scores.{type(bias).__name__}, it takes scores.Alibi'
+  tiles = kernel_tiles(device_here(), query.dtype)
+  total = math.ceil(T / tiles.rows) * math.ceil(S / tiles.cols)
+  if total > MOST_TILES:
+    return f'T * S = {T * S} may have {total} tiles, it takes {MOST_TILES}'
+  return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Known:
+  """What is known of a mask and a bias when a call is traced.
+
+  Attributes:
+    mask: with shapes in place of traced arrays, for its block map.
+    learned: which arrays of the bias, in order, may have a gradient.
+  """
+
+  mask: masks.Mask | None
+  learned: tuple[bool, ...]
+
+  def only_learned(self, bias: scores.Score | None) -> scores.Score | None:
+    """A cotangent of a bias without those of what is not learned."""
+    leaves, tree = jax.tree.flatten(bias)
+    return tree.unflatten(
+      [
+        x if learned else None
+        for x, learned in zip(leaves, self.learned, strict=True)
+      ]
+    )
+
+
+def _known(mask, bias):
+  def shape(x):
+    return (
+      x if isinstance(x, np.ndarray) else jax.ShapeDtypeStruct(x.shape, x.dtype)
+    )
+
+  def learned(x):
+    return not isinstance(x, np.ndarray) and jnp.issubdtype(
+      x.dtype, jnp.inexact
+    )
+
+  return _Known(
+    mask=jax.tree.map(shape, mask),
+    learned=tuple(map(learned, jax.tree.leaves(bias))),
+  )
+
+
+def _nothing(tree):
+  return jax.tree.map(lambda _: None, tree)
+
+
+@dataclasses.dataclass(frozen=True)
+class _InTile:
+  """An expression as a function of a kernel: see `kernels.attention.terms`."""
+
+  tree: Any  # a treedef, which has a hash
+  flags: tuple[bool, ...]  # which arrays hold truth values
+
+  def __call__(self, query, key, arrays):
+    shape = jnp.broadcast_shapes(query.shape, key.shape)
+    arrays = [
+      jnp.broadcast_to(x, shape) != 0 if flag else x
+      for x, flag in zip(arrays, self.flags, strict=True)
+    ]
+    return self.tree.unflatten(arrays).in_tile(query, key)
+
+
+def _term(expression, learned=()):
+  """A mask or bias as the kernels take it: (term, arrays)."""
+  from efficient_attn.kernels.attention.terms import Term
+
+  if expression is None:
+    return None, ()
+  leaves, tree = jax.tree.flatten(expression)
+  axes = jax.tree.leaves(masks.letters(expression))
+  arrays = []
+  for x, letters in zip(leaves, axes, strict=True):
+    x = jnp.asarray(x)
+    kept = [i for i, a in enumerate(letters) if a != '_']
+    arrays.append(x.reshape([x.shape[i] for i in kept]))
+  term = Term(
+    function=_InTile(tree, tuple(x.dtype == bool for x in arrays)),
+    axes=tuple(a.replace('_', '') for a in axes),
+    learned=tuple(i for i, learns in enumerate(learned) if learns),
+  )
+  return term, tuple(arrays)
+
+
+def _prepare(query, key, value, mask, bias, *, known, scale, soft_cap, device,
+             interpret, backward):  # fmt: skip
+  """The static options of a call, and the arrays of its mask and bias."""
+  # Pallas takes as long to import as all of this package.
+  from efficient_attn.kernels.attention.layout import Options
+  from efficient_attn.kernels.attention.tiles import make_schedule
+
+  T, S = query.shape[1], key.shape[1]
+  tiles = kernel_tiles(device, query.dtype)
+
+  def block_map(rows, cols):
+    if known.mask is None:
+      shape = -(-T // rows), -(-S // cols)
+      return np.full(shape, masks.FULL, np.int8)
+    return known.mask.block_map(T, S, rows, cols)
+
+  schedule = make_schedule(
+    block_map,
+    T,
+    S,
+    _fit(T, tiles.rows),
+    _fit(S, tiles.cols),
+    _span(tiles, query, value, backward=backward),
+  )
+  some = _may_admit(mask, schedule)
+  mask_term, mask_arrays = _term(
+    None if mask is None else mask.elementwise(T, S)
+  )
+  bias_term, bias_arrays = _term(bias, known.learned)
+  options = Options(
+    schedule=schedule,
+    scale=scale,
+    soft_cap=soft_cap,
+    mask=mask_term,
+    bias=bias_term,
+    hides=may_hide(mask, T, S),
+    vmem=tiles.vmem,
+    interpret=interpret,
+  )
+  return options, (mask_arrays, bias_arrays, some)
+
+
+def _fit(length, block):
+  """Blocks of at most `block`, of whole registers in halves."""
+  return min(block, -(-length // 256) * 256)
+
+
+def _span(tiles: KernelTiles, query, value, *, backward: bool) -> int:
+  """How many tiles of keys stand in the VMEM at once."""
+  widths = sum(-(-x.shape[-1] // 128) * 128 for x in (query, value))
+  # Two buffers of each operand and result, and sums in float32.
+  bytes_each = 2 * query.dtype.itemsize * (1 + backward) + 4 * backward
+  cols = min(tiles.cols, _fit(value.shape[1], tiles.cols))
+  return max(1, tiles.keys // (cols * widths * bytes_each))
+
+
+def _may_admit(mask, schedule):
+  """Whether each tile may admit a pair, [#B, #N, tiles], or None: all may."""
+  T, S = schedule.length, schedule.keys
+  R, C = min(schedule.rows, T), min(schedule.cols, S)
+  corner = jnp.arange(R), jnp.arange(C)
+  if mask is None or mask.maybe(*corner) is True:
+    return None
+  i = schedule.array('blocks')
+  spans = np.diff(schedule.array('starts').reshape(-1, 5)).sum(1)
+  p = np.repeat(np.arange(len(spans)), spans) // schedule.num_blocks
+  j = p * schedule.span + schedule.array('tiles')
+  rows = jnp.asarray(np.minimum(i * schedule.rows, T - R))
+  cols = jnp.asarray(np.minimum(j * schedule.cols, S - C))
+
+  def of_tile(mask, row, col):
+    return mask.maybe(row + corner[0], col + corner[1])
+
+  def of_tiles(mask):
+    found = jax.vmap(functools.partial(of_tile, mask))(rows, cols)
+    return found.astype(jnp.int32)
+
+  def over(letter, function):
+    """Maps a function of a mask over an axis of its arrays."""
+
+    def run(mask):
+      leaves, tree = jax.tree.flatten(mask)
+      axes = [
+        a.find(letter) if letter in a else None
+        for a in jax.tree.leaves(masks.letters(mask))
+      ]
+      if all(axis is None for axis in axes):
+        return function(mask)[None]
+
+      def one(*leaves):
+        return function(
+          tree.unflatten(
+            [
+              x if axis is None else jnp.expand_dims(x, axis)
+              for x, axis in zip(leaves, axes, strict=True)
+            ]
+          )
+        )
+
+      return jax.vmap(one, in_axes=axes)(*leaves)
+
+    return run
+
+  found = over('B', over('N', of_tiles))(mask)
+  if found.size > MOST_TILES:
+    found = jnp.max(found, axis=(0, 1), keepdims=True)
+  return found
+
+
+def _call(query, key, value, mask, bias, sinks, **statics):
+  from efficient_attn.kernels.attention.forward import forward
+
+  options, operands = _prepare(
+    query, key, value, mask, bias, backward=False, **statics
+  )
+  out, top, total = forward(query, key, value, sinks, operands, options=options)
+  return out, Stats(top, total)
+
+
+def _forward(*args, **statics):
+  found = _call(*args, **statics)
+  return found, found
+
+
+def _backward(args, residuals, cotangents, *, known, **statics):
+  from efficient_attn.kernels.attention.backward import backward
+
+  query, key, value, mask, bias, sinks = args
+  out, (top, total) = residuals
+  d_out, (_, d_total) = cotangents  # top has no gradient
+  options, operands = _prepare(
+    query, key, value, mask, bias, backward=True, known=known, **statics
+  )
+  delta = jnp.einsum(
+    'btnv,btnv->btn', d_out, out, preferred_element_type=jnp.float32
+  )
+  delta = delta - total * d_total
+  share = jnp.where(total == 0, 0, 1 / total)
+  d_q, d_k, d_v, learned = backward(
+    query, key, value, d_out, top, share, delta, operands, options=options
+  )
+  d_sinks = None
+  if sinks is not None:
+    p = share * exp_below(sinks.astype(jnp.float32), top)
+    d_sinks = -jnp.sum(p * delta, axis=(0, 1)).astype(sinks.dtype)
+  leaves, tree = jax.tree.flatten(bias)
+  axes = jax.tree.leaves(masks.letters(bias))
+  learned = iter(learned)
+  d_bias = []
+  for x, letters, learns in zip(leaves, axes, known.learned, strict=True):
+    if learns:
+      grad = next(learned)  # [B, N]
+      summed = [i for i, a in enumerate('BN') if a not in letters]
+      d_bias.append(jnp.sum(grad, summed).reshape(x.shape).astype(x.dtype))
+    else:
+      d_bias.append(None)
+  return d_q, d_k, d_v, _nothing(mask), tree.unflatten(d_bias), d_sinks
+
+
+KERNELS = {
+  'pallas_tpu': dispatch.Implementation(
+    call=_call,
+    forward=_forward,
+    backward=_backward,
+    platforms=('tpu',),
+    refuses=_refuses,
+  ),
+}
