@@ -190,6 +190,26 @@ def test_what_is_hidden_may_be_nan():
     np.testing.assert_array_equal(x, y)
 
 
+def test_another_segment_may_be_nan():
+  """Where it has tiles of its own, which run time skips."""
+  arrays = make_arrays(600, 600, B=1, **SIZES)
+  ids = jnp.asarray(np.repeat([5, 7], [256, 344])[None])
+
+  @jax.jit
+  def grads(arrays):
+    def loss(arrays):
+      out = call(arrays, masks.packed(masks.Causal(), ids))
+      return jnp.sum(jnp.sin(out[:, 256:]))
+
+    return jax.value_and_grad(loss)(arrays)
+
+  loss, expected = grads(arrays)
+  dirty, found = grads([x.at[:, :256].set(jnp.nan) for x in arrays])
+  assert loss == dirty
+  for x, y in zip(found, expected, strict=True):
+    np.testing.assert_array_equal(x[:, 256:], y[:, 256:])
+
+
 def test_without_a_name_a_cpu_runs_the_blockwise_form():
   arrays = make_arrays(600, 600, B=1, **SIZES)
 
