@@ -55,11 +55,12 @@ def test_quickstart_compiles_for_v5e(mesh, collectives):
   assert memory.alias_size_in_bytes > 0.9 * memory.output_size_in_bytes
 
 
-@pytest.mark.parametrize('mixer', ['retention', 'hgrn2'])
+@pytest.mark.parametrize('mixer', ['retention', 'hgrn2', 'attention'])
 def test_a_sharded_step_has_both_passes_of_the_kernel(mixer):
   changes = {
     'mesh': 'data=2,fsdp=2,tensor=2',
     'model.pattern': f'("{mixer}",)',
+    'data.seq_len': 1024,
   }
   text = lowered_step(**changes).as_text()
   # One layer of a scan over layers: a forward and a backward pass.
