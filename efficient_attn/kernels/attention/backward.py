@@ -30,10 +30,8 @@ from efficient_attn.kernels.attention.layout import (
   dot,
   rows_of,
 )
-from efficient_attn.kernels.attention.terms import column
+from efficient_attn.kernels.attention.terms import LANES, column
 from efficient_attn.kernels.attention.tiles import FULL
-
-LANES = 128
 
 
 @functools.partial(jax.jit, static_argnames='options')

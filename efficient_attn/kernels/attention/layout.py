@@ -80,12 +80,12 @@ class Tiles:
     def reader(term, refs):
       if term is None:
         return None
-      return Reader(term, refs, place, options.schedule, turned)
+      return Reader(term, refs, place, options.schedule, turned=turned)
 
     self.mask = reader(options.mask, mask_refs)
     self.bias = reader(options.bias, bias_refs)
     self._positions = Reader(
-      Term(None, ()), (), place, options.schedule, turned
+      Term(None, ()), (), place, options.schedule, turned=turned
     ).positions
 
   def loop(self, visit) -> None:

@@ -16,6 +16,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from efficient_attn.kernels.attention.tiles import Schedule
 
+LANES = 128
+
 
 @dataclasses.dataclass(frozen=True)
 class Term:
@@ -72,11 +74,10 @@ def lay_out(
   return x.reshape(*lead, *x.shape[-2:]), spec((R, span * C), 'i', 'p')
 
 
-@dataclasses.dataclass(frozen=True)
 class Reader:
   """Evaluates a term on pieces of tiles.
 
-  Attributes:
+  Args:
     term: the term.
     refs: of its arrays, as `lay_out` gave them.
     place: (b, n, i, p).
@@ -84,11 +85,24 @@ class Reader:
     turned: whether keys run along the first axis of a tile.
   """
 
-  term: Term
-  refs: Sequence[Any]
-  place: tuple
-  schedule: Schedule
-  turned: bool
+  def __init__(
+    self,
+    term: Term,
+    refs: Sequence[Any],
+    place: tuple,
+    schedule: Schedule,
+    *,
+    turned: bool,
+  ):
+    self.term, self.refs, self.place = term, refs, place
+    self.schedule, self.turned = schedule, turned
+    # The same for all tiles of a block: made before the loop over them, in all
+    # lanes.
+    self._columns = {
+      which: jnp.broadcast_to(ref[0, 0, 0], (LANES, schedule.rows)).T
+      for which, (ref, axes) in enumerate(zip(refs, term.axes, strict=True))
+      if 'T' in axes and 'S' not in axes and not turned
+    }
 
   def positions(
     self, tile: jax.Array, rows: slice, cols: slice
@@ -108,20 +122,23 @@ class Reader:
   ) -> list[jax.Array]:
     """The arrays, cut to a piece of a tile."""
     return [
-      self._cut(ref, axes, tile, rows, cols)
-      for ref, axes in zip(self.refs, self.term.axes, strict=True)
+      self._cut(which, tile, rows, cols) for which in range(len(self.refs))
     ]
 
-  def _cut(self, ref, axes, tile, rows, cols):
+  def _cut(self, which, tile, rows, cols):
+    ref, axes = self.refs[which], self.term.axes[which]
     if 'S' in axes and 'T' in axes:
-      start = pl.multiple_of(tile * self.schedule.cols + cols.start, 128)
+      start = pl.multiple_of(tile * self.schedule.cols + cols.start, LANES)
       found = ref[0, 0, rows, pl.ds(start, cols.stop - cols.start)]
       if found.dtype == jnp.int8:
         found = found.astype(jnp.int32)
       return found.T if self.turned else found
     if 'T' in axes:
-      found = ref[0, 0, 0, :, rows]
-      return found if self.turned else column(found)
+      if self.turned:
+        return ref[0, 0, 0, :, rows]
+      return jnp.tile(
+        self._columns[which][rows], (1, (cols.stop - cols.start) // LANES)
+      )
     if 'S' in axes:
       found = ref[0, 0, tile, :, cols]
       return column(found) if self.turned else found
@@ -143,4 +160,4 @@ def _indices(part, axis):
 
 def column(row: jax.Array) -> jax.Array:
   """[1, X] to [X, 1]."""
-  return jnp.broadcast_to(row, (128, row.shape[1])).T[:, :1]
+  return jnp.broadcast_to(row, (LANES, row.shape[1])).T[:, :1]
