@@ -1,0 +1,102 @@
+"""The kernels of a traced program: their grids, and the memory they move."""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr
+
+
+class Grid(NamedTuple):
+  """A kernel that was called.
+
+  Attributes:
+    programs: of its grid.
+    traffic: bytes of the main memory that its blocks read and write, one that
+      stays from a program to the next once.
+  """
+
+  programs: int
+  traffic: int
+
+
+def kernel_grids(jaxpr) -> dict[str, Grid]:
+  """Returns the kernels of a closed jaxpr by name."""
+  found = {}
+  for equation, tables in _kernels(jaxpr, {}):
+    name = equation.params['name']
+    mapping = equation.params['grid_mapping']
+    grid = Grid(
+      math.prod(mapping.grid),
+      sum(_moved(x, mapping.grid, tables) for x in mapping.block_mappings),
+    )
+    if found.setdefault(name, grid) != grid:
+      raise ValueError(f'two kernels are named {name!r}: {found[name]}, {grid}')
+  return found
+
+
+def _kernels(closed, known) -> Iterator:
+  """Calls of kernels, with the tables that their index maps read.
+
+  Args:
+    closed: a jaxpr with its constants.
+    known: values of its arguments by their place, those that are constants.
+  """
+  jaxpr = closed.jaxpr
+  values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+  values |= {jaxpr.invars[i]: value for i, value in known.items()}
+  for equation in jaxpr.eqns:
+    given = {
+      i: getattr(x, 'val', None) if hasattr(x, 'val') else values[x]
+      for i, x in enumerate(equation.invars)
+      if hasattr(x, 'val') or x in values
+    }
+    if equation.primitive.name == 'pallas_call':
+      count = equation.params['grid_mapping'].num_index_operands
+      yield equation, [given.get(i) for i in range(count)]
+      continue
+    if equation.primitive.name == 'per_platform':  # traced when it is lowered
+      kernels = dict(equation.params['kernels'])
+      kernel = kernels.get('tpu', kernels.get(None))
+      arrays = [
+        jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype)
+        for x in equation.invars
+      ]
+      inner = [jax.make_jaxpr(kernel)(*arrays)] if kernel else []
+    else:
+      inner = jax.tree.leaves(
+        list(equation.params.values()), is_leaf=lambda x: hasattr(x, 'eqns')
+      )
+    for value in inner:
+      if hasattr(value, 'eqns'):
+        if not hasattr(value, 'consts'):
+          value = ClosedJaxpr(value, [])
+        same = len(value.jaxpr.invars) == len(equation.invars)
+        yield from _kernels(value, given if same else {})
+
+
+def _moved(block, grid, tables):
+  """Bytes that an operand moves: of its block, when it changes."""
+  # Of an axis without a block size one row, which the block has not.
+  size = math.prod(getattr(x, 'block_size', 1) for x in block.block_shape)
+  size *= block.array_aval.dtype.itemsize
+  reads = {
+    x for equation in block.index_map_jaxpr.jaxpr.eqns for x in equation.invars
+    if not hasattr(x, 'val')
+  }  # fmt: skip
+  refs = block.index_map_jaxpr.jaxpr.invars[len(grid) :]
+  tables = [
+    table if ref in reads else np.zeros(ref.aval.shape, ref.aval.dtype)
+    for table, ref in zip(tables, refs, strict=True)
+  ]
+  if any(table is None for table in tables):  # not known: another every time
+    return size * math.prod(grid)
+  places = np.indices(grid, np.int32).reshape(len(grid), -1)
+  starts = jax.vmap(
+    lambda *place: block.compute_start_indices_interpret(place, *tables)
+  )(*places)
+  rows = np.stack([np.broadcast_to(x, places[0].shape) for x in starts])
+  changes = np.any(rows[:, 1:] != rows[:, :-1], axis=0)
+  return size * (1 + int(np.count_nonzero(changes)))

@@ -1,0 +1,88 @@
+"""What the blocks of a kernel move is read from its index maps."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from efficient_attn import ops
+from experiments.benchmarks.grids import Grid, kernel_grids
+
+X = jax.ShapeDtypeStruct((2, 64, 128), jnp.float32)
+BLOCK = 8 * 128 * 4
+
+
+def copy(*refs):
+  refs[-1][...] = refs[-2][...]
+
+
+def call(index_map, table=None, name='copy'):
+  """Copies 8 rows a program, from the block that `index_map` names."""
+  spec = functools.partial(pl.BlockSpec, (None, 8, 128))
+  tables = [] if table is None else [np.array(table, np.int32)]
+  grid = pltpu.PrefetchScalarGridSpec(
+    num_scalar_prefetch=len(tables),
+    grid=(2, 8),
+    in_specs=[spec(index_map)],
+    out_specs=spec(lambda b, i, *_: (b, i, 0)),
+  )
+  return lambda x: pl.pallas_call(copy, grid_spec=grid, out_shape=X, name=name)(
+    *tables, x
+  )
+
+
+@pytest.mark.parametrize(
+  'index_map, table, reads',
+  [
+    (lambda b, i: (b, i, 0), None, 16),
+    (lambda b, i: (b, jax.lax.div(i, 4), 0), None, 4),
+    (lambda b, i: (0, 0, 0), None, 1),
+    (lambda b, i, table: (b, table[i], 0), [0, 0, 1, 1, 2, 2, 2, 2], 6),
+    (lambda b, i, table: (b, jax.lax.div(i, 4), 0), [0] * 8, 4),
+  ],
+)
+@pytest.mark.parametrize('jitted', [False, True])
+def test_a_block_moves_when_it_changes(index_map, table, reads, jitted):
+  run = call(index_map, table)
+  jaxpr = jax.make_jaxpr(jax.jit(run) if jitted else run)(X)
+  assert kernel_grids(jaxpr) == {'copy': Grid(16, (reads + 16) * BLOCK)}
+
+
+def test_a_table_that_is_computed_moves_a_block_a_program():
+  spec = functools.partial(pl.BlockSpec, (None, 8, 128))
+  grid = pltpu.PrefetchScalarGridSpec(
+    num_scalar_prefetch=1,
+    grid=(2, 8),
+    in_specs=[spec(lambda b, i, table: (b, table[0], 0))],
+    out_specs=spec(lambda b, i, table: (b, i, 0)),
+  )
+  run = pl.pallas_call(copy, grid_spec=grid, out_shape=X, name='copy')
+  table = jax.ShapeDtypeStruct((1,), jnp.int32)
+  jaxpr = jax.make_jaxpr(run)(table, X)
+  assert kernel_grids(jaxpr) == {'copy': Grid(16, 32 * BLOCK)}
+
+
+def test_kernels_of_one_name_must_be_one():
+  whole = call(lambda b, i: (b, i, 0))
+  part = call(lambda b, i: (0, 0, 0))
+  twice = jax.make_jaxpr(lambda x: whole(whole(x)))(X)
+  assert len(kernel_grids(twice)) == 1
+  with pytest.raises(ValueError, match="two kernels are named 'copy'"):
+    kernel_grids(jax.make_jaxpr(lambda x: part(whole(x)))(X))
+
+
+def test_kernels_of_an_op_are_found_before_it_is_lowered():
+  x = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16)
+  decay = jax.ShapeDtypeStruct((1, 256, 2), jnp.float32)
+
+  def loss(x, decay):
+    out, _ = ops.linear_attention(x, x, x, log_decay=decay)
+    return out.astype(jnp.float32).sum()
+
+  found = kernel_grids(jax.make_jaxpr(jax.grad(loss))(x, decay))
+  assert set(found) == {'scalar_gate_forward', 'scalar_gate_backward'}
+  assert {grid.programs for grid in found.values()} == {2}
