@@ -1,6 +1,8 @@
 """Benchmarks; `SUITES` maps a name to the module that measures it."""
 
-# Each module has measure(rounds) -> {name: figure}.
+# Each module has measure(rounds) -> {name: figure}; those of `STATIC`, which
+# compile for TPUs that are not there, ROWS and measure(topology, rows), whose
+# figures are named row/..., and write_report(folder).
 SUITES = {
   'trainer': 'experiments.benchmarks.trainer',
   'grid': 'experiments.benchmarks.grid',
@@ -12,3 +14,4 @@ SUITES = {
   'resume': 'experiments.benchmarks.resume',
   'static': 'experiments.benchmarks.static',
 }
+STATIC = ('static',)

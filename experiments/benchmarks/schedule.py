@@ -1,8 +1,9 @@
-"""The schedule of a program for a TPU, read from the compiler's own output.
+"""The operations of a program for a TPU, read from the compiler's own output.
 
 No accelerator is needed: the compiler estimates the cycles of every operation
-of a program, and dumps the final bundles of every kernel. A program is then
-the sum over its operations, those of a loop as often as it turns.
+of a program, but for kernels, of which it dumps the final bundles (`bundles`).
+A program is then the sum over its operations, those of a loop as often as it
+turns.
 
 The estimates are a model. Those of operations are pessimistic where arrays
 change their layout, by up to 2x; bundles know nothing of waiting for memory,
@@ -10,76 +11,17 @@ and are optimistic by about 1.4x.
 """
 
 import dataclasses
-import glob
 import math
-import os
 import re
-import tempfile
 
 BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's16': 2, 'f64': 8}
+KERNEL = 'custom_call_target="tpu_custom_call"'
 SHAPE = re.compile(r'(\w+)\[([\d,]*)\](\{[^}]*\})?')
 # What computes or moves nothing by itself.
 FREE = {
-  'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while',
-  'after-all', 'iota', 'conditional', 'call', 'opt-barrier', 'partition-id',
+  'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast',
+  'after-all', 'iota', 'conditional', 'opt-barrier', 'partition-id',
 }  # fmt: skip
-
-
-def start_dump() -> str:
-  """Makes the TPU compiler dump its schedules; before it is loaded.
-
-  Returns:
-    The folder of the dumps.
-  """
-  folder = tempfile.mkdtemp(prefix='schedules_')
-  os.environ['LIBTPU_INIT_ARGS'] = (
-    f'--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true'
-  )
-  return folder
-
-
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-  """The schedule of one program of a kernel's grid.
-
-  Attributes:
-    cycles: bundles, those that wait included.
-    busy: share of the cycles that each unit is busy, by its name.
-    spills: vectors stored because there are too few registers.
-  """
-
-  cycles: int
-  busy: dict[str, float]
-  spills: int
-
-
-def read_kernel(folder: str, name: str) -> Kernel:
-  """Reads the schedule of the kernel `name` that was compiled last."""
-  pattern = f'{folder}/*{name}*final_hlo-static-per-bundle-utilization.txt'
-  path = max(glob.glob(pattern), key=os.path.getmtime)
-  with open(path) as file:
-    lines = file.read().split('\n')
-  # The names of the units, how many there are of each, and what each bundle
-  # uses of them.
-  names = next(i for i, line in enumerate(lines) if line.startswith('MXU'))
-  units = lines[names].split(', ')
-  capacity = list(map(int, lines[names + 1].split()))
-  begin = next(i for i, line in enumerate(lines) if 'UTILIZATION' in line)
-  bundles = [list(map(int, x.split())) for x in lines[begin + 1 :] if x.strip()]
-  used = dict(zip(units, map(sum, zip(*bundles, strict=True)), strict=True))
-  stem = re.sub(r'-\d+-final_hlo.*', '', path.rsplit('/', 1)[1])
-  stem = re.sub(r'^\d+-', '', stem)
-  pattern = f'{folder}/*{stem}-*schedule-analysis_packed-bundles-post-ra.txt'
-  with open(max(glob.glob(pattern), key=os.path.getmtime)) as file:
-    cycles = int(re.search(r'total scheduled bundles:\s+(\d+)', file.read())[1])
-  return Kernel(
-    cycles=cycles,
-    busy={
-      unit: used[unit] / cycles / count
-      for unit, count in zip(units, capacity, strict=True)
-    },
-    spills=used['VSTORE:SPILL'],
-  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +30,7 @@ class Operation:
 
   name: str
   kind: str
+  source: str  # the operation of jax, and its line
   results: list[tuple[int, bool]]  # bytes, and whether in the main memory
   operands: list[str]
   cycles: int
@@ -104,7 +47,7 @@ def _sizes(text):
 
 def _parse(text):
   """Computations by name, each its operations in order; and the entry."""
-  computations, entry = {}, None
+  computations, entry, lines = {}, None, _lines(text)
   for line in text.split('\n'):
     if line.endswith('{') and not line.startswith(' '):
       name = line.split('(')[0].replace('ENTRY', '').strip().lstrip('%')
@@ -116,7 +59,12 @@ def _parse(text):
       continue
     name, shape, kind, rest = found.groups()
     cycles = re.search(r'"estimated_cycles":"(\d+)"', rest)
-    called = re.findall(r'(calls|body|condition)=%?([\w.-]+)', rest)
+    called = re.findall(r'(calls|body|condition|to_apply)=%?([\w.-]+)', rest)
+    turns = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
+    if turns:
+      called.append(('turns', turns[1]))
+    if KERNEL in rest:
+      kind = 'kernel'
     head = rest.split('), ')[0]
     if kind == 'constant':
       called.append(('value', head.rstrip(')')))
@@ -125,12 +73,43 @@ def _parse(text):
     current[name] = Operation(
       name=name,
       kind=kind,
+      source=_source(rest, lines),
       results=_sizes(shape),
       operands=re.findall(r'%([\w.-]+)', head),
       cycles=int(cycles[1]) if cycles else 0,
       called=dict(called),
     )
   return computations, entry
+
+
+def _lines(text):
+  """By stack frame, the line of the source: layers/ffn.py:31."""
+  tables = {}
+  for title in ('FileNames', 'FileLocations', 'StackFrames'):
+    table = re.search(rf'^{title}\n((?:\d+ .*\n)*)', text, re.MULTILINE)
+    rows = table[1].splitlines() if table else []
+    tables[title] = dict(row.split(' ', 1) for row in rows)
+  names, places, frames = tables.values()
+  found = {}
+  for frame, row in frames.items():
+    place = places[re.search(r'file_location_id=(\d+)', row)[1]]
+    name = names[re.search(r'file_name_id=(\d+)', place)[1]].strip('"')
+    name = re.sub(r'.*/(efficient_attn|site-packages)/', '', name)
+    found[frame] = f'{name}:{re.search(r" line=([0-9]+)", place)[1]}'
+  return found
+
+
+def _source(rest, lines):
+  name = re.search(r'op_name="([^"]*)"', rest)
+  frame = re.search(r'stack_frame_id=(\d+)', rest)
+  if not name:
+    return ''
+  parts = [lines.get(frame[1], '') if frame else '', name[1].split('/')[-1]]
+  if 'rematted_computation' in name[1]:
+    parts.append('(again)')
+  elif 'transpose(' in name[1]:
+    parts.append('(backward)')
+  return ' '.join(filter(None, parts))
 
 
 def _turns(condition):
@@ -181,41 +160,66 @@ def _whole(operations, name):
 
 
 @dataclasses.dataclass(frozen=True)
+class Cost:
+  """What an operation costs a program, all turns of its loops together."""
+
+  operation: Operation
+  times: int
+  traffic: int  # bytes of the main memory read and written
+
+  @property
+  def cycles(self) -> int:
+    """Cycles of all its turns."""
+    return self.times * self.operation.cycles
+
+
+@dataclasses.dataclass(frozen=True)
 class Program:
   """What a compiled program costs.
 
   Attributes:
-    cycles: of its operations, kernels left out.
-    traffic: bytes of the main memory read and written, kernels included.
-    kernels: the names of its kernels.
-    launches: operations and turns of loops.
+    costs: of its operations, kernels left out.
+    kernels: how often each kernel is launched, by its name.
   """
 
-  cycles: int
-  traffic: int
-  kernels: tuple[str, ...]
-  launches: int
+  costs: list[Cost]
+  kernels: dict[str, int]
+
+  @property
+  def cycles(self) -> int:
+    """Cycles of its operations."""
+    return sum(cost.cycles for cost in self.costs)
+
+  @property
+  def traffic(self) -> int:
+    """Bytes of the main memory that its operations read and write."""
+    return sum(cost.traffic for cost in self.costs)
+
+  @property
+  def launches(self) -> int:
+    """Operations and kernels, each turn of a loop counted."""
+    return sum(x.times for x in self.costs) + sum(self.kernels.values())
 
 
 def read_program(text: str) -> Program:
   """Sums up a compiled program, `compiled.as_text()`."""
   computations, entry = _parse(text)
-  totals = dict(cycles=0, traffic=0, launches=0)
-  kernels = []
+  costs, kernels = [], {}
 
   def visit(name, times):
     operations = computations[name]
     for op in operations.values():
       if op.kind == 'while':
-        turns = _turns(computations[op.called['condition']])
-        visit(op.called['body'], times * turns)
-      if op.kind in FREE or op.kind.endswith('-done'):
-        continue
-      totals['cycles'] += times * op.cycles
-      totals['launches'] += times
-      totals['traffic'] += times * _traffic(op, operations, computations)
-      if op.kind == 'custom-call' and op.cycles == 0 and '_' in op.name:
-        kernels.append(op.name)
+        turns = op.called.get('turns')
+        turns = turns or _turns(computations[op.called['condition']])
+        visit(op.called['body'], times * int(turns))
+      elif op.kind == 'call':
+        visit(op.called['to_apply'], times)
+      elif op.kind == 'kernel':
+        kernels[op.name] = times
+      elif op.kind not in FREE and not op.kind.endswith('-done'):
+        traffic = times * _traffic(op, operations, computations)
+        costs.append(Cost(op, times, traffic))
 
   visit(entry, 1)
-  return Program(**totals, kernels=tuple(kernels))
+  return Program(costs, kernels)

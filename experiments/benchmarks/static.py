@@ -1,30 +1,31 @@
-"""Kernels against their XLA forms on a TPU that is not there.
+"""Ops on a TPU that is not there: kernels, XLA forms and peers.
 
-Everything is compiled for a topology; see `schedule` for what is read of it.
-A kernel takes max(cycles / clock, traffic / bandwidth); the cycles of an XLA
-form have its traffic in them. Arrays stand as the kernels take them, so that
-what is compared is the op and not the layout of a caller's arrays.
+Every op of `static_ops.OPS` is compiled for a topology; see `schedule` and
+`bundles` for what is read of it. A kernel takes max(cycles / clock, traffic /
+bandwidth); the cycles of other operations have their traffic in them. Arrays
+lie in the layout that the compiler chooses, so that what is compared is the op
+and not the layout of a caller's arrays.
 
 python launch/bench.py --suite=static --topology=v5e:2x2
 """
 
-import concurrent.futures
 import functools
-import json
-import multiprocessing
-import os
-import pathlib
-import shutil
+import math
+import re
+import shlex
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
+from jax.experimental.layout import Format, Layout
 
-from efficient_attn import ops
-from efficient_attn.kernels.additive import layout
-from experiments.benchmarks import schedule
+from efficient_attn.config import choose
+from experiments.benchmarks import bundles, grids, schedule
+from experiments.benchmarks.static_ops import FLOAT32, OPS, PASSES, SIZES
+from experiments.benchmarks.static_report import write_report
 
 
 class Chip(NamedTuple):
@@ -41,173 +42,180 @@ CHIPS = {
   'v5p': Chip(1.75e9, 459e12, 2765e9),
   'v6e': Chip(1.75e9, 918e12, 1640e9),
 }
-# B, T, N, H of the training shape.
-SHAPE = (8, 4096, 16, 128)
-GATES = ('scalar', 'channel')
-PASSES = ('forward', 'both')
-KERNEL = 'pallas_tpu'
+# Figures that may not become worse unnoticed.
+GUARDED = ('ms', 'cycles', 'traffic GB', 'temporary MiB')
+ROWS = OPS
+__all__ = ['ROWS', 'measure', 'write_report']
 
 
-def measure(topology: str) -> dict[str, float]:
-  """Returns figures of every op, implementation and pass."""
-  # The TPUs are not there: nothing looks for them, and both processes compile.
-  os.environ |= dict(
-    JAX_PLATFORMS='cpu', TPU_SKIP_MDS_QUERY='1', ALLOW_MULTIPLE_LIBTPU_LOAD='1'
-  )
-  jax.config.update('jax_platforms', 'cpu')
-  cases = [(gate, which) for gate in GATES for which in PASSES]
+class Case(NamedTuple):
+  """A program: an op, forward or with its gradients, in an implementation."""
+
+  op: str
+  which: str
+  implementation: str
+
+
+def measure(topology: str, rows: tuple[str, ...]) -> dict[str, float]:
+  """Returns figures of every pass and implementation of the ops `rows`.
+
+  They are named op/pass/implementation/figure; kernels have figures of their
+  own, op/pass/implementation/kernel/figure.
+  """
+  chip = chip_of(topology)
+  cases = [
+    Case(op, which, implementation)
+    for op in rows
+    for which in PASSES
+    for implementation in (*OPS[op].implementations, *OPS[op].peers)
+  ]
   figures = {}
-  # Apart, because dumping the schedules of an XLA form's hundred operations
-  # takes minutes.
-  apart = concurrent.futures.ProcessPoolExecutor(
-    1, multiprocessing.get_context('spawn')
-  )
-  with apart:
-    forms = [apart.submit(_figures, topology, *case, 'xla') for case in cases]
-    for case, form in zip(cases, forms, strict=True):
-      figures |= _named(case, 'xla', form.result())
-  folder = schedule.start_dump()
-  try:
-    for case in cases:
-      found = _figures(topology, *case, KERNEL, folder)
-      ideal = _roofline(*case, CHIPS[topology.split(':')[0]])
-      figures |= _named(case, KERNEL, found | {'share': ideal / found['ms']})
-      figures |= _named(case, 'roofline', {'ms': ideal})
-  finally:
-    shutil.rmtree(folder)
+  for case, found in zip(cases, run(topology, cases), strict=True):
+    if isinstance(found, str):
+      print('/'.join(case), found, flush=True)
+      continue
+    print('/'.join(case), f'{found["ms"]:.2f} ms', flush=True)
+    figures |= {'/'.join((*case, what)): x for what, x in found.items()}
+  for op in rows:
+    for which in PASSES:
+      ideal = 1e3 * roofline(OPS[op], which, chip)
+      figures[f'{op}/{which}/roofline/ms'] = ideal
   return figures
 
 
-def _named(case, implementation, found):
-  return {
-    ' '.join((*case, implementation, what)): x for what, x in found.items()
-  }
+def chip_of(topology: str) -> Chip:
+  """Returns the chip of a topology, 'v5e:2x2' say."""
+  return choose('--topology', topology.split(':')[0], CHIPS)
 
 
-def _figures(topology, gate, which, implementation, folder=None):
-  chip = CHIPS[topology.split(':')[0]]
+def run(topology: str, cases: list[Case]) -> Iterator[dict | str]:
+  """Yields the figures of each case, or why there are none."""
+  yield from bundles.each(functools.partial(figures_of, topology), cases)
+
+
+def figures_of(topology: str, folder: str, case: Case) -> dict | str:
+  """Compiles a case in a process that dumps schedules to a folder."""
+  row, chip = OPS[case.op], chip_of(topology)
+  turns = row.turns
+  if case.implementation in row.peers:
+    peer = row.peers[case.implementation]
+    if missing := peer.missing(topology):
+      return missing
+    call, turns = peer.build(), peer.turns
+  else:
+    statics = row.implementations[case.implementation]
+    call = functools.partial(row.call, **statics)
+  traced = _traced(topology, row, call, case.which)
+  compiled = traced.lower().compile()
+  program = schedule.read_program(compiled.as_text())
+  called = grids.kernel_grids(traced.jaxpr)
+  found = cost_of(program, called, folder, turns, chip)
+  memory = compiled.memory_analysis()
+  return found | {'temporary MiB': memory.temp_size_in_bytes / 2**20}
+
+
+def _traced(topology, row, call, which):
   devices = topologies.get_topology_desc(
     platform='tpu', topology_name=topology
   ).devices
   mesh = jax.sharding.Mesh(np.array(devices[:1]), ('chip',))
-  place = jax.NamedSharding(mesh, jax.P())
-  batch, length, heads, channels = SHAPE
-  leaf = functools.partial(jax.ShapeDtypeStruct, sharding=place)
-  x = leaf((batch, heads, length, channels), jnp.bfloat16)
-  gates = (batch, heads, length) + (channels,) * (gate == 'channel')
-  decay = leaf(gates, jnp.float32)
-
-  def call(q, k, v, decay):
-    q, k, v, decay = (jnp.swapaxes(y, 1, 2) for y in (q, k, v, decay))
-    out, _ = ops.linear_attention(
-      q,
-      k,
-      v,
-      log_decay=decay,
-      form='chunkwise',
-      implementation=implementation,
+  arrays = {
+    name: jax.ShapeDtypeStruct(
+      [SIZES[axis] for axis in axes],
+      jnp.float32 if name in FLOAT32 else jnp.bfloat16,
     )
-    return jnp.swapaxes(out, 1, 2)
+    for name, axes in row.arrays.items()
+  }
+  call_by_name = lambda arrays: call(**arrays)  # noqa: E731
 
-  def both(q, k, v, decay, cotangent):
-    out, pull = jax.vjp(call, q, k, v, decay)
+  def both(arrays, cotangent):
+    out, pull = jax.vjp(call_by_name, arrays)
     return out, pull(cotangent)
 
+  chosen = Format(Layout.AUTO, jax.NamedSharding(mesh, jax.P()))
+  jit = functools.partial(jax.jit, in_shardings=chosen, out_shardings=chosen)
   if which == 'forward':
-    lowered = jax.jit(call).lower(x, x, x, decay)
-  else:
-    lowered = jax.jit(both).lower(x, x, x, decay, x)
-  compiled = lowered.compile()
-  program = schedule.read_program(compiled.as_text())
-  found = {
-    'cycles': program.cycles,
-    'traffic GB': program.traffic / 1e9,
+    return jit(call_by_name).trace(arrays)
+  return jit(both).trace(arrays, jax.eval_shape(call_by_name, arrays))
+
+
+def cost_of(
+  program: schedule.Program,
+  called: dict[str, grids.Grid],
+  folder: str,
+  turns: dict[str, tuple[float, ...]],
+  chip: Chip,
+) -> dict[str, float]:
+  """Sums a program and its kernels, whose schedules this process dumped.
+
+  Args:
+    program: as compiled.
+    called: the kernels that were traced.
+    folder: of the dumps.
+    turns: see `bundles.read_kernel`, by the name of the kernel.
+    chip: on which it runs.
+
+  Returns:
+    Figures by name.
+  """
+  cycles, traffic, seconds, found = program.cycles, program.traffic, 0, {}
+  for name, times in program.kernels.items():
+    base = re.sub(r'\.\d+$', '', name)
+    grid = called[base]
+    kernel = bundles.read_kernel(
+      folder, name, grid.programs, turns.get(base, ())
+    )
+    cycles += times * kernel.cycles
+    traffic += times * grid.traffic
+    each = max(kernel.cycles / chip.clock, grid.traffic / chip.bandwidth)
+    seconds += times * each
+    found |= {
+      f'{base}/ms': 1e3 * each,
+      f'{base}/cycles': kernel.cycles,
+      f'{base}/programs': grid.programs,
+      f'{base}/traffic GB': grid.traffic / 1e9,
+      f'{base}/MXU': kernel.busy['MXU'],
+      f'{base}/spills': kernel.spills,
+      f'{base}/VMEM MiB': kernel.vmem / 2**20,
+    }
+  return found | {
+    'ms': 1e3 * (seconds + program.cycles / chip.clock),
+    'kernels ms': 1e3 * seconds,
+    'cycles': cycles,
+    'traffic GB': traffic / 1e9,
     'launches': program.launches,
-    'temporary MiB': compiled.memory_analysis().temp_size_in_bytes / 2**20,
   }
-  compute = program.cycles / chip.clock
-  if implementation != 'xla':
-    for name, programs in _grids(gate, which).items():
-      kernel = schedule.read_kernel(folder, name)
-      found['cycles'] += kernel.cycles * programs
-      found[f'{name} cycles'] = kernel.cycles * programs
-      found[f'{name} MXU'] = kernel.busy['MXU']
-      found[f'{name} spills'] = kernel.spills
-    compute = found['cycles'] / chip.clock
-    found['compute ms'] = 1e3 * compute
-    compute = max(compute, program.traffic / chip.bandwidth)
-  found['ms'] = 1e3 * compute
-  return found
 
 
-def _grids(gate, which):
-  """The kernels of a pass, and the programs of each."""
-  batch, length, heads, channels = SHAPE
-  q = jax.ShapeDtypeStruct((batch, length, heads, channels), jnp.bfloat16)
-  v = jax.ShapeDtypeStruct((batch, length, heads, 1, channels), jnp.bfloat16)
-  grids = {}
-  for stage in ('forward', 'backward')[: 1 + (which == 'both')]:
-    sizes = layout.sizes_of(q, v, jnp.bfloat16, layout.HEADS[gate, stage])
-    grids[f'{gate}_gate_{stage}'] = batch * sizes.programs * sizes.chunks
-  return grids
+def worsened(record: dict, case: Case, found: dict[str, float]) -> list[str]:
+  """Returns what became 10 % worse than a record, a line for each figure."""
+  lines = []
+  for name, value in found.items():
+    key = '/'.join((*case, name))
+    old = record['figures'].get(key)
+    if old is None:
+      lines.append(f'{key} is not on record')
+    elif name.endswith(GUARDED) and value > 1.1 * old:
+      lines.append(
+        f'{key} was {old:.4g}, is {value:.4g}: {value / old - 1:+.0%}'
+      )
+  if lines:
+    lines.append(
+      'If it must be, store new figures: python launch/bench.py --suite=static'
+      f' --topology={record["topology"]} --only={shlex.quote(case.op)}'
+    )
+  return lines
 
 
-def _roofline(gate, which, chip):
-  """The least milliseconds: every array moved once, chunks of 64 tokens."""
-  batch, length, heads, channels = SHAPE
-  tokens = batch * length * heads
-  decay = 4 * (channels if gate == 'channel' else 1)
-  forward = 4 * 2 * channels + decay
-  backward = 7 * 2 * channels + 2 * decay
-  flops = tokens * (4 * 64 * channels + 4 * channels**2)
-  moved = tokens * (forward + backward * (which == 'both'))
-  if which == 'both':
+def roofline(row, which: str, chip: Chip) -> float:
+  """The least seconds of an op: every array moved once."""
+  sizes = {
+    name: math.prod(SIZES[x] for x in axes) * (4 if name in FLOAT32 else 2)
+    for name, axes in (row.arrays | {'out': 'BTNH'}).items()
+  }
+  moved = sum(sizes.values())
+  flops = row.flops * math.prod(SIZES[x] for x in 'BTN')
+  if which == 'both':  # the arguments and the cotangent again, and gradients
+    moved += 2 * sum(sizes.values()) - sizes['out']
     flops *= 3.5
-  return 1e3 * max(flops / chip.flops, moved / chip.bandwidth)
-
-
-def write_table(folder: pathlib.Path) -> None:
-  """Writes README.md beside the results of all topologies in a folder."""
-  lines = [
-    '# Kernels by the schedule of the TPU compiler',
-    '',
-    'Milliseconds at B8 T4096 N16 H128 in bfloat16, of one chip; written by',
-    '`python launch/bench.py --suite=static --topology=v5e:2x2`.',
-    'No TPU ran: see `experiments/benchmarks/static.py` for what is counted.',
-    '',
-    '| topology | gate | pass | XLA form | kernel | roofline | share of it |'
-    ' traffic, XLA / kernel (GB) | MXU | spills |',
-    '|---|---|---|---|---|---|---|---|---|---|',
-  ]
-  for path in sorted(folder.glob('*.json')):
-    record = json.loads(path.read_text())
-    for gate in GATES:
-      for which in PASSES:
-        case = f'{gate} {which}'
-        get = {
-          key.removeprefix(f'{case} '): value
-          for key, value in record['figures'].items()
-          if key.startswith(f'{case} ')
-        }
-        busy, spills = (
-          ' / '.join(
-            form.format(value)
-            for key, value in get.items()
-            if key.startswith(f'{KERNEL} ') and key.endswith(what)
-          )
-          for what, form in ((' MXU', '{:.0%}'), (' spills', '{:.0f}'))
-        )
-        cells = [
-          record['topology'],
-          gate,
-          'forward' if which == 'forward' else 'forward and backward',
-          f'{get["xla ms"]:.1f}',
-          f'{get[f"{KERNEL} ms"]:.2f}',
-          f'{get["roofline ms"]:.2f}',
-          f'{get[f"{KERNEL} share"]:.0%}',
-          f'{get["xla traffic GB"]:.1f} / {get[f"{KERNEL} traffic GB"]:.2f}',
-          busy,
-          spills,
-        ]
-        lines.append(f'| {" | ".join(cells)} |')
-  (folder / 'README.md').write_text('\n'.join(lines) + '\n')
+  return max(flops / chip.flops, moved / chip.bandwidth)

@@ -3,6 +3,15 @@ from experiments.benchmarks import schedule
 
 HLO = """HloModule example
 
+FileNames
+1 "/a/efficient_attn/layers/ffn.py"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=31 end_line=32 column=9 end_column=3}
+
+StackFrames
+5 {file_location_id=1 parent_frame_id=5}
+
 %sliced (param_0: f32[8,64], param_1: s32[]) -> f32[1,64] {
   %param_0 = f32[8,64]{1,0:T(8,128)} parameter(0)
   %param_1 = s32[]{:T(128)} parameter(1)
@@ -14,7 +23,7 @@ HLO = """HloModule example
   %arg = (s32[]{:T(128)}, f32[8,64]{1,0:T(8,128)}) parameter(0)
   %i = s32[]{:T(128)} get-tuple-element(%arg), index=0
   %x = f32[8,64]{1,0:T(8,128)} get-tuple-element(%arg), index=1
-  %row = f32[1,64]{1,0:T(8,128)S(1)} fusion(%x, %i), kind=kLoop, calls=%sliced, backend_config={"window_config":{"estimated_cycles":"100"}}
+  %row = f32[1,64]{1,0:T(8,128)S(1)} fusion(%x, %i), kind=kLoop, calls=%sliced, metadata={op_name="jit(f)/transpose(jvp())/row" stack_frame_id=5}, backend_config={"window_config":{"estimated_cycles":"100"}}
   ROOT %next = (s32[]{:T(128)}, f32[8,64]{1,0:T(8,128)}) tuple(%i, %x)
 }
 
@@ -39,23 +48,32 @@ ENTRY %main (q: f32[8,64]) -> bf16[8,64] {
 def test_a_loop_counts_as_often_as_it_turns():
   found = schedule.read_program(HLO)
   assert found.cycles == 5 * 100
-  # 64 floats a turn (the result is in VMEM; the index is a scalar), and the
-  # kernel's argument and result.
-  assert found.traffic == 5 * (64 * 4 + 4) + 8 * 64 * (4 + 2)
+  # 64 floats a turn (the result is in VMEM; the index is a scalar). What the
+  # kernel moves is told by its grid.
+  assert found.traffic == 5 * (64 * 4 + 4)
   assert found.launches == 6
-  assert found.kernels == ('gate_forward.1',)
+  assert found.kernels == {'gate_forward.1': 1}
+  (cost,) = found.costs
+  assert (cost.operation.name, cost.times) == ('row', 5)
+  assert cost.operation.source == 'layers/ffn.py:31 row (backward)'
 
 
-def test_a_kernel_is_read_from_its_dump(tmp_path):
-  stem = f'{tmp_path}/17-gate_forward.1'
-  with open(f'{stem}-70-final_hlo-static-per-bundle-utilization.txt', 'w') as f:
-    f.write(
-      '== CAPACTIY:\nMXU, VALU, VSTORE:SPILL\n  4  2  1\n== UTILIZATION:\n'
-      '1 2 0\n3 0 1\n'
-    )
-  name = 'schedule-analysis_packed-bundles-post-ra'
-  with open(f'{stem}-60-{name}.txt', 'w') as f:
-    f.write('total scheduled bundles:    4\n')
-  found = schedule.read_kernel(str(tmp_path), 'gate_forward')
-  assert found.cycles == 4 and found.spills == 1
-  assert found.busy['MXU'] == 4 / 4 / 4 and found.busy['VALU'] == 2 / 4 / 2
+def test_the_turns_that_the_compiler_knows_are_taken():
+  known = 'backend_config={"known_trip_count":{"n":"7"}}'
+  text = HLO.replace('body=%body', f'body=%body, {known}')
+  assert schedule.read_program(text).cycles == 7 * 100
+
+
+def test_kernels_in_loops_and_calls_count_as_often_as_they_run():
+  text = HLO.replace(
+    '  ROOT %next',
+    '  %k.2 = f32[8,64]{1,0} custom-call(%x), '
+    'custom_call_target="tpu_custom_call"\n  ROOT %next',
+  ).replace(
+    '  ROOT %gate_forward.1',
+    '  %c = f32[8,64]{1,0} call(%last), to_apply=%sliced\n'
+    '  ROOT %gate_forward.1',
+  )
+  found = schedule.read_program(text)
+  assert found.kernels == {'k.2': 5, 'gate_forward.1': 1}
+  assert [cost.operation.name for cost in found.costs] == ['row', 'part']

@@ -1,0 +1,152 @@
+"""The ops whose schedules are compared, each with its peers: the one table.
+
+To add a kernel, name it among the implementations of its op.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+from efficient_attn import ops
+from efficient_attn.ops import masks
+from experiments.benchmarks import static_peers
+
+# The training shape: batch, tokens, heads, channels (values have as many), and
+# the states of a channel of Mamba-1, slots and levels.
+SIZES = dict(B=8, T=4096, N=16, H=128, S=16, M=64, L=8)
+PASSES = ('forward', 'both')  # both: with all gradients
+C, H, T = 64, SIZES['H'], SIZES['T']
+
+
+class Op(NamedTuple):
+  """An op at the training shape.
+
+  Attributes:
+    call: maps arrays by name and the options of an implementation to the
+      output.
+    arrays: axes of the arguments by name; those in `FLOAT32` are in float32.
+    flops: of a forward pass per token and head.
+    implementations: options of `call` by the name of the implementation; 'xla'
+      is the form that the others are compared with.
+    peers: kernels of other libraries, by name: functions of the same arrays.
+    turns: of kernels by name, see `bundles.read_kernel`.
+  """
+
+  call: Callable
+  arrays: dict[str, str]
+  flops: float
+  implementations: dict[str, dict] = {'xla': {}}
+  peers: dict[str, static_peers.Peer] = {}
+  turns: dict[str, tuple[float, ...]] = {}
+
+
+FLOAT32 = {
+  'log_decay', 'beta', 'input_gate', 'log_forget', 'dt', 'A', 'bonus', 'right',
+  'level_scales', 'recurrent',
+}  # fmt: skip
+QKV = dict(q='BTNH', k='BTNH', v='BTNH')
+XLA = {'xla': dict(implementation='xla')}
+KERNEL = XLA | {'pallas_tpu': dict(implementation='pallas_tpu')}
+
+
+def _first(op, **statics):
+  """An op without its state."""
+  return lambda **arrays: functools.partial(op, **statics)(**arrays)[0]
+
+
+def _attention(mask):
+  return lambda q, k, v, **statics: ops.attention(q, k, v, mask=mask, **statics)
+
+
+# A query reads half of the tokens; within a window, all but those that a short
+# past lacks.
+PAIRS = T / 2
+WINDOW = 1024
+WINDOWED = WINDOW - WINDOW**2 / (2 * T)
+# Products of chunks of C tokens: scores, their products with the values, and
+# what goes into and out of the state.
+ADDITIVE = 4 * C * H + 4 * H**2
+# The same, keys against keys, a triangular inverse, its products with keys and
+# values, and what the state gives them.
+DELTA = 2 * C * 5 * H + 6 * H**2 + 4 * C**2 / 3
+# Four kinds of scores, an inverse, and two writes to the state.
+DPLR = 2 * C * 8 * H + 8 * H**2 + 4 * C**2 / 3
+
+# A program loads the state at the first of its chunks of 128 tokens.
+STATE = {
+  f'{gate}_gate_{stage}': (128 / T,)
+  for gate in ('scalar', 'channel')
+  for stage in ('forward', 'backward')
+}
+
+linear = _first(ops.linear_attention, form='chunkwise')
+delta = _first(ops.delta_rule, form='chunkwise')
+OPS = {
+  'attention causal': Op(
+    _attention(masks.Causal()),
+    QKV,
+    4 * PAIRS * H,
+    {'xla': dict(implementation='blockwise')},
+    {'splash': static_peers.SPLASH_CAUSAL},
+  ),
+  'attention window': Op(
+    _attention(masks.Window(WINDOW - 1, 0)),
+    QKV,
+    4 * WINDOWED * H,
+    {'xla': dict(implementation='blockwise')},
+    {'splash': static_peers.SPLASH_WINDOW},
+  ),
+  'linear constant': Op(
+    linear, QKV | dict(log_decay='N'), ADDITIVE, KERNEL, turns=STATE
+  ),
+  'linear scalar': Op(
+    linear, QKV | dict(log_decay='BTN'), ADDITIVE, KERNEL, turns=STATE
+  ),
+  'linear channel': Op(
+    linear, QKV | dict(log_decay='BTNH'), ADDITIVE, KERNEL, turns=STATE
+  ),
+  'delta': Op(delta, QKV | dict(beta='BTN'), DELTA, XLA),
+  'delta scalar': Op(
+    delta, QKV | dict(beta='BTN', log_decay='BTN'), DELTA, XLA
+  ),
+  'delta channel': Op(
+    delta,
+    QKV | dict(beta='BTN', log_decay='BTNH'),
+    DELTA,
+    XLA,
+  ),
+  'dplr': Op(
+    _first(ops.dplr, form='chunkwise'),
+    QKV | dict(a='BTNH', b='BTNH', log_decay='BTNH'),
+    DPLR,
+    XLA,
+  ),
+  'mlstm': Op(
+    _first(ops.mlstm, form='chunkwise'),
+    QKV | dict(input_gate='BTN', log_forget='BTN'),
+    ADDITIVE,
+    XLA,
+  ),
+  'gated_slot_attention': Op(
+    _first(ops.gated_slot_attention, form='chunkwise'),
+    QKV | dict(log_decay='BTNM'),
+    2 * (2 * C * (H + SIZES['M']) + 4 * H * SIZES['M']),
+    XLA,
+  ),
+  # A state of one number or S per channel: multiplications and additions.
+  'selective_scan': Op(
+    _first(ops.selective_scan),
+    dict(x='BTNH', dt='BTNH', A='NHS', B='BTS', C='BTS'),
+    6 * H * SIZES['S'],
+    XLA,
+  ),
+  'diagonal_scan': Op(
+    _first(ops.diagonal_scan), dict(x='BTNH', log_decay='BTNH'), 2 * H, XLA
+  ),
+  'wkv4': Op(
+    _first(ops.wkv4),
+    dict(k='BTNH', v='BTNH', log_decay='NH', bonus='NH'),
+    8 * H,
+    XLA,
+  ),
+}
