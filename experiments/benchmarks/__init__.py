@@ -13,5 +13,6 @@ SUITES = {
   'training': 'experiments.benchmarks.training',
   'resume': 'experiments.benchmarks.resume',
   'static': 'experiments.benchmarks.static',
+  'static_step': 'experiments.benchmarks.static_step',
 }
-STATIC = ('static',)
+STATIC = ('static', 'static_step')

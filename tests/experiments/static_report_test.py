@@ -2,7 +2,7 @@
 
 import json
 
-from experiments.benchmarks import static_report
+from experiments.benchmarks import static_report, static_step
 
 KERNEL = {
   'ms': 3.0,
@@ -45,3 +45,12 @@ def test_a_row_says_how_an_op_stands(tmp_path):
   ) in text
   assert '2026-01-02, jax 1.' in text
   assert (tmp_path / 'v5e_2x2.png').stat().st_size > 10_000
+
+
+def test_a_step_names_what_is_outside_its_kernels(tmp_path):
+  figures = dict.fromkeys(static_step.COLUMNS, 1.25)
+  figures |= {'outside/layers/ffn.py:3 dot_general': 7.0}
+  figures = {f'gla/{name}': value for name, value in figures.items()}
+  text = written(static_step, tmp_path, 'v5e:2x4', figures)
+  assert '| gla | dots | 1.25 | 1.25 |' in text
+  assert '- 7.0 ms: layers/ffn.py:3 dot_general\n' in text
