@@ -1,9 +1,9 @@
 """The schedule of a kernel, read from the final bundles of the TPU compiler.
 
 A bundle takes a cycle. The text of a kernel has every bundle once: those of a
-loop are counted as often as it turns, which is a constant of the schedule or is
-told by the caller, and those behind a condition always, unless the caller
-knows how often it holds. Waiting for memory is not in the bundles.
+loop are counted as often as it turns, which is a constant of the schedule or
+known of the traced kernel, and those behind a condition always, unless the
+caller knows how often it holds. Waiting for memory is not in the bundles.
 """
 
 import concurrent.futures
@@ -22,6 +22,7 @@ from typing import NamedTuple
 import jax
 
 from efficient_attn import cli
+from experiments.benchmarks.grids import Grid
 
 BUNDLE = re.compile(r'^ *(?:0x)?[0-9a-f]+ +[A-Z]* *:[> ]*\{', re.MULTILINE)
 BRANCH = re.compile(r'sbr\.rel (?:\(!?%(\w+)\) )?target = \$region(\d+)')
@@ -92,28 +93,27 @@ class Kernel:
 def read_kernel(
   folder: str,
   name: str,
-  programs: int,
-  turns: tuple[float, ...] = (),
+  grid: Grid,
+  conditions: tuple[float, ...] = (),
 ) -> Kernel:
   """Reads the schedule of a kernel that was compiled last.
 
   Args:
     folder: of the dumps, as `each` gives it to this process.
     name: of the instruction in the compiled program.
-    programs: of the grid.
-    turns: how often loops whose number of turns is no constant, and the
-      conditions of most bundles, run in each program, or in each turn of the
-      loop around them, in the mean; in the order of the text. Other conditions
+    grid: of the kernel.
+    conditions: how often those of most bundles hold, in each program or turn
+      of the loop around them, in the mean; in the order of the text. Others
       always hold.
 
   Returns:
     Its schedule.
 
   Raises:
-    ValueError: `turns` says nothing of a loop, or of too much.
+    ValueError: schedule and grid have other loops.
   """
   bundles = _dump(folder, name, 'final_bundles')
-  weights = _weights(regions(bundles), name, programs, turns)
+  weights = _weights(regions(bundles), name, grid, conditions)
   units, capacity, used = _utilisation(
     _dump(folder, name, 'final_hlo-static-per-bundle-utilization')
   )
@@ -197,32 +197,34 @@ def _constant_turns(bodies, predicate):
   return math.ceil(int(test[2]) / int(step[1] if step else 1))
 
 
-def _weights(found, name, programs, turns):
+def _weights(found, name, grid, conditions):
   """How often every bundle runs, all programs together."""
   count, found = found
-  told = _told(count, found, len(turns))
-  missing = [x for x in found if x.turns is None and x.kind == 'loop']
-  if len(told) < len(turns) or not set(missing) <= set(told):
-    listed = ', '.join(
-      f'{x.kind} of {x.end - x.begin}' for x in _told(count, found, count)
-    )
+  loops = [x for x in found if x.kind == 'loop' and x.turns is None]
+  held = _largest(count, found, len(conditions))
+  if len(loops) != len(grid.loops) or None in grid.loops:
     raise ValueError(
-      f'kernel {name!r}: turns={turns} must say how often its loops run, and'
-      f' may of its conditions; by kind and bundles: {listed}. Give them in the'
-      ' row of its op.'
+      f'kernel {name!r}: its schedule has {len(loops)} loops of unknown turns,'
+      f' the traced kernel {grid.loops}'
     )
-  for grid in (x for x in found if x.kind == 'grid'):
+  if len(held) != len(conditions):
+    raise ValueError(
+      f'kernel {name!r} has {len(held)} conditions, not {len(conditions)}'
+    )
+  for x in found:
     # Blocks are read a program ahead and written one behind.
-    if grid.turns is None or not programs <= grid.turns <= programs + 2:
+    if x.kind == 'grid' and x.turns not in range(
+      grid.programs, grid.programs + 3
+    ):
       raise ValueError(
-        f'kernel {name!r}: {grid.turns} turns cannot be {programs} programs'
+        f'kernel {name!r}: {x.turns} turns cannot be {grid.programs} programs'
       )
-  times = dict(zip(told, turns, strict=True))
-  return _multiplied(
-    count,
-    found,
-    lambda x: programs if x.kind == 'grid' else times.get(x, x.turns or 1),
-  )
+  times = dict(zip(loops + held, grid.loops + conditions, strict=True))
+
+  def turns(x):
+    return grid.programs if x.kind == 'grid' else times.get(x, x.turns or 1)
+
+  return _multiplied(count, found, turns)
 
 
 def _multiplied(count, found, times):
@@ -233,25 +235,22 @@ def _multiplied(count, found, times):
   return weights
 
 
-def _told(count, found, number):
-  """The regions of which only the caller can tell how often they run."""
+def _largest(count, found, number):
+  """The conditions of most bundles."""
   weights = _multiplied(
     count, found, lambda x: 1 if x.kind == 'grid' else x.turns or 1
   )
-  told = [x for x in found if x.turns is None and not _guard(x, found)]
+  held = [x for x in found if x.kind == 'condition' and not _guard(x, found)]
   # The largest asks if there is a program at all in this turn of the grid.
-  if told and any(x.kind == 'grid' for x in found):
-    told.remove(max(told, key=lambda x: x.end - x.begin))
-  told.sort(
-    key=lambda x: (x.kind == 'loop', sum(weights[x.begin : x.end])),
-    reverse=True,
-  )
-  return sorted(told[:number])
+  if held and any(x.kind == 'grid' for x in found):
+    held.remove(max(held, key=lambda x: x.end - x.begin))
+  held.sort(key=lambda x: sum(weights[x.begin : x.end]), reverse=True)
+  return sorted(held[:number])
 
 
 def _guard(condition, found):
   """Whether a condition only asks if the loop in it turns at all."""
-  return condition.kind == 'condition' and any(
+  return any(
     x.kind == 'loop'
     and condition.begin <= x.begin
     and x.end <= condition.end

@@ -1,5 +1,6 @@
-"""The kernels of a traced program: their grids, and the memory they move."""
+"""The kernels of a traced program: their grids, loops, and memory traffic."""
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -16,10 +17,13 @@ class Grid(NamedTuple):
     programs: of its grid.
     traffic: bytes of the main memory that its blocks read and write, one that
       stays from a program to the next once.
+    loops: the mean turns of each loop whose bounds are found at run time, from
+      tables that are constants; None where they are not.
   """
 
   programs: int
   traffic: int
+  loops: tuple[float | None, ...] = ()
 
 
 def kernel_grids(jaxpr) -> dict[str, Grid]:
@@ -31,6 +35,7 @@ def kernel_grids(jaxpr) -> dict[str, Grid]:
     grid = Grid(
       math.prod(mapping.grid),
       sum(_moved(x, mapping.grid, tables) for x in mapping.block_mappings),
+      tuple(_loops(equation.params['jaxpr'], mapping.grid, tables)),
     )
     if found.setdefault(name, grid) != grid:
       raise ValueError(f'two kernels are named {name!r}: {found[name]}, {grid}')
@@ -100,3 +105,67 @@ def _moved(block, grid, tables):
   rows = np.stack([np.broadcast_to(x, places[0].shape) for x in starts])
   changes = np.any(rows[:, 1:] != rows[:, :-1], axis=0)
   return size * (1 + int(np.count_nonzero(changes)))
+
+
+def _loops(jaxpr, grid, tables):
+  """The mean turns of the loops of a kernel, in the order of their text."""
+  places = np.indices(grid, np.int32).reshape(len(grid), -1)
+  known = dict(zip(jaxpr.invars, tables, strict=False))
+  yield from _turns(
+    jaxpr, places, {x: t for x, t in known.items() if t is not None}
+  )
+
+
+def _turns(jaxpr, places, known):
+  """The mean turns of loops; `known` has values by program, or of tables."""
+  for equation in jaxpr.eqns:
+    name, params = equation.primitive.name, equation.params
+    values = [
+      np.broadcast_to(x.val, places.shape[1:])
+      if hasattr(x, 'val')
+      else known.get(x)
+      for x in equation.invars
+    ]
+    complete = all(x is not None for x in values)
+    if name == 'program_id':
+      known[equation.outvars[0]] = places[params['axis']]
+    elif name == 'get' and complete and values[0].ndim == len(values) - 1:
+      known[equation.outvars[0]] = values[0][tuple(values[1:])]
+    elif name == 'while':
+      consts = params['cond_nconsts'], params['body_nconsts']
+      first, last = values[sum(consts) : sum(consts) + 2]
+      unknown = first is None or last is None
+      yield None if unknown else float(np.mean(np.maximum(last - first, 0)))
+      inner = params['body_jaxpr'].jaxpr
+      yield from _turns(
+        inner, places, _inside(inner, values[consts[0] : sum(consts)])
+      )
+    elif name in ('scan', 'cond', 'jit', 'pjit'):
+      closed = [params['jaxpr']] if 'jaxpr' in params else params['branches']
+      if name == 'scan':
+        values = values[: params['num_consts']]
+      elif name == 'cond':
+        values = values[1:]
+      for inner in closed:
+        inner = inner.jaxpr
+        inside = _inside(inner, values)
+        yield from _turns(inner, places, inside)
+        if name in ('jit', 'pjit'):
+          known |= {
+            outer: inside[x]
+            for outer, x in zip(equation.outvars, inner.outvars, strict=True)
+            if not hasattr(x, 'val') and x in inside
+          }
+    elif complete and all(x.aval.shape == () for x in equation.outvars):
+      bind = functools.partial(equation.primitive.bind, **params)
+      out = jax.vmap(bind)(*values) if values else bind()
+      if not equation.primitive.multiple_results:
+        known[equation.outvars[0]] = np.asarray(out)
+
+
+def _inside(jaxpr, values):
+  return {
+    x: value
+    for x, value in zip(jaxpr.invars, values, strict=False)
+    if value is not None
+  }

@@ -96,12 +96,12 @@ def run(topology: str, cases: list[Case]) -> Iterator[dict | str]:
 def figures_of(topology: str, folder: str, case: Case) -> dict | str:
   """Compiles a case in a process that dumps schedules to a folder."""
   row, chip = OPS[case.op], chip_of(topology)
-  turns = row.turns
+  conditions = row.conditions
   if case.implementation in row.peers:
     peer = row.peers[case.implementation]
     if missing := peer.missing(topology):
       return missing
-    call, turns = peer.build(), peer.turns
+    call, conditions = peer.build(), peer.conditions
   else:
     statics = row.implementations[case.implementation]
     call = functools.partial(row.call, **statics)
@@ -109,7 +109,7 @@ def figures_of(topology: str, folder: str, case: Case) -> dict | str:
   compiled = traced.lower().compile()
   program = schedule.read_program(compiled.as_text())
   called = grids.kernel_grids(traced.jaxpr)
-  found = cost_of(program, called, folder, turns, chip)
+  found = cost_of(program, called, folder, conditions, chip)
   memory = compiled.memory_analysis()
   return found | {'temporary MiB': memory.temp_size_in_bytes / 2**20}
 
@@ -143,7 +143,7 @@ def cost_of(
   program: schedule.Program,
   called: dict[str, grids.Grid],
   folder: str,
-  turns: dict[str, tuple[float, ...]],
+  conditions: dict[str, tuple[float, ...]],
   chip: Chip,
 ) -> dict[str, float]:
   """Sums a program and its kernels, whose schedules this process dumped.
@@ -152,7 +152,7 @@ def cost_of(
     program: as compiled.
     called: the kernels that were traced.
     folder: of the dumps.
-    turns: see `bundles.read_kernel`, by the name of the kernel.
+    conditions: see `bundles.read_kernel`, by the name of the kernel.
     chip: on which it runs.
 
   Returns:
@@ -162,9 +162,7 @@ def cost_of(
   for name, times in program.kernels.items():
     base = re.sub(r'\.\d+$', '', name)
     grid = called[base]
-    kernel = bundles.read_kernel(
-      folder, name, grid.programs, turns.get(base, ())
-    )
+    kernel = bundles.read_kernel(folder, name, grid, conditions.get(base, ()))
     cycles += times * kernel.cycles
     traffic += times * grid.traffic
     each = max(kernel.cycles / chip.clock, grid.traffic / chip.bandwidth)

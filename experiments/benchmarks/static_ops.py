@@ -29,7 +29,7 @@ class Op(NamedTuple):
     implementations: options of `call` by the name of the implementation; 'xla'
       is the form that the others are compared with.
     peers: kernels of other libraries, by name: functions of the same arrays.
-    turns: of kernels by name, see `bundles.read_kernel`.
+    conditions: of kernels by name, see `bundles.read_kernel`.
   """
 
   call: Callable
@@ -37,7 +37,7 @@ class Op(NamedTuple):
   flops: float
   implementations: dict[str, dict] = {'xla': {}}
   peers: dict[str, static_peers.Peer] = {}
-  turns: dict[str, tuple[float, ...]] = {}
+  conditions: dict[str, tuple[float, ...]] = {}
 
 
 FLOAT32 = {
@@ -97,13 +97,13 @@ OPS = {
     {'splash': static_peers.SPLASH_WINDOW},
   ),
   'linear constant': Op(
-    linear, QKV | dict(log_decay='N'), ADDITIVE, KERNEL, turns=STATE
+    linear, QKV | dict(log_decay='N'), ADDITIVE, KERNEL, conditions=STATE
   ),
   'linear scalar': Op(
-    linear, QKV | dict(log_decay='BTN'), ADDITIVE, KERNEL, turns=STATE
+    linear, QKV | dict(log_decay='BTN'), ADDITIVE, KERNEL, conditions=STATE
   ),
   'linear channel': Op(
-    linear, QKV | dict(log_decay='BTNH'), ADDITIVE, KERNEL, turns=STATE
+    linear, QKV | dict(log_decay='BTNH'), ADDITIVE, KERNEL, conditions=STATE
   ),
   'delta': Op(delta, QKV | dict(beta='BTN'), DELTA, XLA),
   'delta scalar': Op(

@@ -20,14 +20,14 @@ class Peer(NamedTuple):
     module: what must be installed.
     install: the command that installs it, with what it needs.
     chips: on which it runs; none are all.
-    turns: see `bundles.read_kernel`.
+    conditions: of kernels by name, see `bundles.read_kernel`.
   """
 
   build: Callable
   module: str
   install: str = ''
   chips: tuple[str, ...] = ()
-  turns: dict[str, tuple[float, ...]] = {}
+  conditions: dict[str, tuple[float, ...]] = {}
 
   def missing(self, topology: str) -> str | None:
     """Returns why it cannot be measured here."""
@@ -76,7 +76,7 @@ JAX = 'jax.experimental.pallas'
 SPLASH_CAUSAL = Peer(
   _splash(lambda of, length: of.CausalMask((length, length)), 1024),
   JAX,
-  turns={
+  conditions={
     'splash_mha_fwd_residuals': (1 / 4, 10 / 16, 1 / 4),
     'splash_mha_fwd_no_residuals': (1 / 4, 10 / 16, 1 / 4),
     'splash_mha_dkv_no_residuals': (1 / 4, 10 / 16, 1 / 4),
@@ -85,7 +85,7 @@ SPLASH_CAUSAL = Peer(
 SPLASH_WINDOW = Peer(
   _splash(lambda of, length: of.LocalMask((length, length), (1023, 0), 0), 512),
   JAX,
-  turns={
+  conditions={
     'splash_mha_fwd_residuals': (1 / 3, 21 / 24, 1 / 3),
     'splash_mha_fwd_no_residuals': (1 / 3, 21 / 24, 1 / 3),
     'splash_mha_dkv_no_residuals': (1 / 8, 21 / 64, 1 / 8),

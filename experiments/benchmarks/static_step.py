@@ -40,8 +40,10 @@ ROWS = {
 }
 BATCH, LENGTH = 4, 4096  # of a chip
 LARGEST = 10  # operations that are named
-# How often the loops of kernels turn does not depend on heads and batch.
-TURNS = {name: x for row in OPS.values() for name, x in row.turns.items()}
+# Which does not depend on heads and batch.
+CONDITIONS = {
+  name: x for row in OPS.values() for name, x in row.conditions.items()
+}
 
 
 def measure(topology: str, rows: tuple[str, ...]) -> dict[str, float]:
@@ -66,7 +68,7 @@ def figures_of(topology: str, folder: str, pattern: str) -> dict[str, float]:
   compiled = traced.lower().compile()
   program = schedule.read_program(compiled.as_text())
   called = grids.kernel_grids(traced.jaxpr)
-  found = static.cost_of(program, called, folder, TURNS, chip)
+  found = static.cost_of(program, called, folder, CONDITIONS, chip)
   memory = compiled.memory_analysis()
   outside = collections.Counter()
   for x in program.costs:

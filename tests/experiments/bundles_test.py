@@ -5,6 +5,7 @@ import os
 import pytest
 
 from experiments.benchmarks import bundles
+from experiments.benchmarks.grids import Grid
 
 # A grid of 8 programs; a program skips 4 bundles unless a condition holds, and
 # has a loop of 3 turns around one whose number of turns is not known.
@@ -68,33 +69,40 @@ def folder(tmp_path):
   return str(tmp_path)
 
 
+GATE = Grid(8, 0, (5.0,))
+
+
 def test_bundles_count_as_often_as_they_run(folder):
   once = OUTSIDE + 8 * (GRID - CONDITION - OUTER)
   held = 8 * CONDITION
-  loops = 8 * 3 * (OUTER - INNER)
-  found = bundles.read_kernel(folder, 'gate.1', 8, (5.0,))
-  assert found.cycles == once + held + loops + 8 * 3 * 5 * INNER
-  found = bundles.read_kernel(folder, 'gate.1', 8, (0.25, 5.0))
-  assert found.cycles == once + held / 4 + loops + 8 * 3 * 5 * INNER
+  loops = 8 * 3 * (OUTER - INNER) + 8 * 3 * 5 * INNER
+  found = bundles.read_kernel(folder, 'gate.1', GATE)
+  assert found.cycles == once + held + loops
   assert found.spills == 1 and found.vmem == 0x110
   assert found.busy['VSTORE'] == 1 / found.cycles
   assert found.busy['MXU'] == (found.cycles - 1) / found.cycles / 4
+  found = bundles.read_kernel(folder, 'gate.1', GATE, (0.25,))
+  assert found.cycles == once + held / 4 + loops
 
 
-@pytest.mark.parametrize('turns', [(), (1.0, 1.0, 1.0)])
-def test_regions_of_unknown_turns_are_asked_for(folder, turns):
-  with pytest.raises(ValueError, match='condition of 4, loop of 7') as error:
-    bundles.read_kernel(folder, 'gate.1', 8, turns)
-  assert "'gate.1'" in str(error.value)
+@pytest.mark.parametrize('loops', [(), (None,), (1.0, 1.0)])
+def test_schedule_and_grid_have_the_same_loops(folder, loops):
+  with pytest.raises(ValueError, match="'gate.1'.* 1 loops of unknown turns"):
+    bundles.read_kernel(folder, 'gate.1', GATE._replace(loops=loops))
+
+
+def test_conditions_that_are_not_there_are_refused(folder):
+  with pytest.raises(ValueError, match="'gate.1' has 1 conditions, not 2"):
+    bundles.read_kernel(folder, 'gate.1', GATE, (1.0, 1.0))
 
 
 def test_the_grid_is_that_of_the_schedule(folder):
   with pytest.raises(ValueError, match='10 turns cannot be 7 programs'):
-    bundles.read_kernel(folder, 'gate.1', 7, (5.0,))
+    bundles.read_kernel(folder, 'gate.1', GATE._replace(programs=7))
 
 
 def test_equal_kernels_share_a_dump(folder):
-  found = bundles.read_kernel(folder, 'gate.7', 8, (5.0,))
-  assert found == bundles.read_kernel(folder, 'gate.1', 8, (5.0,))
+  found = bundles.read_kernel(folder, 'gate.7', GATE)
+  assert found == bundles.read_kernel(folder, 'gate.1', GATE)
   with pytest.raises(FileNotFoundError, match='ate'):
-    bundles.read_kernel(folder, 'ate', 8)
+    bundles.read_kernel(folder, 'ate', GATE)

@@ -86,3 +86,39 @@ def test_kernels_of_an_op_are_found_before_it_is_lowered():
   found = kernel_grids(jax.make_jaxpr(jax.grad(loss))(x, decay))
   assert set(found) == {'scalar_gate_forward', 'scalar_gate_backward'}
   assert {grid.programs for grid in found.values()} == {2}
+
+
+def test_loops_turn_as_tables_and_places_say():
+  starts = np.array([0, 2, 2, 5, 9], np.int32)
+
+  def loops(starts_ref, size_ref, x_ref, o_ref):
+    i = pl.program_id(0)
+    o_ref[...] = jnp.zeros_like(o_ref)
+
+    def add(_, value=None):
+      o_ref[...] += x_ref[...]
+
+    jax.lax.fori_loop(0, i + 1, lambda j, _: add(j), None)
+    jax.lax.fori_loop(0, 3, lambda j, _: add(j), None)  # of the schedule
+
+    @pl.when(i > 0)
+    def _():
+      jax.lax.fori_loop(starts_ref[i], starts_ref[i + 1], add, None)
+
+    jax.lax.fori_loop(0, jnp.where(i == 3, 8, 4 * i // 2), add, None)
+    jax.lax.fori_loop(0, size_ref[0], add, None)
+
+  block = pl.BlockSpec((8, 128), lambda i, *_: (i, 0))
+  x = jax.ShapeDtypeStruct((32, 128), jnp.float32)
+  run = pl.pallas_call(
+    loops,
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=2, grid=(4,), in_specs=[block], out_specs=block
+    ),
+    out_shape=x,
+    name='loops',
+  )
+  size = jax.ShapeDtypeStruct((1,), jnp.int32)
+  jaxpr = jax.make_jaxpr(lambda size, x: run(starts, size, x))(size, x)
+  (found,) = kernel_grids(jaxpr).values()
+  assert found.loops == (2.5, 9 / 4, (0 + 2 + 4 + 8) / 4, None)

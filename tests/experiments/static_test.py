@@ -12,7 +12,7 @@ def test_a_kernel_waits_for_its_memory_or_its_units(monkeypatch):
     'slow.2': bundles.Kernel(900, {'MXU': 0.5}, 3, 2**20),
   }
   monkeypatch.setattr(
-    bundles, 'read_kernel', lambda folder, name, programs, turns: dumped[name]
+    bundles, 'read_kernel', lambda folder, name, grid, conditions: dumped[name]
   )
   operation = schedule.Operation('a', 'fusion', '', [], [], 50, {})
   program = schedule.Program(
