@@ -96,17 +96,21 @@ def run(topology: str, cases: list[Case]) -> Iterator[dict | str]:
 def figures_of(topology: str, folder: str, case: Case) -> dict | str:
   """Compiles a case in a process that dumps schedules to a folder."""
   row, chip = OPS[case.op], chip_of(topology)
-  conditions = row.conditions
+  device, *_ = topologies.get_topology_desc(
+    platform='tpu', topology_name=topology
+  ).devices
   if case.implementation in row.peers:
     peer = row.peers[case.implementation]
     if missing := peer.missing(topology):
       return missing
-    call, conditions = peer.build(), peer.conditions
+    call, conditions = peer.build(device), peer.conditions
   else:
     statics = row.implementations[case.implementation]
-    call = functools.partial(row.call, **statics)
-  traced = _traced(topology, row, call, case.which)
-  compiled = traced.lower().compile()
+    call, conditions = functools.partial(row.call, **statics), row.conditions
+  mesh = jax.sharding.Mesh(np.array([device]), ('chip',))
+  with jax.set_mesh(mesh):  # says what kind of device it is
+    traced = _traced(mesh, row, call, case.which)
+    compiled = traced.lower().compile()
   program = schedule.read_program(compiled.as_text())
   called = grids.kernel_grids(traced.jaxpr)
   found = cost_of(program, called, folder, conditions, chip)
@@ -114,11 +118,7 @@ def figures_of(topology: str, folder: str, case: Case) -> dict | str:
   return found | {'temporary MiB': memory.temp_size_in_bytes / 2**20}
 
 
-def _traced(topology, row, call, which):
-  devices = topologies.get_topology_desc(
-    platform='tpu', topology_name=topology
-  ).devices
-  mesh = jax.sharding.Mesh(np.array(devices[:1]), ('chip',))
+def _traced(mesh, row, call, which):
   arrays = {
     name: jax.ShapeDtypeStruct(
       [SIZES[axis] for axis in axes],
@@ -126,17 +126,19 @@ def _traced(topology, row, call, which):
     )
     for name, axes in row.arrays.items()
   }
-  call_by_name = lambda arrays: call(**arrays)  # noqa: E731
+
+  def forward(arrays):
+    return call(**arrays)
 
   def both(arrays, cotangent):
-    out, pull = jax.vjp(call_by_name, arrays)
+    out, pull = jax.vjp(forward, arrays)
     return out, pull(cotangent)
 
   chosen = Format(Layout.AUTO, jax.NamedSharding(mesh, jax.P()))
   jit = functools.partial(jax.jit, in_shardings=chosen, out_shardings=chosen)
   if which == 'forward':
-    return jit(call_by_name).trace(arrays)
-  return jit(both).trace(arrays, jax.eval_shape(call_by_name, arrays))
+    return jit(forward).trace(arrays)
+  return jit(both).trace(arrays, jax.eval_shape(forward, arrays))
 
 
 def cost_of(

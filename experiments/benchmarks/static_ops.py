@@ -9,7 +9,13 @@ from typing import NamedTuple
 
 from efficient_attn import ops
 from efficient_attn.ops import masks
-from experiments.benchmarks import static_peers
+from experiments.benchmarks.static_peers import (
+  DELTANET,
+  SPLASH_CAUSAL,
+  SPLASH_WINDOW,
+  TOKAMAX_KDA,
+  Peer,
+)
 
 # The training shape: batch, tokens, heads, channels (values have as many), and
 # the states of a channel of Mamba-1, slots and levels.
@@ -36,7 +42,7 @@ class Op(NamedTuple):
   arrays: dict[str, str]
   flops: float
   implementations: dict[str, dict] = {'xla': {}}
-  peers: dict[str, static_peers.Peer] = {}
+  peers: dict[str, Peer] = {}
   conditions: dict[str, tuple[float, ...]] = {}
 
 
@@ -87,14 +93,14 @@ OPS = {
     QKV,
     4 * PAIRS * H,
     {'xla': dict(implementation='blockwise')},
-    {'splash': static_peers.SPLASH_CAUSAL},
+    {'splash': SPLASH_CAUSAL},
   ),
   'attention window': Op(
     _attention(masks.Window(WINDOW - 1, 0)),
     QKV,
     4 * WINDOWED * H,
     {'xla': dict(implementation='blockwise')},
-    {'splash': static_peers.SPLASH_WINDOW},
+    {'splash': SPLASH_WINDOW},
   ),
   'linear constant': Op(
     linear, QKV | dict(log_decay='N'), ADDITIVE, KERNEL, conditions=STATE
@@ -103,17 +109,33 @@ OPS = {
     linear, QKV | dict(log_decay='BTN'), ADDITIVE, KERNEL, conditions=STATE
   ),
   'linear channel': Op(
-    linear, QKV | dict(log_decay='BTNH'), ADDITIVE, KERNEL, conditions=STATE
+    linear,
+    QKV | dict(log_decay='BTNH'),
+    ADDITIVE,
+    KERNEL,
+    {'deltanet-tpu': DELTANET['chunk_gla']},
+    STATE,
   ),
-  'delta': Op(delta, QKV | dict(beta='BTN'), DELTA, XLA),
+  'delta': Op(
+    delta,
+    QKV | dict(beta='BTN'),
+    DELTA,
+    XLA,
+    {'deltanet-tpu': DELTANET['chunk_delta_rule']},
+  ),
   'delta scalar': Op(
-    delta, QKV | dict(beta='BTN', log_decay='BTN'), DELTA, XLA
+    delta,
+    QKV | dict(beta='BTN', log_decay='BTN'),
+    DELTA,
+    XLA,
+    {'deltanet-tpu': DELTANET['chunk_gdn']},
   ),
   'delta channel': Op(
     delta,
     QKV | dict(beta='BTN', log_decay='BTNH'),
     DELTA,
     XLA,
+    {'deltanet-tpu': DELTANET['chunk_kda'], 'tokamax': TOKAMAX_KDA},
   ),
   'dplr': Op(
     _first(ops.dplr, form='chunkwise'),

@@ -7,6 +7,7 @@ fills it: some need another Python or jax than this environment has.
 import importlib.util
 from collections.abc import Callable
 from typing import NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ class Peer(NamedTuple):
   """A kernel of another library.
 
   Attributes:
-    build: imports it and returns a function of the op's arrays.
+    build: imports it for a device, and returns a function of the op's arrays.
     module: what must be installed.
     install: the command that installs it, with what it needs.
     chips: on which it runs; none are all.
@@ -41,7 +42,7 @@ class Peer(NamedTuple):
 def _splash(mask, block):
   """The splash kernels of jax: forward and one fused backward pass."""
 
-  def build():
+  def build(device):
     from jax.experimental.pallas.ops.tpu.splash_attention import (
       splash_attention_kernel as kernel,
     )
@@ -70,6 +71,36 @@ def _splash(mask, block):
   return build
 
 
+def _deltanet(name):
+  """A kernel of deltanet-tpu."""
+
+  def build(device):
+    import deltanet_tpu
+
+    def call(q, k, v, log_decay=None, beta=None):
+      rest = [x for x in (log_decay, beta) if x is not None]
+      # It interprets its kernels unless the process has a TPU.
+      with mock.patch.object(jax, 'default_backend', lambda: 'tpu'):
+        return getattr(deltanet_tpu, name)(q, k, v, *rest)
+
+    return call
+
+  return build
+
+
+def _tokamax_kda(device):
+  """Kimi delta attention of tokamax; it asks for the kind of the device."""
+  from tokamax._src.ops.kda import api
+
+  def call(q, k, v, log_decay, beta):
+    by_head = [jnp.moveaxis(x, 2, 0) for x in (q, k, v, log_decay, beta)]
+    with jax.default_device(device):
+      out, _ = api.kimi_delta_attention(*by_head, implementation='mosaic')
+    return jnp.moveaxis(out, 0, 2)
+
+  return call
+
+
 JAX = 'jax.experimental.pallas'
 # A block of queries begins, meets pairs, and ends: of 4 x 4 blocks 10 hold
 # pairs, in a window 21 of 8 x 3, and 21 of 8 x 8 for the keys.
@@ -91,3 +122,11 @@ SPLASH_WINDOW = Peer(
     'splash_mha_dkv_no_residuals': (1 / 8, 21 / 64, 1 / 8),
   },
 )
+
+# Both need Python 3.12, and jax 0.11.
+NEW = "Python 3.12, pip install 'jax[tpu]==0.11.2'"
+TOKAMAX_KDA = Peer(_tokamax_kda, 'tokamax', f'{NEW} tokamax==0.0.17', ('v6e',))
+DELTANET = {
+  name: Peer(_deltanet(name), 'deltanet_tpu', f'{NEW} deltanet-tpu==0.3.0')
+  for name in ('chunk_gla', 'chunk_delta_rule', 'chunk_gdn', 'chunk_kda')
+}

@@ -21,6 +21,9 @@ arrays change their layout. Written by
 ```sh
 python launch/bench.py --suite=static --topology=v5e:2x2
 ```
+
+A peer that is not installed is measured by the same command, with --only and
+--out, where it can be.
 """
 COLUMNS = (
   'op', 'pass', 'XLA form', 'kernel', 'roofline', 'share of it',
