@@ -26,11 +26,17 @@ class Grid(NamedTuple):
   loops: tuple[float | None, ...] = ()
 
 
-def kernel_grids(jaxpr) -> dict[str, Grid]:
-  """Returns the kernels of a closed jaxpr by name."""
+def kernel_grids(jaxpr) -> dict[str | tuple[int, ...], Grid]:
+  """Returns the kernels of a closed jaxpr by name.
+
+  A program calls a kernel without a name as it likes; it is known by the bytes
+  of its results.
+  """
   found = {}
   for equation, tables in _kernels(jaxpr, {}):
-    name = equation.params['name']
+    results = (x.aval for x in equation.outvars)
+    sizes = tuple(x.size * x.dtype.itemsize for x in results)
+    name = equation.params['name'] or sizes
     mapping = equation.params['grid_mapping']
     grid = Grid(
       math.prod(mapping.grid),
@@ -38,7 +44,7 @@ def kernel_grids(jaxpr) -> dict[str, Grid]:
       tuple(_loops(equation.params['jaxpr'], mapping.grid, tables)),
     )
     if found.setdefault(name, grid) != grid:
-      raise ValueError(f'two kernels are named {name!r}: {found[name]}, {grid}')
+      raise ValueError(f'two kernels are {name!r}: {found[name]}, {grid}')
   return found
 
 

@@ -179,11 +179,11 @@ class Program:
 
   Attributes:
     costs: of its operations, kernels left out.
-    kernels: how often each kernel is launched, by its name.
+    kernels: its kernels, whose cycles and traffic are not here.
   """
 
   costs: list[Cost]
-  kernels: dict[str, int]
+  kernels: list[Cost]
 
   @property
   def cycles(self) -> int:
@@ -198,13 +198,13 @@ class Program:
   @property
   def launches(self) -> int:
     """Operations and kernels, each turn of a loop counted."""
-    return sum(x.times for x in self.costs) + sum(self.kernels.values())
+    return sum(x.times for x in self.costs + self.kernels)
 
 
 def read_program(text: str) -> Program:
   """Sums up a compiled program, `compiled.as_text()`."""
   computations, entry = _parse(text)
-  costs, kernels = [], {}
+  costs, kernels = [], []
 
   def visit(name, times):
     operations = computations[name]
@@ -216,7 +216,7 @@ def read_program(text: str) -> Program:
       elif op.kind == 'call':
         visit(op.called['to_apply'], times)
       elif op.kind == 'kernel':
-        kernels[op.name] = times
+        kernels.append(Cost(op, times, 0))
       elif op.kind not in FREE and not op.kind.endswith('-done'):
         traffic = times * _traffic(op, operations, computations)
         costs.append(Cost(op, times, traffic))

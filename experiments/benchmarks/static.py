@@ -143,7 +143,7 @@ def _traced(mesh, row, call, which):
 
 def cost_of(
   program: schedule.Program,
-  called: dict[str, grids.Grid],
+  called: dict[str | tuple[int, ...], grids.Grid],
   folder: str,
   conditions: dict[str, tuple[float, ...]],
   chip: Chip,
@@ -161,9 +161,11 @@ def cost_of(
     Figures by name.
   """
   cycles, traffic, seconds, found = program.cycles, program.traffic, 0, {}
-  for name, times in program.kernels.items():
+  for launched in program.kernels:
+    name, times = launched.operation.name, launched.times
     base = re.sub(r'\.\d+$', '', name)
-    grid = called[base]
+    sizes = tuple(size for size, _ in launched.operation.results)
+    grid = called[base if base in called else sizes]
     kernel = bundles.read_kernel(folder, name, grid, conditions.get(base, ()))
     cycles += times * kernel.cycles
     traffic += times * grid.traffic

@@ -149,6 +149,9 @@ def draw(rows: list[Row]):
   )
   axes.set_ylim(len(rows) - 0.5, -0.5)
   axes.set_xscale('log')
+  axes.xaxis.set_major_formatter('{x:g}')
+  axes.set_axisbelow(True)
+  axes.grid(False, axis='y')
   axes.set_xlabel('milliseconds')
   page.legend(axes, entries)
   return made

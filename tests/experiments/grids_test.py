@@ -71,7 +71,11 @@ def test_kernels_of_one_name_must_be_one():
   part = call(lambda b, i: (0, 0, 0))
   twice = jax.make_jaxpr(lambda x: whole(whole(x)))(X)
   assert len(kernel_grids(twice)) == 1
-  with pytest.raises(ValueError, match="two kernels are named 'copy'"):
+  unnamed = kernel_grids(
+    jax.make_jaxpr(call(lambda b, i: (b, i, 0), name=None))(X)
+  )
+  assert list(unnamed) == [(X.size * 4,)]
+  with pytest.raises(ValueError, match="two kernels are 'copy'"):
     kernel_grids(jax.make_jaxpr(lambda x: part(whole(x)))(X))
 
 

@@ -14,11 +14,16 @@ def test_a_kernel_waits_for_its_memory_or_its_units(monkeypatch):
   monkeypatch.setattr(
     bundles, 'read_kernel', lambda folder, name, grid, conditions: dumped[name]
   )
-  operation = schedule.Operation('a', 'fusion', '', [], [], 50, {})
+
+  def cost(name, cycles, times, traffic):
+    operation = schedule.Operation(name, '', '', [(8, True)], [], cycles, {})
+    return schedule.Cost(operation, times, traffic)
+
   program = schedule.Program(
-    [schedule.Cost(operation, 2, 7)], {'fast.1': 1, 'slow.2': 4}
+    [cost('a', 50, 2, 7)], [cost('fast.1', 0, 1, 0), cost('slow.2', 0, 4, 0)]
   )
-  called = {'fast': grids.Grid(1, 400), 'slow': grids.Grid(1, 400)}
+  # A kernel without a name is known by its results.
+  called = {'fast': grids.Grid(1, 400), (8,): grids.Grid(1, 400)}
   chip = static.Chip(clock=100.0, flops=1.0, bandwidth=100.0)
   found = static.cost_of(program, called, '', {}, chip)
   assert found['fast/ms'] == pytest.approx(4e3)  # by 400 bytes
