@@ -105,10 +105,15 @@ def _moved(block, grid, tables):
   if any(table is None for table in tables):  # not known: another every time
     return size * math.prod(grid)
   places = np.indices(grid, np.int32).reshape(len(grid), -1)
-  starts = jax.vmap(
-    lambda *place: block.compute_start_indices_interpret(place, *tables)
-  )(*places)
-  rows = np.stack([np.broadcast_to(x, places[0].shape) for x in starts])
+
+  @jax.jit  # here: what was traced for other devices is not run on them
+  @jax.vmap
+  def starts(*place):
+    return block.compute_start_indices_interpret(place, *tables)
+
+  rows = np.stack(
+    [np.broadcast_to(x, places[0].shape) for x in starts(*places)]
+  )
   changes = np.any(rows[:, 1:] != rows[:, :-1], axis=0)
   return size * (1 + int(np.count_nonzero(changes)))
 
