@@ -154,7 +154,7 @@ def _turns(jaxpr, places, known):
     elif name in ('scan', 'cond', 'jit', 'pjit'):
       closed = [params['jaxpr']] if 'jaxpr' in params else params['branches']
       if name == 'scan':
-        values = values[: params['num_consts']]
+        values = []
       elif name == 'cond':
         values = values[1:]
       for inner in closed:
