@@ -26,7 +26,10 @@ PLATFORMS = ('cpu', 'tpu', 'cuda', 'rocm')
 
 
 def per_platform(
-  definition: Callable, kernels: Mapping[str | None, Callable], *args: Any
+  definition: Callable,
+  kernels: Mapping[str | None, Callable],
+  *args: Any,
+  partitionable: Mapping[str, Callable] = {},
 ) -> Any:
   """Calls the kernel of the platform being lowered for, else the definition.
 
@@ -36,6 +39,8 @@ def per_platform(
     kernels: functions of the same arguments and results by platform; None
       stands for every platform without an entry. Traced when lowered.
     *args: pytrees of arrays.
+    partitionable: the same for kernels that are plain JAX, which XLA can
+      divide among devices; where `kernels` cannot be taken.
   """
   leaves, tree = jax.tree.flatten(args)
   results = None
@@ -49,9 +54,14 @@ def per_platform(
     return lambda *leaves: jax.tree.leaves(kernel(*tree.unflatten(leaves)))
 
   jaxpr = _without_dead_code(jax.make_jaxpr(flat)(*leaves))
-  by_platform = tuple((p, flattened(kernel)) for p, kernel in kernels.items())
+  kernels, partitionable = (
+    tuple((p, flattened(kernel)) for p, kernel in table.items())
+    for table in (kernels, partitionable)
+  )
   return results.unflatten(
-    _per_platform.bind(*leaves, jaxpr=jaxpr, kernels=by_platform)
+    _per_platform.bind(
+      *leaves, jaxpr=jaxpr, kernels=kernels, partitionable=partitionable
+    )
   )
 
 
@@ -77,11 +87,11 @@ def _run(*args, **params):
 
 
 @_per_platform.def_abstract_eval
-def _results(*args, jaxpr, kernels):
+def _results(*args, jaxpr, **params):
   return jaxpr.out_avals
 
 
-def _jvp(primals, tangents, *, jaxpr, kernels):
+def _jvp(primals, tangents, *, jaxpr, **params):
   moved = [type(t) is not ad.Zero for t in tangents]
   return jax.jvp(
     _of_some(core.jaxpr_as_fun(jaxpr), primals, moved),
@@ -90,24 +100,29 @@ def _jvp(primals, tangents, *, jaxpr, kernels):
   )
 
 
-def _batch(args, axes, *, jaxpr, kernels):
+def _batch(args, axes, *, jaxpr, kernels, partitionable):
   def mapped(function):
     return jax.vmap(function, in_axes=tuple(axes))
 
   jaxpr = jax.make_jaxpr(mapped(core.jaxpr_as_fun(jaxpr)))(*args)
-  kernels = tuple((p, mapped(kernel)) for p, kernel in kernels)
-  out = _per_platform.bind(*args, jaxpr=jaxpr, kernels=kernels)
+  kernels, partitionable = (
+    tuple((p, mapped(kernel)) for p, kernel in table)
+    for table in (kernels, partitionable)
+  )
+  out = _per_platform.bind(
+    *args, jaxpr=jaxpr, kernels=kernels, partitionable=partitionable
+  )
   return out, [0] * len(out)
 
 
 def _lowering(platform):
-  def lower(ctx, *args, jaxpr, kernels):
+  def lower(ctx, *args, jaxpr, kernels, partitionable):
     kernels = dict(kernels)
     function = kernels.get(platform, kernels.get(None))
     # XLA cannot partition a kernel: outside of shard_map a program of several
     # devices is the definition's.
     if function is None or (platform == 'tpu' and not _one_device(ctx)):
-      function = core.jaxpr_as_fun(jaxpr)
+      function = dict(partitionable).get(platform, core.jaxpr_as_fun(jaxpr))
     return mlir.lower_fun(function, multiple_results=True)(ctx, *args)
 
   return lower

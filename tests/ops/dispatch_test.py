@@ -126,6 +126,20 @@ def test_a_program_of_several_devices_needs_shard_map_for_a_kernel():
   assert operations(each, x, platforms=['tpu']) == {'tan'}
 
 
+def test_a_kernel_of_plain_jax_is_divided_among_devices():
+  mesh = jax.make_mesh((8,), ('x',), axis_types=(jax.sharding.AxisType.Auto,))
+  x = jax.device_put(jnp.ones(8), jax.NamedSharding(mesh, jax.P('x')))
+  both = functools.partial(
+    call, partitionable=dict.fromkeys(('tpu', 'cuda'), jnp.cos)
+  )
+  assert operations(both, x, platforms=['tpu']) == {'cosine'}
+  one = jnp.ones(3)
+  assert operations(both, one, platforms=['tpu']) == {'tan'}
+  assert operations(both, one, platforms=['cuda']) == {'cosine'}
+  assert operations(jax.vmap(both), one, platforms=['cuda']) == {'cosine'}
+  assert operations(both, one, platforms=['cpu']) == {'sine'}
+
+
 def power(x, y, n):
   """x^n y, whose gradient kernels are written out."""
   return x**n * y
