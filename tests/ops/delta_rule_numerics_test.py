@@ -123,19 +123,21 @@ def test_bfloat16_operands():
   assert error < 0.02 * np.abs(expected).max()
 
 
-def test_triangular_solve_and_its_derivatives():
+@pytest.mark.parametrize('wide', [False, True])
+def test_triangular_solve_and_its_derivatives(wide):
+  solve = functools.partial(solve_unit_lower, wide=wide)
   rng = np.random.default_rng(0)
   for size in (1, 2, 16):
     lower, lower_dot = np.tril(rng.standard_normal((2, 3, size, size)), -1)
     rhs, rhs_dot = rng.standard_normal((2, 3, size, 5))
     with jax.enable_x64(True):
       primals, tangents = to_jax(((lower, rhs), (lower_dot, rhs_dot)))
-      solution, slope = jax.jvp(solve_unit_lower, primals, tangents)
+      solution, slope = jax.jvp(solve, primals, tangents)
       inverse = np.linalg.inv(np.eye(size) + lower)
       expected = inverse @ rhs
       assert_close(solution, expected, 1e-12)
       expected = inverse @ (rhs_dot - lower_dot @ expected)
       assert_close(slope, expected, 1e-12)
-      _, pull = jax.vjp(solve_unit_lower, *primals)
+      _, pull = jax.vjp(solve, *primals)
       paired = sum(map(np.vdot, pull(tangents[1]), tangents))
       np.testing.assert_allclose(paired, np.vdot(slope, rhs_dot), rtol=1e-12)

@@ -1,5 +1,7 @@
 """Rounding of linear_attention: float32, bfloat16, hard gates, empty sums."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -66,19 +68,22 @@ HARD = {
 }
 
 
+@pytest.mark.parametrize('wide', [False, True])
 @pytest.mark.parametrize('hard', HARD)
-def test_span_decays_are_accurate_in_float32(hard):
+def test_span_decays_are_accurate_in_float32(hard, wide):
   size = 64
   gate = HARD[hard](np.random.default_rng(0), (4, size)).astype(np.float32)
   expected = np.zeros((4, size, size))
   for i in range(size):
     for j in range(i + 1):
       expected[:, i, j] = np.exp(gate[:, j + 1 : i + 1].sum(1, np.float64))
-  spans, _, _ = optimized(gates.span_sums)(jnp.asarray(gate))
+  span_sums = functools.partial(gates.span_sums, wide=wide)
+  spans, _, _ = optimized(span_sums)(jnp.asarray(gate))
   assert spans.max() <= 0
   np.testing.assert_allclose(np.tril(np.exp(spans)), expected, atol=3e-7)
   ones = jnp.ones((4, size, 1))
-  scores, _, _ = optimized(gates.decayed_scores)(
+  decayed_scores = functools.partial(gates.decayed_scores, wide=wide)
+  scores, _, _ = optimized(decayed_scores)(
     ones, ones, jnp.asarray(gate)[..., None]
   )
   np.testing.assert_allclose(scores, expected, atol=3e-7)

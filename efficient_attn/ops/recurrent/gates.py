@@ -16,11 +16,17 @@ follows j in its block and what precedes i in its own, so that
 
 is a matrix product. A chunk of C tokens costs C log2(C) exponentials per
 channel, where exact pairwise differences would cost C^2.
+
+The sums come from doubling the blocks, few additions on many small arrays; or,
+`wide`, from products with matrices of zeros and ones, which a matrix unit has
+for nothing and which leave every array in rows of C tokens. Both are sums of
+the same gates.
 """
 
-import functools
 from collections.abc import Iterator
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -127,10 +133,69 @@ def merge(triangles: Array, square: Array) -> Array:
   return jnp.concatenate([top, bottom], -2)
 
 
+def added(spec: str, *operands: Array | np.ndarray) -> Array:
+  """An einsum of gates with zeros and ones: their plain sums."""
+  return jnp.einsum(spec, *operands, precision=jax.lax.Precision.HIGHEST)
+
+
+def edge_sums(
+  gate: Float[Array, '*batch C h'], *, inclusive: bool = True
+) -> tuple[Array, Array]:
+  """Sums of the gates before and after each row of a chunk, by products.
+
+  Returns:
+    before: [*batch, C, h], from the start of the chunk to the row.
+    after: [*batch, C, h], past the row to the end of the chunk.
+  """
+  size = gate.shape[-2]
+  before = np.tri(size, k=0 if inclusive else -1, dtype=gate.dtype)
+  after = np.tri(size, k=-1, dtype=gate.dtype).T
+  return tuple(added('it,...th->...ih', m, gate) for m in (before, after))
+
+
+class Levels(NamedTuple):
+  """The pairs of tokens in an odd block of m and the one before, for every m.
+
+  Attributes:
+    odd: [L, C, 1], whether a row stands in an odd block.
+    pairs: [L, C, C], the pairs of a row in an odd block and a column in the
+      even block before it. Every pair j < i has one level.
+    sums: [L, *batch, C, h], the gates between a row and the boundary of its
+      two blocks: those before odd rows, those after even rows.
+  """
+
+  odd: np.ndarray
+  pairs: np.ndarray
+  sums: Array
+
+
+def levels(
+  gate: Float[Array, '*batch C h'], *, inclusive: bool = True
+) -> Levels:
+  """Tiles the pairs of a chunk, for m = 1, 2, ..., C / 2."""
+  size = gate.shape[-2]
+  row, column = np.arange(size)[:, None], np.arange(size)
+  block = 2 ** np.arange(size.bit_length() - 1)[:, None, None]
+  odd = row // block % 2 == 1
+  before = column <= row if inclusive else column < row
+  rows = row // block == column // block
+  rows &= np.where(odd, before, column > row)
+  sums = added('lit,...th->l...ih', rows.astype(gate.dtype), gate)
+  return Levels(odd, odd & (row // block == column // block + 1), sums)
+
+
 def span_sums(
-  gate: Float[Array, '*batch C'], *, inclusive: bool = True
+  gate: Float[Array, '*batch C'],
+  *,
+  inclusive: bool = True,
+  wide: bool = False,
 ) -> tuple[Array, Array, Array]:
   """Sums of scalar gates over all spans of a chunk.
+
+  Args:
+    gate: log decays of one chunk; C is a power of two.
+    inclusive: whether the gate of the row itself counts.
+    wide: whether sums are products.
 
   Returns:
     spans: [*batch, C, C], the gates of (j, i] (of (j, i) when not
@@ -138,6 +203,13 @@ def span_sums(
     before: [*batch, C], from the start of the chunk to the row.
     after: [*batch, C], past the row to the end of the chunk.
   """
+  if wide:
+    size = gate.shape[-1]
+    upto = np.tri(size, k=0 if inclusive else -1, dtype=gate.dtype)
+    past = np.tri(size, k=-1, dtype=gate.dtype)
+    spans = added('...it,tj->...ij', upto * gate[..., None, :], past)
+    before, after = edge_sums(gate[..., None], inclusive=inclusive)
+    return spans, before[..., 0], after[..., 0]
   spans = jnp.zeros_like(gate)[..., None, None]
   for before, after in block_sums(gate[..., None], inclusive=inclusive):
     if before.shape[-3] > 1:
@@ -153,6 +225,7 @@ def decayed_scores(
   *,
   inclusive: bool = True,
   operand: jnp.dtype | None = None,
+  wide: bool = False,
 ) -> tuple[Array, Array, Array]:
   """Scores of a chunk under channel gates, without a [C, C, H] array.
 
@@ -162,6 +235,7 @@ def decayed_scores(
     gate: log decays; C is a power of two.
     inclusive: whether the gate of the query's own token counts.
     operand: dtype of the operands of matrix products (default: as computed).
+    wide: whether sums are products.
 
   Returns:
     scores: [*batch, C, C], sum_h q_ih k_jh exp(sum of g_h over (j, i]) for
@@ -171,6 +245,10 @@ def decayed_scores(
   """
   q, k = (x.astype(gate.dtype) for x in (q, k))
   operand = operand or gate.dtype
+  if wide:
+    tiles = levels(gate, inclusive=inclusive)
+    scores = level_scores(q, k, tiles, inclusive=inclusive, operand=operand)
+    return scores, *edge_sums(gate, inclusive=inclusive)
   ones = jnp.ones_like if inclusive else jnp.zeros_like
   scores = jnp.sum(q * k, -1) * ones(gate[..., 0])
   scores = scores[..., None, None]
@@ -179,14 +257,37 @@ def decayed_scores(
     if blocks > 1:
       rows = halves(_blocks(q, size))[1] * jnp.exp(halves(before)[1])
       columns = halves(_blocks(k, size))[0] * jnp.exp(halves(after)[0])
-      square = jnp.einsum(
-        '...ih,...jh->...ij',
-        rows.astype(operand),
-        columns.astype(operand),
-        preferred_element_type=gate.dtype,
+      square = dot_rows(
+        rows.astype(operand), columns.astype(operand), gate.dtype
       )
       scores = merge(scores, square)
   return scores[..., 0, :, :], before[..., 0, :, :], after[..., 0, :, :]
+
+
+def level_scores(
+  q: Float[Array, '*#batch C H'],
+  k: Float[Array, '*#batch C H'],
+  tiles: Levels,
+  *,
+  inclusive: bool,
+  operand: jnp.dtype,
+) -> Float[Array, '*batch C C']:
+  """The scores of `decayed_scores` from the levels of its gate."""
+  dtype = tiles.sums.dtype
+  lead = (1,) * (tiles.sums.ndim - 3)
+
+  def aligned(x):
+    return x.reshape(x.shape[0], *lead, *x.shape[1:])
+
+  # Odd rows ask, even rows answer: one array holds both.
+  both = jnp.where(aligned(tiles.odd), q, k) * jnp.exp(tiles.sums)
+  both = both.astype(operand)
+  squares = dot_rows(both, both, dtype)
+  scores = jnp.sum(jnp.where(aligned(tiles.pairs), squares, 0), 0)
+  if not inclusive:
+    return scores
+  own = jnp.sum(q * k, -1)[..., None]
+  return scores + jnp.where(np.eye(q.shape[-2], dtype=bool), own, 0)
 
 
 def total(gate: Array, after: Array) -> Array:
@@ -201,11 +302,15 @@ class ChunkDecay:
     gate: [*batch, C, H] per channel, [*batch, C, 1] scalar, or None.
     operand: dtype of the operands of matrix products.
     dtype: of everything else.
+    wide: whether sums are products.
   """
 
-  def __init__(self, gate, *, operand: jnp.dtype, dtype: jnp.dtype):
+  def __init__(
+    self, gate, *, operand: jnp.dtype, dtype: jnp.dtype, wide: bool = False
+  ):
     self.gate, self.operand, self.dtype = gate, operand, dtype
-    self._sums = {}
+    self.wide = wide
+    self._sums, self._levels = {}, {}
 
   def scores(self, q: Array, k: Array, *, inclusive: bool = True) -> Array:
     """sum_h q_ih k_jh exp(sum of gates over (j, i]), [*batch, C, C].
@@ -214,6 +319,14 @@ class ChunkDecay:
     inclusive) values have no meaning and must be masked.
     """
     if self.gate is not None and self.gate.shape[-1] > 1:
+      if self.wide:
+        return level_scores(
+          q.astype(self.dtype),
+          k.astype(self.dtype),
+          self._tiles(inclusive),
+          inclusive=inclusive,
+          operand=self.operand,
+        )
       scores, *self._sums[inclusive] = decayed_scores(
         q, k, self.gate, inclusive=inclusive, operand=self.operand
       )
@@ -223,7 +336,9 @@ class ChunkDecay:
     )
     if self.gate is None:
       return scores
-    spans, before, after = span_sums(self.gate[..., 0], inclusive=inclusive)
+    spans, before, after = span_sums(
+      self.gate[..., 0], inclusive=inclusive, wide=self.wide
+    )
     self._sums[inclusive] = before[..., None], after[..., None]
     return scores * jnp.exp(spans)
 
@@ -242,10 +357,22 @@ class ChunkDecay:
   def _decays(self, inclusive):
     if self.gate is None:
       return (jnp.ones((1, 1), self.dtype),) * 2
+    if inclusive not in self._sums and self.wide:
+      self._sums[inclusive] = edge_sums(self.gate, inclusive=inclusive)
     if inclusive not in self._sums:  # no scores were asked for
       *_, (before, after) = block_sums(self.gate, inclusive=inclusive)
       self._sums[inclusive] = before[..., 0, :, :], after[..., 0, :, :]
     return tuple(map(jnp.exp, self._sums[inclusive]))
+
+  def _tiles(self, inclusive):
+    if inclusive not in self._levels:
+      self._levels[inclusive] = levels(self.gate, inclusive=inclusive)
+    return self._levels[inclusive]
+
+
+def dot_rows(x: Array, y: Array, dtype: jnp.dtype) -> Array:
+  """x_i . y_j, [*batch, C, C]."""
+  return jnp.einsum('...ih,...jh->...ij', x, y, preferred_element_type=dtype)
 
 
 def _products(q, k, dtype):
@@ -254,13 +381,10 @@ def _products(q, k, dtype):
   Rows that are solved one from another add up what their products round off,
   and shorter sums round less.
   """
-  product = functools.partial(
-    jnp.einsum, '...ih,...jh->...ij', preferred_element_type=dtype
-  )
   if q.shape[-2] <= 256:
-    return product(q, k)
+    return dot_rows(q, k, dtype)
   (q1, q2), (k1, k2) = (jnp.array_split(x, 2, -1) for x in (q, k))
-  return product(q1, k1) + product(q2, k2)
+  return dot_rows(q1, k1, dtype) + dot_rows(q2, k2, dtype)
 
 
 def _blocks(x: Array, size: int) -> Array:
