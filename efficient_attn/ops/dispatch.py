@@ -14,6 +14,8 @@ from efficient_attn.ops.per_platform import PLATFORMS
 from efficient_attn.values import ConfigError
 
 XLA = 'xla'
+# The same, as accelerators run it: many chunks at once.
+XLA_PARALLEL = 'xla_parallel'
 
 
 class Implementation(NamedTuple):
@@ -48,8 +50,9 @@ def choose(
 
   Args:
     table: kernels by name, in order of preference.
-    implementation: a name, 'xla' included; a sequence of names, of which the
-      first that does not refuse is used; or None for the best per platform.
+    implementation: a name, 'xla' and 'xla_parallel' included; a sequence of
+      names, of which the first that does not refuse is used; or None for the
+      best per platform.
     op: the name of the op, for errors.
     **request: what `refuses` takes.
 
@@ -73,7 +76,7 @@ def choose(
     names = (names,)
   if not names:
     raise ConfigError('implementation is empty; name one, or pass None.')
-  known = (*table, XLA)
+  known = (*table, XLA, XLA_PARALLEL)
   for name in names:
     if name not in known:
       near = difflib.get_close_matches(name, known, n=1, cutoff=0)
@@ -85,6 +88,8 @@ def choose(
   for name in names:
     if name == XLA:
       return {}
+    if name == XLA_PARALLEL:
+      return {None: name}
     reason = table[name].refuses(**request)
     if reason is None:
       return {None: name}

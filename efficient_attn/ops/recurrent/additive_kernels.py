@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from efficient_attn.ops import chunks, dispatch, shapes
-from efficient_attn.ops.per_platform import differentiable, per_platform
+from efficient_attn.ops.per_platform import differentiable
 from efficient_attn.ops.recurrent import chunk_states, forms, gates
 
 NAME = 'linear_attention'
@@ -18,7 +18,7 @@ SPAN = 128  # tokens between two states that the forward pass keeps
 
 def recur(
   step: Callable,
-  chunk: Callable,
+  chunk: chunk_states.Chunk,
   tokens: Any,
   state: Array,
   *,
@@ -56,24 +56,23 @@ def recur(
     op=NAME,
     **_request(tokens, state, form, chunk_size, inclusive),
   )
-  run = _by_kernel if rows else _definition
-  return run(
-    tokens,
-    state,
-    segment_ids,
+  options = dict(
     step=step,
     chunk=chunk,
     form=form,
     chunk_size=chunk_size,
     scale=scale,
     dtype=dtype,
-    **(dict(rows=tuple(rows.items()), inclusive=inclusive) if rows else {}),
   )
-
-
-def _definition(
-  tokens, state, segment_ids, *, step, chunk, form, chunk_size, scale, dtype
-):
+  if rows and dispatch.XLA_PARALLEL not in rows.values():
+    return _by_kernel(
+      tokens,
+      state,
+      segment_ids,
+      rows=tuple(rows.items()),
+      inclusive=inclusive,
+      **options,
+    )
   out, last = forms.recur(
     step,
     chunk,
@@ -82,6 +81,8 @@ def _definition(
     segment_ids=segment_ids,
     form=form,
     chunk_size=chunk_size,
+    implementation=rows.get(None),
+    dtype=_operand(tokens, state),
   )
   return (out * scale).astype(dtype), last
 
@@ -114,8 +115,8 @@ def _by_kernel(
   rows,
   inclusive,
 ):
-  (q, k), (v,), gate = tokens
-  operand = shapes.operand(state.dtype, q, k, v)
+  gate = tokens[2]
+  operand = _operand(tokens, state)
   kernels = functools.partial(
     dispatch.kernels,
     KERNELS,
@@ -124,47 +125,65 @@ def _by_kernel(
     operand=operand,
     inclusive=inclusive,
   )
-  saved = dict(chunk_size=chunk_size, span=SPAN)
-  definition = functools.partial(
-    _definition,
-    step=step,
-    chunk=chunk,
+  *xla, definition = forms.passes(
+    step,
+    chunk,
+    length=tokens[0][0].shape[1],
+    form=form,
     chunk_size=chunk_size,
-    scale=scale,
-    dtype=dtype,
+    span=SPAN,
+    dtype=operand,
   )
-
-  def forward(tokens, state, segment_ids):
-    out, last, states = chunk_states.forward(
-      chunk, _floored(tokens), state, segment_ids, dtype=operand, **saved
-    )
-    return ((out * scale).astype(dtype), last), as_saved(states)
 
   def as_saved(states):
     # The kernel of a channel gate keeps them transposed.
     return jnp.swapaxes(states, -1, -2) if _per_channel(gate) else states
 
-  def backward(args, states, cotangents):
-    tokens, _, segment_ids = args
-    out, last = cotangents
-    out = out.astype(last.dtype) * scale
-    floored, pull = jax.vjp(_floored, tokens)
-    found, first = chunk_states.backward(
-      chunk, floored, segment_ids, as_saved(states), out, last, **saved
-    )
-    return pull(found)[0], first, None
+  def call(function):
+    def run(tokens, state, segment_ids):
+      out, last = function(_floored(tokens), state, segment_ids)
+      return (out * scale).astype(dtype), last
 
-  call = differentiable(
-    functools.partial(
-      per_platform,
-      functools.partial(definition, form=form),
-      kernels('call', dtype=dtype),
-    ),
-    functools.partial(per_platform, forward, kernels('forward', dtype=dtype)),
-    functools.partial(per_platform, backward, kernels('backward')),
-    functools.partial(definition, form='chunkwise'),
+    return run
+
+  def forward(function):
+    def run(tokens, state, segment_ids):
+      (out, last), states = function(_floored(tokens), state, segment_ids)
+      return ((out * scale).astype(dtype), last), as_saved(states)
+
+    return run
+
+  def backward(function):
+    def run(args, states, cotangents):
+      tokens, state, segment_ids = args
+      out, last = cotangents
+      out = out.astype(last.dtype) * scale
+      floored, pull = jax.vjp(_floored, tokens)
+      found, first, _ = function(
+        (floored, state, segment_ids), as_saved(states), (out, last)
+      )
+      return pull(found)[0], first, None
+
+    return run
+
+  def chosen(wrap, stage, **statics):
+    functions = (wrap(getattr(passes, stage)) for passes in xla)
+    return functools.partial(
+      forms.per_accelerator, *functions, kernels=kernels(stage, **statics)
+    )
+
+  function = differentiable(
+    chosen(call, 'call', dtype=dtype),
+    chosen(forward, 'forward', dtype=dtype),
+    chosen(backward, 'backward'),
+    call(definition),
   )
-  return call(tokens, state, segment_ids)
+  return function(tokens, state, segment_ids)
+
+
+def _operand(tokens, state):
+  (q, k), (v,), _ = tokens
+  return shapes.operand(state.dtype, q, k, v)
 
 
 def _per_channel(gate):

@@ -33,58 +33,75 @@ def step(state, token, *, inclusive: bool):
   )
 
 
-def chunk(state, tokens, marks, *, inclusive: bool):
-  """The same for C tokens, [B, K, (G,) C, X].
+def prepare(tokens, marks, *, inclusive: bool, wide: bool):
+  """What C tokens [B, K, (G,) C, X] write, and what they read among them.
 
   Scalar gates scale values and outputs, not keys, which all heads of a group
   share; `gates.ChunkDecay` would take half as long again with 4 heads a group.
   """
   q, k, v, gate = tokens
-  dtype = state.dtype
+  dtype = shapes.accumulator(q, k, v, gate)
   operand = shapes.operand(dtype, q, k, v)
-
-  def dot(spec, *xs):
-    xs = [x.astype(operand) for x in xs]
-    return jnp.einsum(spec, *xs, preferred_element_type=dtype)
-
   size = v.shape[-2]
   mask = np.tri(size, k=0 if inclusive else -1, dtype=bool)
   if marks is not None:
     mask &= marks.same[:, None, None]
-    reads = marks.reads[:, None, None, :, None]
-    writes = marks.writes[:, None, None, :, None]
-    keeps = marks.keeps[:, None, None, None, None]
+  options = dict(inclusive=inclusive, wide=wide)
 
+  value, total, before = v, None, None
   if gate is not None and gate.shape[-1] > 1:
     q, k = q[:, :, None].astype(dtype), k[:, :, None].astype(dtype)
     scores, before, after = gates.decayed_scores(
-      q, k, gate, inclusive=inclusive, operand=operand
+      q, k, gate, operand=operand, **options
     )
-    read = dot('bkgih,bkghv->bkgiv', q * jnp.exp(before), state)
-    k = k * jnp.exp(after)
+    q, k, before = q * jnp.exp(before), k * jnp.exp(after), None
     if marks is not None:
-      k = jnp.where(writes, k, 0)
-    write = dot('bkgjh,bkgjv->bkghv', k, v)
-    kept = jnp.exp(gates.total(gate, after))[..., None] * state
+      k = jnp.where(marks.writes[:, None, None, :, None], k, 0)
+    total = jnp.exp(gates.total(gate, after))[..., None]
   else:
-    scores = dot('bkih,bkjh->bkij', q, k)[:, :, None]
-    read = dot('bkih,bkghv->bkgiv', q, state)
-    value, kept = v, state
+    scores = _dot('bkih,bkjh->bkij', q, k, operand, dtype)[:, :, None]
     if gate is not None:
-      spans, before, after = gates.span_sums(gate[..., 0], inclusive=inclusive)
+      spans, before, after = gates.span_sums(gate[..., 0], **options)
       scores = scores * jnp.exp(spans)
-      read = read * jnp.exp(before)[..., None]
+      before = jnp.exp(before)[..., None]
       value = v.astype(dtype) * jnp.exp(after)[..., None]
-      kept = jnp.exp(gates.total(gate, after[..., None]))[..., None] * state
+      total = jnp.exp(gates.total(gate, after[..., None]))[..., None]
     if marks is not None:
-      value = jnp.where(writes, value, 0)
-    write = dot('bkjh,bkgjv->bkghv', k, value)
+      value = jnp.where(marks.writes[:, None, None, :, None], value, 0)
   scores = jnp.where(mask, scores, 0)
-  if marks is not None:
-    read = jnp.where(reads, read, 0)
-    kept = jnp.where(keeps, kept, 0)
   if scores.shape[2] == 1:
-    inside = dot('bkij,bkgjv->bkgiv', scores[:, :, 0], v)
+    inside = _dot('bkij,bkgjv->bkgiv', scores[:, :, 0], v, operand, dtype)
   else:
-    inside = dot('bkgij,bkgjv->bkgiv', scores, v)
-  return kept + write, inside + read
+    inside = _dot('bkgij,bkgjv->bkgiv', scores, v, operand, dtype)
+  writes = k.astype(operand), value.astype(operand), total
+  return writes, (q.astype(operand), before, inside)
+
+
+def advance(state, writes, marks):
+  """The state [B, K, G, H, V] after a chunk, and before it for its reads."""
+  key, value, total = writes
+  spec = 'bkgjh,bkgjv->bkghv' if key.ndim == 5 else 'bkjh,bkgjv->bkghv'
+  write = _dot(spec, key, value, key.dtype, state.dtype)
+  kept = state if total is None else total * state
+  if marks is not None:
+    kept = jnp.where(marks.keeps[:, None, None, None, None], kept, 0)
+  return kept + write, state.astype(key.dtype)
+
+
+def read(state, reads, marks, *, wide: bool):
+  """The outputs of a chunk: of its own tokens, and of the state before it."""
+  del wide
+  q, before, inside = reads
+  spec = 'bkgih,bkghv->bkgiv' if q.ndim == 5 else 'bkih,bkghv->bkgiv'
+  found = _dot(spec, q, state, q.dtype, inside.dtype)
+  if before is not None:
+    found = found * before
+  if marks is not None:
+    found = jnp.where(marks.reads[:, None, None, :, None], found, 0)
+  return inside + found
+
+
+def _dot(spec, x, y, operand, dtype):
+  return jnp.einsum(
+    spec, x.astype(operand), y.astype(operand), preferred_element_type=dtype
+  )

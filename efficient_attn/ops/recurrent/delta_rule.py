@@ -25,10 +25,10 @@ from jaxtyping import Array, Float, Int
 
 from efficient_attn.ops import shapes
 from efficient_attn.ops.recurrent import (
+  chunk_states,
   forms,
   gates,
   matrix_recurrence,
-  triangular,
 )
 
 
@@ -69,7 +69,7 @@ def delta_rule(
     form: 'chunkwise', 'recurrent', 'parallel' ('chunkwise' with one chunk) or
       None for what is fastest here, see `choose_form`.
     chunk_size: tokens per chunk, a power of two.
-    implementation: None or 'xla'.
+    implementation: None, 'xla' or 'xla_parallel', see `forms.recur`.
 
   Returns:
     out: [B, T, N, V] in the dtype of v.
@@ -93,7 +93,7 @@ def delta_rule(
   inclusive = read == 'inclusive'
   out, state = matrix_recurrence.recur(
     functools.partial(_step, inclusive=inclusive),
-    functools.partial(_chunk, inclusive=inclusive),
+    CHUNK[inclusive],
     keys=(q, k),
     values=(v, beta[..., None], erase),
     log_decay=log_decay,
@@ -102,6 +102,7 @@ def delta_rule(
     bidirectional=bidirectional,
     form=form,
     chunk_size=chunk_size,
+    implementation=implementation,
   )
   return matrix_recurrence.scaled(out, scale, q, v), state
 
@@ -120,26 +121,40 @@ def _step(state, token, *, inclusive):
   return state, matrix_recurrence.contract('...h,...hv->...v', q, read)
 
 
-def _chunk(state, tokens, marks, *, inclusive):
+def _prepare(tokens, marks, *, inclusive, wide):
   (q, k), (v, beta, erase), gate = tokens
-  dtype = state.dtype
+  dtype = shapes.accumulator(tokens)
   operand = shapes.operand(dtype, q, k, v)
-  dot = matrix_recurrence.products(operand, dtype)
-  decay = gates.ChunkDecay(gate, operand=operand, dtype=dtype)
+  decay = gates.ChunkDecay(gate, operand=operand, dtype=dtype, wide=wide)
   q, k, v, beta = (x.astype(dtype) for x in (q, k, v, beta))
-  eraser = k if erase is None else erase.astype(dtype) * k
+  eraser = beta * (k if erase is None else erase.astype(dtype) * k)
 
-  overlap = beta * decay.scores(eraser, k)
+  overlap = decay.scores(eraser, k)
   overlap = matrix_recurrence.causal(overlap, marks, diagonal=False)
-  known = dot('...ih,...hv->...iv', eraser * decay.before(), state)
-  update = triangular.solve_unit_lower(
-    overlap, beta * (v - matrix_recurrence.kept(known, marks, 'reads'))
+  known = matrix_recurrence.kept(eraser * decay.before(), marks, 'reads')
+  w, u, lower = matrix_recurrence.updates(
+    overlap, beta * v, known, operand=operand, wide=wide
   )
   scores = decay.scores(q, k, inclusive=inclusive)
   scores = matrix_recurrence.causal(scores, marks, diagonal=inclusive)
-  past = dot('...ih,...hv->...iv', q * decay.before(inclusive=inclusive), state)
-  out = dot('...ij,...jv->...iv', scores, update)
-  out = out + matrix_recurrence.kept(past, marks, 'reads')
   write = matrix_recurrence.kept(k * decay.after(), marks, 'writes')
-  state = matrix_recurrence.carried(decay.total() * state, marks)
-  return state + dot('...jh,...jv->...hv', write, update), out
+  query = q * decay.before(inclusive=inclusive)
+  return (
+    matrix_recurrence.Writes(
+      w, u, lower, write.astype(operand), None, decay.total()
+    ),
+    matrix_recurrence.Reads(
+      query.astype(operand), scores.astype(operand), None
+    ),
+  )
+
+
+# By whether a token reads itself.
+CHUNK = {
+  inclusive: chunk_states.Chunk(
+    functools.partial(_prepare, inclusive=inclusive),
+    matrix_recurrence.advance,
+    matrix_recurrence.read,
+  )
+  for inclusive in (True, False)
+}

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from efficient_attn.ops import chunks, shapes
-from efficient_attn.ops.recurrent import forms
+from efficient_attn.ops import chunks, dispatch, shapes
+from efficient_attn.ops.recurrent import chunk_states, forms
 
 FORMS = ('chunkwise', 'recurrent')
 
@@ -83,9 +83,8 @@ def step(state, token):
   return state, state
 
 
-def chunk(state, tokens, marks):
-  """C tokens [B, N, C, H]; segments are among the tokens, `marks` is None."""
-  del marks
+def chunk(state, tokens):
+  """C tokens [B, N, C, H]; segments are among the tokens."""
   x, log_decay, start = tokens
   decay = decays(log_decay, start, state.dtype)
   h = associative(decay, x.astype(state.dtype), state)
@@ -114,14 +113,15 @@ def kept(decay: Array, state: Array) -> Array:
 def decays(log_decay, start, dtype):
   """exp(log_decay), and nothing where a segment starts."""
   decay = jnp.exp(log_decay.astype(dtype))
-  return decay if start is None else jnp.where(start, 0, decay)
+  return decay if start is None else jnp.where(start > 0, 0, decay)
 
 
 def starts(segment_ids: Array | None) -> Array | None:
-  """Where segments start, [B, T, 1, 1]: a token like the others."""
+  """1 where segments start, [B, T, 1, 1]: a token like the others."""
   if segment_ids is None:
     return None
-  return chunks.segment_starts(segment_ids)[..., None, None]
+  found = chunks.segment_starts(segment_ids)
+  return found[..., None, None].astype(jnp.float32)
 
 
 def recur(
@@ -133,33 +133,35 @@ def recur(
   inside chunks that are computed again takes half its time in a backward pass.
   """
 
-  def by_platform(state, tokens, marks):
+  def by_platform(state, tokens):
     def plain(state, tokens):
       tokens = jax.tree.map(lambda x: jnp.moveaxis(x, -2, 0), tokens)
       state, out = jax.lax.scan(step, state, tokens)
       return state, jnp.moveaxis(out, 0, -2)
 
-    def associative(state, tokens):
-      return chunk(state, tokens, marks)
+    return jax.lax.platform_dependent(state, tokens, cpu=plain, default=chunk)
 
-    return jax.lax.platform_dependent(
-      state, tokens, cpu=plain, default=associative
-    )
-
+  run = by_platform if form is None else chunk
+  in_sequence = chunk_states.Chunk(
+    prepare=lambda tokens, marks, wide: (tokens, ()),
+    advance=lambda state, tokens, marks: run(state, tokens),
+    read=lambda out, reads, marks, wide: out,
+  )
   return forms.recur(
     step,
-    by_platform if form is None else chunk,
+    in_sequence,
     tokens,
     state,
     segment_ids=None,
     form=form,
     chunk_size=chunk_size,
+    parallel=False,
   )
 
 
 def check_form(form, implementation, name) -> None:
   """Refuses forms and implementations that do not exist."""
-  forms.check(form, implementation, name)
+  forms.check(form, implementation, name, known=(dispatch.XLA,))
   if form == 'parallel':
     raise NotImplementedError(
       f'{name} has no parallel form: an elementwise gate is no T x T matrix. '

@@ -20,10 +20,10 @@ from jaxtyping import Array, Float, Int
 
 from efficient_attn.ops import shapes
 from efficient_attn.ops.recurrent import (
+  chunk_states,
   forms,
   gates,
   matrix_recurrence,
-  triangular,
 )
 
 
@@ -80,7 +80,7 @@ def dplr(
   inclusive = read == 'inclusive'
   out, state = matrix_recurrence.recur(
     functools.partial(_step, inclusive=inclusive),
-    functools.partial(_chunk, inclusive=inclusive),
+    CHUNK[inclusive],
     keys=(q, k, a, b),
     values=(v,),
     log_decay=log_decay,
@@ -89,6 +89,7 @@ def dplr(
     bidirectional=bidirectional,
     form=form,
     chunk_size=chunk_size,
+    implementation=implementation,
   )
   return matrix_recurrence.scaled(out, scale, q, v), state
 
@@ -106,32 +107,49 @@ def _step(state, token, *, inclusive):
   return state, matrix_recurrence.contract('...h,...hv->...v', q, read)
 
 
-def _chunk(state, tokens, marks, *, inclusive):
+def _prepare(tokens, marks, *, inclusive, wide):
   (q, k, a, b), (v,), gate = tokens
-  dtype = state.dtype
+  dtype = shapes.accumulator(tokens)
   operand = shapes.operand(dtype, q, k, a, b, v)
   dot = matrix_recurrence.products(operand, dtype)
-  decay = gates.ChunkDecay(gate, operand=operand, dtype=dtype)
+  decay = gates.ChunkDecay(gate, operand=operand, dtype=dtype, wide=wide)
   q, k, a, b, v = (x.astype(dtype) for x in (q, k, a, b, v))
 
   def scores(x, y, *, inclusive):
     found = decay.scores(x, y, inclusive=inclusive)
     return matrix_recurrence.causal(found, marks, diagonal=inclusive)
 
-  def past(x, *, inclusive):
-    x = x * decay.before(inclusive=inclusive)
-    found = dot('...ih,...hv->...iv', x, state)
-    return matrix_recurrence.kept(found, marks, 'reads')
+  def write(x):
+    x = matrix_recurrence.kept(x * decay.after(), marks, 'writes')
+    return x.astype(operand)
 
-  inside = dot('...ij,...jv->...iv', scores(a, k, inclusive=False), v)
-  recalled = triangular.solve_unit_lower(
-    -scores(a, b, inclusive=False), past(a, inclusive=False) + inside
+  recalled = a * decay.before(inclusive=False)
+  w, u, lower = matrix_recurrence.updates(
+    -scores(a, b, inclusive=False),
+    dot('...ij,...jv->...iv', scores(a, k, inclusive=False), v),
+    -matrix_recurrence.kept(recalled, marks, 'reads'),
+    operand=operand,
+    wide=wide,
   )
-  out = past(q, inclusive=inclusive)
-  state = matrix_recurrence.carried(decay.total() * state, marks)
-  for key, value in ((b, recalled), (k, v)):
-    read = scores(q, key, inclusive=inclusive)
-    out = out + dot('...ij,...jv->...iv', read, value)
-    write = matrix_recurrence.kept(key * decay.after(), marks, 'writes')
-    state = state + dot('...jh,...jv->...hv', write, value)
-  return state, out
+  query = q * decay.before(inclusive=inclusive)
+  inside = dot('...ij,...jv->...iv', scores(q, k, inclusive=inclusive), v)
+  read = scores(q, b, inclusive=inclusive)
+  return (
+    matrix_recurrence.Writes(
+      w, u, lower, write(b), (write(k), v.astype(operand)), decay.total()
+    ),
+    matrix_recurrence.Reads(
+      query.astype(operand), read.astype(operand), inside
+    ),
+  )
+
+
+# By whether a token reads itself.
+CHUNK = {
+  inclusive: chunk_states.Chunk(
+    functools.partial(_prepare, inclusive=inclusive),
+    matrix_recurrence.advance,
+    matrix_recurrence.read,
+  )
+  for inclusive in (True, False)
+}

@@ -20,7 +20,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from efficient_attn.ops import shapes
-from efficient_attn.ops.recurrent import additive_steps, forms, gates
+from efficient_attn.ops.recurrent import (
+  additive_steps,
+  chunk_states,
+  forms,
+  gates,
+)
 
 State: TypeAlias = tuple[Float[Array, 'B N M H'], Float[Array, 'B N M V']]
 
@@ -52,7 +57,7 @@ def gated_slot_attention(
       id of the token before it.
     form: 'chunkwise', 'recurrent', 'parallel' or None, see `linear_attention`.
     chunk_size: tokens per chunk, a power of two.
-    implementation: None or 'xla'.
+    implementation: None, 'xla' or 'xla_parallel', see `forms.recur`.
 
   Returns:
     out: [B, T, N, V] in the dtype of v.
@@ -87,12 +92,15 @@ def gated_slot_attention(
   q, scale = shapes.fold_scale(q, channels**-0.5 if scale is None else scale)
   out, state = forms.recur(
     functools.partial(_step, scale=scale),
-    functools.partial(_chunk, scale=scale),
+    chunk_states.Chunk(
+      _prepare, _advance, functools.partial(_read, scale=scale)
+    ),
     (q, k, v, gate),
     state,
     segment_ids=segment_ids,
     form=form,
     chunk_size=chunk_size,
+    implementation=implementation,
   )
   return out.astype(v.dtype), state
 
@@ -110,64 +118,111 @@ def _step(state, token, *, scale):
   return (keys, values), jnp.einsum('bnm,bnmv->bnv', weights, values, **exact)
 
 
-def _chunk(state, tokens, marks, *, scale):
-  """The same for C tokens, [B, N, C, X]."""
-  keys, values = state
+def _prepare(tokens, marks, *, wide):
+  """What C tokens [B, N, C, X] write, and what they read of each other."""
   q, k, v, gate = tokens
+  operand = shapes.operand(gate.dtype, q, k, v)
   write = -jnp.expm1(gate)
-  keys, logits = _logits(keys, (q, k, write, gate), marks)
+  if wide:
+    sums = gates.levels(gate)
+    before, after = gates.edge_sums(gate)
+    inside = _logits(q, k, write, gate, _at_levels(sums), operand, marks)
+  else:
+    *_, (before, after) = sums = list(gates.block_sums(gate))
+    before, after = before[..., 0, :, :], after[..., 0, :, :]
+    inside = _logits(q, k, write, gate, _in_blocks(sums), operand, marks)
+  written = write * jnp.exp(after)
+  total = jnp.exp(gates.total(gate, after))[..., None]
+  if marks is not None:
+    written = jnp.where(marks.writes[:, None, :, None], written, 0)
+  return (
+    (k.astype(operand), v.astype(operand), written.astype(operand), total),
+    (q.astype(operand), v, write, gate, jnp.exp(before), inside),
+  )
+
+
+def _advance(state, writes, marks):
+  """The keys and values after a chunk, and before it for its reads."""
+  k, v, written, total = writes
+
+  def after(memory, x):
+    kept = total * memory
+    if marks is not None:
+      kept = jnp.where(marks.keeps[:, None, None, None], kept, 0)
+    return kept + jnp.einsum(
+      'bnjm,bnjx->bnmx', written, x, preferred_element_type=memory.dtype
+    )
+
+  keys, values = state
+  seen = keys.astype(k.dtype), values
+  return (after(keys, k), after(values, v)), seen
+
+
+def _read(seen, reads, marks, *, scale, wide):
+  """The softmax over slots, and a chunk of linear attention with it."""
+  keys, values = seen
+  q, v, write, gate, before, inside = reads
+  read = before * jnp.einsum(
+    'bnih,bnmh->bnim', q, keys, preferred_element_type=gate.dtype
+  )
+  if marks is not None:
+    read = jnp.where(marks.reads[:, None, :, None], read, 0)
+  weights = jax.nn.softmax(scale * (inside + read))
   # One value head for every query and key head.
-  second = (
-    jax.nn.softmax(scale * logits),
-    write,
-    v[:, :, None],
-    gate[:, :, None],
-  )
-  values, out = additive_steps.chunk(
-    values[:, :, None], second, marks, inclusive=True
-  )
-  return (keys, values[:, :, 0]), out[:, :, 0]
+  tokens = weights, write, v[:, :, None], gate[:, :, None]
+  _, second = additive_steps.prepare(tokens, marks, inclusive=True, wide=wide)
+  values = values[:, :, None].astype(second[0].dtype)
+  return additive_steps.read(values, second, marks, wide=wide)[:, :, 0]
 
 
-def _logits(keys, tokens, marks):
-  """One chunk of K_t = diag(alpha_t) K_{t-1} + w_t k_t^T, logits K_t q_t.
+def _logits(q, k, write, gate, at_levels, operand, marks):
+  """The logits of C tokens among each other.
 
   The decay of a pair is per slot, the axis of the result, so it multiplies
   no scores: the triangle of scores is tiled by squares as in `gates`, and
   each square decays its columns before and its rows after the product.
   """
-  q, k, write, gate = tokens
-  dtype = keys.dtype
-  operand = shapes.operand(dtype, q, k)
 
   def dot(spec, *xs):
     xs = [x.astype(operand) for x in xs]
-    return jnp.einsum(spec, *xs, preferred_element_type=dtype)
+    return jnp.einsum(spec, *xs, preferred_element_type=gate.dtype)
 
   mask = np.tri(gate.shape[-2], dtype=bool)
   if marks is not None:
     mask &= marks.same[:, None]
   scores = jnp.where(mask, dot('bnih,bnjh->bnij', q, k), 0)
   logits = jnp.diagonal(scores, axis1=-2, axis2=-1)[..., None] * write
-  for before, after in gates.block_sums(gate):
-    blocks, half = before.shape[-3:-1]
-    if blocks > 1:
+  for rows in at_levels(dot, scores, write):
+    logits = logits + rows
+  return logits
+
+
+def _at_levels(tiles):
+  """The part of all levels, by products of whole chunks."""
+
+  def parts(dot, scores, write):
+    decay = jnp.exp(tiles.sums)
+    squares = jnp.where(tiles.pairs[:, None, None], scores, 0)
+    rows = dot('lbnij,lbnjm->lbnim', squares, write * decay) * decay
+    yield jnp.sum(jnp.where(tiles.odd[:, None, None], rows, 0), 0)
+
+  return parts
+
+
+def _in_blocks(sums):
+  """The same by products of the squares themselves."""
+
+  def parts(dot, scores, write):
+    for before, after in sums[:-1]:
+      half = before.shape[-2]
       columns = write.reshape(before.shape) * jnp.exp(after)
       columns = gates.halves(columns)[0]
       rows = dot('bnpij,bnpjm->bnpim', _squares(scores, half), columns)
       rows = rows * jnp.exp(gates.halves(before)[1])
       rows = jnp.stack([jnp.zeros_like(rows), rows], axis=-3)
-      logits = logits + rows.reshape(gate.shape)
-  before, after = before[..., 0, :, :], after[..., 0, :, :]
+      yield rows.reshape(write.shape)
 
-  read = dot('bnih,bnmh->bnim', q, keys) * jnp.exp(before)
-  written = write * jnp.exp(after)
-  keys = jnp.exp(gates.total(gate, after))[..., None] * keys
-  if marks is not None:
-    read = jnp.where(marks.reads[:, None, :, None], read, 0)
-    written = jnp.where(marks.writes[:, None, :, None], written, 0)
-    keys = jnp.where(marks.keeps[:, None, None, None], keys, 0)
-  return keys + dot('bnjm,bnjh->bnmh', written, k), logits + read
+  return parts
 
 
 def _squares(scores, half):

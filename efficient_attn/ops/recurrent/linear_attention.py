@@ -24,6 +24,7 @@ from efficient_attn.ops import dispatch, shapes
 from efficient_attn.ops.recurrent import (
   additive_kernels,
   additive_steps,
+  chunk_states,
   forms,
   matrix_recurrence,
 )
@@ -81,10 +82,10 @@ def linear_attention(
       one chunk: T x T scores). None takes what is fastest here, see
       `choose_form`.
     chunk_size: tokens per chunk, a power of two; a kernel has its own.
-    implementation: 'xla', the name of a kernel in `additive_kernels.KERNELS`
-      (which is interpreted where it cannot be compiled), a sequence of names,
-      of which the first that can is used, or None: per platform the first
-      kernel that can, else 'xla'.
+    implementation: 'xla', 'xla_parallel' (see `forms.recur`), the name of a
+      kernel in `additive_kernels.KERNELS` (which is interpreted where it
+      cannot be compiled), a sequence of names, of which the first that can is
+      used, or None: per platform the first kernel that can, else 'xla'.
 
   Returns:
     out: [B, T, N, V] in the dtype of v.
@@ -180,21 +181,26 @@ def _step(state, token, *, inclusive):
   return additive_steps.step(state, token, inclusive=inclusive)
 
 
-def _chunk(state, tokens, marks, *, inclusive):
+def _prepare(tokens, marks, *, inclusive, wide):
   (q, k), (v,), gate = tokens
   tokens = q[:, :, 0], k[:, :, 0], v, gate
-  return additive_steps.chunk(state, tokens, marks, inclusive=inclusive)
+  return additive_steps.prepare(tokens, marks, inclusive=inclusive, wide=wide)
 
 
 # By whether a token reads itself: the same functions in every call, so that
 # what is traced of them is found again.
-STEP, CHUNK = (
-  {
-    inclusive: functools.partial(f, inclusive=inclusive)
-    for inclusive in (True, False)
-  }
-  for f in (_step, _chunk)
-)
+STEP = {
+  inclusive: functools.partial(_step, inclusive=inclusive)
+  for inclusive in (True, False)
+}
+CHUNK = {
+  inclusive: chunk_states.Chunk(
+    functools.partial(_prepare, inclusive=inclusive),
+    additive_steps.advance,
+    additive_steps.read,
+  )
+  for inclusive in (True, False)
+}
 
 
 def _own_token(q, k, v, bonus, dtype):

@@ -25,7 +25,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from efficient_attn.ops import shapes
-from efficient_attn.ops.recurrent import forms, gates
+from efficient_attn.ops.recurrent import chunk_states, forms, gates
 
 # The buckets, and how many tokens of the segment they hold.
 Buckets: TypeAlias = tuple[Float[Array, 'B N M H V'], Int[Array, 'B']]
@@ -62,7 +62,7 @@ def log_linear_attention(
     form: 'chunkwise', 'recurrent', 'parallel' or None, see
       `linear_attention`.
     chunk_size: tokens per chunk, a power of two.
-    implementation: None or 'xla'.
+    implementation: None, 'xla' or 'xla_parallel', see `forms.recur`.
 
   Returns:
     out: [B, T, N, V] in the dtype of v.
@@ -87,20 +87,22 @@ def log_linear_attention(
     for x in (v, gate, level_scales.astype(dtype))
   )
   memory = shapes.group(memory.astype(dtype), kv_heads, axis=1)
-  counted = jnp.ones((batch, length, 1), jnp.int32)
+  # Tokens and states are floating; float32 counts 2^24 tokens.
+  counted = jnp.ones((batch, length, 1), dtype)
   out, (memory, count) = forms.recur(
     _step,
-    _chunk,
+    chunk_states.Chunk(_prepare, _advance, _read),
     (q, k, values, gate, scales, counted),
-    (memory, count.astype(jnp.int32)),
+    (memory, count.astype(dtype)),
     segment_ids=segment_ids,
     form=form,
     chunk_size=chunk_size,
+    implementation=implementation,
   )
   out = out.reshape(batch, length, heads, -1)
   out = out * (channels**-0.5 if scale is None else scale)
   memory = memory.reshape(batch, heads, *memory.shape[3:])
-  return out.astype(v.dtype), (memory, count)
+  return out.astype(v.dtype), (memory, count.astype(jnp.int32))
 
 
 def _digits(x: Int[Array, '...']) -> Int[Array, '...']:
@@ -143,70 +145,113 @@ def _step(state, token):
   weights = scales[..., 1 : size + 1, None]
   own = scales[..., :1] * jnp.sum(q * k, -1)[:, :, None, None]
   out = own * v + jnp.sum(weights * reads, -2)
-  memory, slots = _merge(memory, count, count + 1)
-  here = np.arange(size) == slots(count)[:, None]
+  index = count.astype(jnp.int32)
+  memory, slots = _merge(memory, index, index + 1)
+  here = np.arange(size) == slots(index)[:, None]
   keys = k[:, :, None] * here[:, None, :, None]
   write = keys[:, :, None, ..., None] * v[..., None, None, :]
   return (memory + write, count + 1), out
 
 
-def _chunk(state, tokens, marks):
-  """The same for C tokens, [B, K, (G,) C, X]."""
-  memory, count = state
+def _prepare(tokens, marks, *, wide):
+  """What of C tokens [B, K, (G,) C, X] depends on no place in the segment."""
   q, k, v, gate, scales, counted = tokens
-  dtype, size = memory.dtype, memory.shape[3]
+  dtype = gate.dtype
   operand = shapes.operand(dtype, q, k, v)
-  counted = counted[..., 0]
+  spans, before, past = gates.span_sums(gate[..., 0], wide=wide)
+  scores = jnp.einsum(
+    'bkih,bkjh->bkij',
+    q.astype(operand),
+    k.astype(operand),
+    preferred_element_type=dtype,
+  )
+  value = v.astype(dtype) * jnp.exp(past)[..., None]
+  if marks is not None:
+    value = jnp.where(marks.writes[:, None, None, :, None], value, 0)
+  total = jnp.exp(gates.total(gate, past[..., None]))[..., None, None]
+  return (
+    (k.astype(operand), value.astype(operand), total, counted),
+    (
+      q.astype(operand),
+      v.astype(operand),
+      scores[:, :, None] * jnp.exp(spans),
+      jnp.exp(before)[..., None],
+      scales,
+      counted,
+    ),
+  )
+
+
+def _places(count, counted, marks):
+  """The positions in their segments of C tokens, and the count after them.
+
+  Tokens that fill the chunk up do not count.
+  """
+  count, counted = (x.astype(jnp.int32) for x in (count, counted[..., 0]))
+  add = functools.partial(jnp.sum, axis=-1, dtype=jnp.int32)
+  if marks is None:
+    upto = jnp.cumsum(counted, axis=1, dtype=jnp.int32)
+    return count[:, None] + upto - counted, count + add(counted)
+  earlier = np.tri(counted.shape[-1], k=-1, dtype=bool)
+  position = add((earlier & marks.same) * counted[:, None])
+  position += jnp.where(marks.reads, count[:, None], 0)
+  after = add(jnp.where(marks.writes, counted, 0))
+  after += jnp.where(marks.keeps, count, 0)
+  return position, after
+
+
+def _advance(state, writes, marks):
+  """The buckets after a chunk, and before it for its reads."""
+  memory, count = state
+  k, value, total, counted = writes
+  seen = memory.astype(k.dtype), count
+  position, after = _places(count, counted, marks)
+  memory, slots = _merge(memory, count.astype(jnp.int32), after)
+  memory = total * memory
+  if marks is not None:
+    keeps = marks.keeps.reshape(-1, *[1] * (memory.ndim - 1))
+    memory = jnp.where(keeps, memory, 0)
+  here = slots(position)[..., None] == np.arange(memory.shape[3])
+  keys = jnp.where(here[:, None, ..., None], k[:, :, :, None], 0)
+  write = jnp.einsum(
+    'bkjmh,bkgjv->bkgmhv', keys, value, preferred_element_type=memory.dtype
+  )
+  return (memory + write, after.astype(count.dtype)), seen
+
+
+def _read(seen, reads, marks, *, wide):
+  """The outputs of a chunk: of its own tokens, and of the buckets before it."""
+  del wide
+  memory, count = seen
+  q, v, scores, before, scales, counted = reads
+  size = memory.shape[3]
+  position, _ = _places(count, counted, marks)
+  count = count.astype(jnp.int32)
 
   def dot(spec, *xs):
-    xs = [x.astype(operand) for x in xs]
-    return jnp.einsum(spec, *xs, preferred_element_type=dtype)
+    xs = [x.astype(q.dtype) for x in xs]
+    return jnp.einsum(spec, *xs, preferred_element_type=scores.dtype)
 
   def pick(levels):  # [B, C, X] to the scales [B, K, G, C, X]
     levels = jnp.minimum(levels, size)[:, None, None, ..., None]
     chosen = levels == np.arange(size + 1)
     return jnp.sum(jnp.where(chosen, scales[..., None, : size + 1], 0), -1)
 
-  # Positions in the segment; tokens that fill the chunk up do not count.
   lower = np.tri(v.shape[-2], dtype=bool)
-  earlier = np.tri(v.shape[-2], k=-1, dtype=bool)
-  add = functools.partial(jnp.sum, axis=-1, dtype=jnp.int32)
-  if marks is None:
-    upto = jnp.cumsum(counted, axis=1, dtype=jnp.int32)
-    position = count[:, None] + upto - counted
-    after = count + add(counted)
-  else:
+  if marks is not None:
     lower = (lower & marks.same)[:, None, None]
-    position = add((earlier & marks.same) * counted[:, None])
-    position += jnp.where(marks.reads, count[:, None], 0)
-    after = add(jnp.where(marks.writes, counted, 0))
-    after += jnp.where(marks.keeps, count, 0)
-
-  spans, before, past = gates.span_sums(gate[..., 0])
-  scores = dot('bkih,bkjh->bkij', q, k)[:, :, None] * jnp.exp(spans)
   scores = scores * pick(_digits(position[:, :, None] ^ position[:, None]))
   inside = dot('bkgij,bkgjv->bkgiv', jnp.where(lower, scores, 0), v)
 
   # A bucket is read at its own level until a higher digit changes.
   moved = _digits(position ^ count[:, None])[..., None]
   weights = pick(jnp.maximum(np.arange(1, size + 1), moved))
-  queries = (jnp.exp(before)[..., None] * weights)[..., None]
-  queries = queries * q[:, :, None, :, None].astype(dtype)
+  queries = (before * weights)[..., None]
+  queries = queries * q[:, :, None, :, None].astype(scores.dtype)
   read = dot('bkgimh,bkgmhv->bkgiv', queries, memory)
-
-  total = jnp.exp(gates.total(gate, past[..., None]))[..., None, None]
-  memory, slots = _merge(memory, count, after)
-  memory = total * memory
-  here = slots(position)[..., None] == np.arange(size)
-  value = v.astype(dtype) * jnp.exp(past)[..., None]
   if marks is not None:
     read = jnp.where(marks.reads[:, None, None, :, None], read, 0)
-    value = jnp.where(marks.writes[:, None, None, :, None], value, 0)
-    keeps = marks.keeps.reshape(-1, *[1] * (memory.ndim - 1))
-    memory = jnp.where(keeps, memory, 0)
-  keys = k[:, :, :, None] * here[:, None, ..., None]
-  memory = memory + dot('bkjmh,bkgjv->bkgmhv', keys, value)
-  return (memory, after), inside + read
+  return inside + read
 
 
 def _check(q, k, v, log_decay, level_scales, state, segment_ids):

@@ -4,19 +4,26 @@ What `linear_attention`, `delta_rule` and `dplr` share: the accumulator's dtype,
 gates of every kind, grouped value heads, the empty state and both directions.
 """
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from efficient_attn.ops import shapes
-from efficient_attn.ops.recurrent import forms, gates
+from efficient_attn.ops.recurrent import (
+  chunk_states,
+  forms,
+  gates,
+  triangular,
+)
 
 
 def recur(
   step: Callable,
-  chunk: Callable,
+  chunk: chunk_states.Chunk,
   *,
   keys: Sequence[Array],
   values: Sequence[Array | None],
@@ -26,7 +33,8 @@ def recur(
   bidirectional: bool,
   form: str | None,
   chunk_size: int,
-  execute: Callable = forms.recur,
+  implementation: str | None = None,
+  execute: Callable | None = None,
   floor: bool = True,
 ) -> tuple[Array, Array | None]:
   """Runs the recurrence over tokens (keys, values, gate).
@@ -44,8 +52,9 @@ def recur(
     bidirectional: adds the same op on the reversed sequence.
     form: see `forms.recur`.
     chunk_size: see `forms.recur`.
-    execute: called as `forms.recur` is; `segment_ids` and what follows by
-      keyword.
+    implementation: see `forms.recur`.
+    execute: called instead of `forms.recur`, as it is; `segment_ids` and what
+      follows by keyword.
     floor: see `gates.expand_log_decay`.
 
   Returns:
@@ -79,6 +88,12 @@ def recur(
   if state is None:
     state = jnp.zeros(memory, dtype)
   state = shapes.group(state.astype(dtype), kv_heads, axis=1)
+  if execute is None:
+    execute = functools.partial(
+      forms.recur,
+      implementation=implementation,
+      dtype=shapes.operand(dtype, *keys, values[0]),
+    )
 
   def run(tokens, segment_ids):
     return execute(
@@ -122,7 +137,98 @@ def products(operand: jnp.dtype, dtype: jnp.dtype) -> Callable:
   return dot
 
 
-def causal(scores: Array, marks: forms.Marks | None, *, diagonal: bool):
+class Writes(NamedTuple):
+  """What a chunk of rank-one updates writes, [B, K, G, C, X].
+
+  The updates are U = u - W S with the state S before the chunk; or, where
+  `lower` is given, they solve (I + lower) U = u - W S.
+
+  Attributes:
+    w: what of the state takes part in the updates.
+    u: what does not.
+    lower: [B, K, G, C, C] or None.
+    key: where the updates are written.
+    added: a further key and value, or None.
+    total: [B, K, G, H|1, 1], the decay of the state over the chunk.
+  """
+
+  w: Array
+  u: Array
+  lower: Array | None
+  key: Array
+  added: tuple[Array, Array] | None
+  total: Array
+
+
+class Reads(NamedTuple):
+  """What a chunk of rank-one updates reads, [B, K, G, C, X].
+
+  Attributes:
+    query: of the state before the chunk.
+    scores: [B, K, G, C, C], of the updates.
+    inside: what it reads of its own tokens besides, or None.
+  """
+
+  query: Array
+  scores: Array
+  inside: Array | None
+
+
+def updates(
+  lower: Array, u: Array, w: Array, *, operand: jnp.dtype, wide: bool
+) -> tuple[Array, Array, Array | None]:
+  """(w, u, lower) of `Writes`: with all chunks at once the system is solved.
+
+  In sequence the system of one right-hand side is half the work.
+  """
+  if not wide:
+    return w.astype(operand), u, lower
+  batch = jnp.broadcast_shapes(u.shape[:-1], w.shape[:-1])
+  both = [jnp.broadcast_to(x, (*batch, x.shape[-1])) for x in (w, u)]
+  refine = operand != jnp.bfloat16
+  solved = triangular.solve_unit_lower(
+    lower, jnp.concatenate(both, -1), True, refine
+  )
+  w, u = jnp.split(solved, [w.shape[-1]], -1)
+  return w.astype(operand), u, None
+
+
+def advance(
+  state: Array, writes: Writes, marks: chunk_states.Marks | None
+) -> tuple[Array, tuple[Array, Array]]:
+  """The state after a chunk of rank-one updates; the state before and they."""
+  w, u, lower, key, added, total = writes
+  operand = key.dtype
+  dot = products(operand, state.dtype)
+  update = u - dot('...ih,...hv->...iv', w, state)
+  if lower is not None:
+    update = triangular.solve_unit_lower(lower, update)
+  seen = state.astype(operand), update.astype(operand)
+  state = carried(total * state, marks)
+  state = state + dot('...jh,...jv->...hv', key, update)
+  if added is not None:
+    state = state + dot('...jh,...jv->...hv', *added)
+  return state, seen
+
+
+def read(
+  seen: tuple[Array, Array],
+  reads: Reads,
+  marks: chunk_states.Marks | None,
+  *,
+  wide: bool,
+) -> Array:
+  """The outputs of a chunk of rank-one updates."""
+  del wide
+  state, update = seen
+  dot = products(state.dtype, shapes.accumulator(state, reads.query))
+  past = dot('...ih,...hv->...iv', reads.query, state)
+  out = dot('...ij,...jv->...iv', reads.scores, update)
+  out = out + kept(past, marks, 'reads')
+  return out if reads.inside is None else out + reads.inside
+
+
+def causal(scores: Array, marks: chunk_states.Marks | None, *, diagonal: bool):
   """Keeps scores [B, K, G, C, C] of the past of the same segment."""
   mask = jnp.tri(scores.shape[-1], k=0 if diagonal else -1, dtype=bool)
   if marks is not None:
@@ -130,14 +236,14 @@ def causal(scores: Array, marks: forms.Marks | None, *, diagonal: bool):
   return jnp.where(mask, scores, 0)
 
 
-def kept(x: Array, marks: forms.Marks | None, which: str) -> Array:
+def kept(x: Array, marks: chunk_states.Marks | None, which: str) -> Array:
   """Keeps rows of `x` [B, K, G, C, X] by marks.reads or marks.writes."""
   if marks is None:
     return x
   return jnp.where(getattr(marks, which)[:, None, None, :, None], x, 0)
 
 
-def carried(state: Array, marks: forms.Marks | None) -> Array:
+def carried(state: Array, marks: chunk_states.Marks | None) -> Array:
   """Keeps states [B, K, G, H, V] where no segment begins in the chunk."""
   if marks is None:
     return state

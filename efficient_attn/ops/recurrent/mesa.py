@@ -23,7 +23,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from efficient_attn.ops import shapes
-from efficient_attn.ops.recurrent import forms, gates
+from efficient_attn.ops.recurrent import chunk_states, forms, gates
 from efficient_attn.values import ConfigError
 
 Moments: TypeAlias = tuple[Float[Array, 'B N H H'], Float[Array, 'B N H V']]
@@ -61,7 +61,7 @@ def mesa_recurrence(
     form: 'chunkwise', 'recurrent', 'parallel' or None, see
       `linear_attention`.
     chunk_size: tokens per chunk, a power of two.
-    implementation: None or 'xla'.
+    implementation: None, 'xla' or 'xla_parallel', see `forms.recur`.
 
   Returns:
     out: [B, T, N, V] in the dtype of v.
@@ -95,12 +95,15 @@ def mesa_recurrence(
   )
   out, state = forms.recur(
     _step,
-    functools.partial(_chunk, num_steps=num_steps),
+    chunk_states.Chunk(
+      _prepare, _advance, functools.partial(_read, num_steps=num_steps)
+    ),
     tokens,
     state,
     segment_ids=segment_ids,
     form=form,
     chunk_size=chunk_size,
+    implementation=implementation,
   )
   out = out.reshape(batch, length, heads, width).astype(v.dtype)
   return out, tuple(s.reshape(batch, heads, *s.shape[3:]) for s in state)
@@ -125,11 +128,10 @@ def _step(state, token):
   return (fit, memory), _dot('bkgh,bkghv->bkgv', x, memory)
 
 
-def _chunk(state, tokens, marks, *, num_steps):
-  """The same for C tokens, [B, K, (G,) C, X]."""
+def _prepare(tokens, marks, *, wide):
+  """What C tokens [B, K, (G,) C, X] write, and the decays they read with."""
   q, k, v, gate, beta, ridge = tokens
-  fit, memory = state
-  spans, before, after = gates.span_sums(gate[..., 0])
+  spans, before, after = gates.span_sums(gate[..., 0], wide=wide)
   mask = np.tri(k.shape[-2], dtype=bool)
   if marks is not None:
     mask &= marks.same[:, None, None]
@@ -139,6 +141,28 @@ def _chunk(state, tokens, marks, *, num_steps):
   decay = jnp.exp(jnp.where(mask, spans, -jnp.inf))
   decay = decay * jnp.swapaxes(beta, -1, -2)
   before, after = jnp.exp(before)[..., None], jnp.exp(after)[..., None]
+  writes = k, v, after * beta, _total(gate, marks)
+  return writes, (q, k, v, decay, before, ridge)
+
+
+def _advance(state, writes, marks):
+  """The moments after a chunk, and before it for its reads."""
+  del marks
+  k, v, weight, kept = writes
+  fit, memory = state
+  keys = weight * k[:, :, None]
+  after = (
+    kept * fit + _dot('bkjh,bkgje->bkghe', k, keys),
+    kept * memory + _dot('bkjh,bkgjv->bkghv', k, weight * v),
+  )
+  return after, state
+
+
+def _read(seen, reads, marks, *, num_steps, wide):
+  """The systems of C tokens, solved at once."""
+  del marks, wide
+  fit, memory = seen
+  q, k, v, decay, before, ridge = reads
 
   def read(x, values, state):
     scores = _dot('bkgih,bkjh->bkgij', x, k) * decay
@@ -152,13 +176,7 @@ def _chunk(state, tokens, marks, *, num_steps):
     functools.partial(_conjugate_gradients, num_steps=num_steps),
     symmetric=True,
   )
-  out = read(x, v, memory)
-
-  weight = after * beta
-  kept = _total(gate, marks)
-  fit = kept * fit + _dot('bkjh,bkgje->bkghe', k, weight * keys)
-  memory = kept * memory + _dot('bkjh,bkgjv->bkghv', k, weight * v)
-  return (fit, memory), out
+  return read(x, v, memory)
 
 
 def _total(gate, marks):

@@ -25,11 +25,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from efficient_attn.ops import shapes
-from efficient_attn.ops.recurrent import forms, gates
+from efficient_attn.ops.recurrent import chunk_states, forms, gates
 
 State: TypeAlias = tuple[
   Float[Array, 'B N H V'], Float[Array, 'B N H'], Float[Array, 'B N']
 ]
+
+# Sums of forget gates stop here where they are products, which cannot hold
+# infinities; no input gate makes up for it.
+LOWEST_SUM = -1e37
 
 
 def mlstm(
@@ -60,7 +64,7 @@ def mlstm(
       id of the token before it.
     form: 'chunkwise', 'recurrent', 'parallel' or None, see `linear_attention`.
     chunk_size: tokens per chunk, a power of two.
-    implementation: None or 'xla'.
+    implementation: None, 'xla' or 'xla_parallel', see `forms.recur`.
 
   Returns:
     out: [B, T, N, V] in the dtype of v.
@@ -105,12 +109,15 @@ def mlstm(
   ]
   out, state = forms.recur(
     functools.partial(_step, scale=scale),
-    functools.partial(_chunk, scale=scale),
+    chunk_states.Chunk(
+      _prepare, _advance, functools.partial(_read, scale=scale)
+    ),
     (q, k, *grouped),
     tuple(shapes.group(x, kv_heads, axis=1) for x in (memory, m)),
     segment_ids=segment_ids,
     form=form,
     chunk_size=chunk_size,
+    implementation=implementation,
   )
   memory, m = (x.reshape(batch, heads, *x.shape[3:]) for x in state)
   out = out.reshape(batch, length, heads, -1)
@@ -135,11 +142,14 @@ def _step(state, token, *, scale):
   return (memory, m), _normalize(scale * out, m)
 
 
-def _chunk(state, tokens, marks, *, scale):
-  """The same for C tokens, [B, K, (G,) C, X]."""
-  memory, m = state
+def _prepare(tokens, marks, *, wide):
+  """What C tokens [B, K, (G,) C, X] write and read, each at a maximum so far.
+
+  Weights are exponentials of plain sums of gates, less the maximum over the
+  chunk's own tokens; `_advance` and `_read` bring them to that with the state.
+  """
   q, k, v, gate, forget = tokens
-  dtype = memory.dtype
+  dtype = gate.dtype
   operand = shapes.operand(dtype, q, k, v)
 
   def dot(spec, *xs):
@@ -147,32 +157,59 @@ def _chunk(state, tokens, marks, *, scale):
     return jnp.einsum(spec, *xs, preferred_element_type=dtype)
 
   gate, forget = gate[..., 0], forget[..., 0]
-  spans, before, after = gates.span_sums(forget)
-  size = v.shape[-2]
-  mask = np.tri(size, dtype=bool)
+  if wide:
+    forget = jnp.maximum(forget, LOWEST_SUM / forget.shape[-1])
+  spans, before, after = gates.span_sums(forget, wide=wide)
+  mask = np.tri(v.shape[-2], dtype=bool)
   # The logarithms of all weights: of pairs, of the state before the chunk in
   # what a token reads, of tokens and of that state in the state after.
-  carried, writes = before + m[..., None], after + gate
-  kept = gates.total(forget[..., None], after[..., None])[..., 0] + m
+  carried, writes = before, after + gate
+  kept = gates.total(forget[..., None], after[..., None])
   if marks is not None:
     mask &= marks.same[:, None, None]
     carried = jnp.where(marks.reads[:, None, None], carried, -jnp.inf)
     writes = jnp.where(marks.writes[:, None, None], writes, -jnp.inf)
-    kept = jnp.where(marks.keeps[:, None, None], kept, -jnp.inf)
+    kept = jnp.where(marks.keeps[:, None, None, None], kept, -jnp.inf)
   pairs = jnp.where(mask, spans + gate[..., None, :], -jnp.inf)
 
-  row = jnp.maximum(jnp.maximum(jnp.max(pairs, -1), carried), 0)
+  row = jnp.maximum(jnp.max(pairs, -1), 0)[..., None]
   scores = dot('bkih,bkjh->bkij', q, k)[:, :, None]
-  scores = scores * jnp.exp(pairs - row[..., None])
-  read = dot('bkih,bkghv->bkgiv', q, memory)
-  out = dot('bkgij,bkgjv->bkgiv', scores, v)
-  out = out + read * jnp.exp(carried - row)[..., None]
+  inside = dot('bkgij,bkgjv->bkgiv', scores * jnp.exp(pairs - row), v)
+  top = jnp.maximum(jnp.max(writes, -1), 0)[..., None]
+  value = v.astype(dtype) * jnp.exp(writes - top)[..., None]
+  return (
+    (k.astype(operand), value.astype(operand), top, kept),
+    (q.astype(operand), inside, row, carried[..., None]),
+  )
 
-  m = jnp.maximum(jnp.maximum(jnp.max(writes, -1), kept), 0)
-  value = v.astype(dtype) * jnp.exp(writes - m[..., None])[..., None]
-  memory = jnp.exp(kept - m)[..., None, None] * memory
-  memory = memory + dot('bkjh,bkgjv->bkghv', k, value)
-  return (memory, m), _normalize(scale * out, row)
+
+def _advance(state, writes, marks):
+  """The state after a chunk, and before it for its reads."""
+  del marks
+  memory, m = state
+  key, value, top, kept = writes
+  top, kept = top[..., 0], kept[..., 0] + m
+  after = jnp.maximum(top, kept)
+  write = jnp.einsum(
+    'bkjh,bkgjv->bkghv', key, value, preferred_element_type=memory.dtype
+  )
+  new = jnp.exp(kept - after)[..., None, None] * memory
+  new = new + jnp.exp(top - after)[..., None, None] * write
+  return (new, after), (memory.astype(key.dtype), m)
+
+
+def _read(seen, reads, marks, *, scale, wide):
+  """The outputs of a chunk: of its own tokens, and of the state before it."""
+  del marks, wide
+  memory, m = seen
+  q, inside, row, carried = reads
+  carried = carried + m[..., None, None]
+  top = jnp.maximum(row, carried)
+  found = jnp.einsum(
+    'bkih,bkghv->bkgiv', q, memory, preferred_element_type=inside.dtype
+  )
+  out = inside * jnp.exp(row - top) + found * jnp.exp(carried - top)
+  return _normalize(scale * out, top[..., 0])
 
 
 def _normalize(out, m):

@@ -90,7 +90,7 @@ def selective_scan(
     state = kept(decay, state) + write
     return (state, A), _read(state, read)
 
-  def chunk(carry, tokens, marks):
+  def chunk(carry, tokens):
     state, A = carry
     decay, write, read = _discrete(A[:, None], tokens, exact)
     states = associative(decay, write, state)
@@ -112,7 +112,7 @@ def _discrete(A, tokens, exact):
   exponent = dt[..., None] * A
   decay = jnp.exp(exponent)
   if start is not None:
-    decay = jnp.where(start[..., None], 0, decay)
+    decay = jnp.where(start[..., None] > 0, 0, decay)
   write = (dt * x)[..., None] * B[..., None, :]
   if exact:
     write = write * expm1_ratio(exponent)

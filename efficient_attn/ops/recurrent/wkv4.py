@@ -98,11 +98,11 @@ def _running_max(inputs, anchor, start, **options):
   w, k = inputs
   w = jnp.broadcast_to(w, (1, *k.shape[1:]))
   if start is not None:
-    w = jnp.where(start, -jnp.inf, w)
+    w = jnp.where(start > 0, -jnp.inf, w)
   after, _ = recur(_max_step, _max_chunk, (w, k), anchor, **options)
   before = jnp.concatenate([anchor[:, None], after[:, :-1]], 1)
   if start is not None:
-    before = jnp.where(start, -jnp.inf, before)
+    before = jnp.where(start > 0, -jnp.inf, before)
   return before, after
 
 
@@ -112,9 +112,7 @@ def _max_step(top, token):
   return top, top
 
 
-def _max_chunk(top, tokens, marks):
-  del marks
-
+def _max_chunk(top, tokens):
   def then(first, second):
     top = jnp.maximum(_moved(first[1], second[0]), second[1])
     return first[0] + second[0], top
