@@ -176,7 +176,7 @@ def _bytes(aval) -> int:
 def _largest(jaxpr) -> int:
   return max(
     math.prod(v.aval.shape)
-    for eqn in _walk(jaxpr)
+    for eqn in equations(jaxpr)
     for v in eqn.outvars
     if hasattr(v.aval, 'shape')
   )
@@ -191,8 +191,9 @@ def _jaxprs(eqn) -> Iterator[core.Jaxpr]:
         yield item
 
 
-def _walk(jaxpr) -> Iterator[core.JaxprEqn]:
+def equations(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
+  """Yields every equation, those of inner functions after their caller."""
   for eqn in jaxpr.eqns:
     yield eqn
     for inner in _jaxprs(eqn):
-      yield from _walk(inner)
+      yield from equations(inner)
