@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from efficient_attn.ops.products import product
 from efficient_attn.ops.softmax.normalizers import softmax
 
 
@@ -49,9 +50,9 @@ def clustered_attention(
   q, k, v, ids = (jnp.moveaxis(x, 2, 1) for x in (query, key, value, clusters))
   chosen = jax.nn.one_hot(ids, num_clusters, dtype=stats)
   sizes = jnp.sum(chosen, 2)[..., None]
-  means = jnp.einsum('bntc,bnth->bnch', chosen, q.astype(stats))
+  means = product('bntc,bnth->bnch', chosen, q, operand=q.dtype)
   means = means / jnp.maximum(sizes, 1)
-  logits = scale * jnp.einsum('bnch,bnsh->bncs', means, k.astype(stats))
+  logits = scale * product('bnch,bnsh->bncs', means, k)
   weights = softmax(logits)
   take = jax.vmap(jax.vmap(lambda x, i: x[i]))
   if top_k:
@@ -62,16 +63,14 @@ def clustered_attention(
     seen = jnp.zeros(weights.shape, bool)
     seen = jnp.put_along_axis(seen, best, True, -1, inplace=False)
     weights = jnp.where(seen, 0, weights)
-  out = jnp.einsum('bncs,bnsv->bncv', weights, v.astype(stats))
+  out = product('bncs,bnsv->bncv', weights, v, operand=v.dtype)
   out = take(out, ids)
   if top_k:
     # Keys of a cluster, then of its queries.
     near, far = (take(take(x, best), ids) for x in (k, v))
-    logits = scale * jnp.einsum(
-      'bnth,bntjh->bntj', q, near, preferred_element_type=stats
-    )
+    logits = scale * product('bnth,bntjh->bntj', q, near)
     weights = softmax(logits) * take(mass, ids)[..., None]
-    out += jnp.einsum('bntj,bntjv->bntv', weights, far.astype(stats))
+    out += product('bntj,bntjv->bntv', weights, far, operand=v.dtype)
   return jnp.moveaxis(out, 1, 2).astype(query.dtype)
 
 
@@ -89,17 +88,17 @@ def hamming_clusters(
   """
   T = x.shape[1]
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  bits = jnp.einsum('btnh,nhl->bntl', x, projections.astype(x.dtype))
+  bits = product('btnh,nhl->bntl', x, projections)
   bits = jnp.where(bits > 0, 1.0, -1.0)
   centroids = bits[:, :, jnp.arange(num_clusters) * T // num_clusters]
 
   def assign(centroids):
-    agree = jnp.einsum('bntl,bncl->bntc', bits, centroids)
+    agree = product('bntl,bncl->bntc', bits, centroids)
     return jnp.argmax(agree, -1).astype(jnp.int32)
 
   def step(centroids, _):
     chosen = jax.nn.one_hot(assign(centroids), num_clusters)
-    sums = jnp.einsum('bntc,bntl->bncl', chosen, bits)
+    sums = product('bntc,bntl->bncl', chosen, bits)
     empty = jnp.sum(chosen, 2)[..., None] == 0
     return jnp.where(empty, centroids, jnp.where(sums >= 0, 1.0, -1.0)), None
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from efficient_attn.ops import chunks
+from efficient_attn.ops.products import product
 from efficient_attn.ops.routed.selected_tokens import token_attention
 
 
@@ -23,9 +24,8 @@ def index_scores(
   weights: Float[Array, 'B T J'],
 ) -> Float[Array, 'B T S']:
   """I_ts of the module docstring."""
-  stats = jnp.promote_types(query.dtype, jnp.float32)
-  each = jnp.einsum('btji,bsi->btjs', query, key, preferred_element_type=stats)
-  return jnp.einsum('btjs,btj->bts', jax.nn.relu(each), weights.astype(stats))
+  each = product('btji,bsi->btjs', query, key)
+  return product('btjs,btj->bts', jax.nn.relu(each), weights)
 
 
 def dsa_attention(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt
 
 from efficient_attn.ops import chunks
+from efficient_attn.ops.products import product
 from efficient_attn.ops.routed.dsa import visible
 from efficient_attn.ops.routed.selected_tokens import token_attention
 
@@ -60,9 +61,12 @@ def hash_attention(
     query_signs, *where = marks
     C = query_signs.shape[1]
     grouped = query_signs.reshape(B, C, K, N // K, L)
-    scores = L**-0.5 * jnp.einsum('bckgl,bskl->bkgcs', grouped, key_signs)
+    # Signs are exact in any dtype.
+    scores = L**-0.5 * product(
+      'bckgl,bskl->bkgcs', grouped, key_signs, operand=query.dtype
+    )
     seen = visible(*where, causal, key.shape[1], segment_ids)
-    scores = scores.reshape(B, N, C, -1).astype(jnp.float32)
+    scores = scores.reshape(B, N, C, -1)
     return jnp.where(seen[:, None], scores, -jnp.inf)
 
   marks = query_signs, place, starts, segment_ids

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from efficient_attn.ops.products import product
 from efficient_attn.ops.routed.selected_blocks import block_attention, positions
 from efficient_attn.ops.routed.selected_tiles import deal
 from efficient_attn.ops.softmax.attention_merge import merge_attention
@@ -46,7 +47,7 @@ def lsh_buckets(
   buckets, factor = jnp.zeros((*x.shape[:3], rounds), jnp.int32), 1
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   for rotation in rotations:
-    y = jnp.einsum('btnh,nrhc->btnrc', x, rotation.astype(x.dtype))
+    y = product('btnh,nrhc->btnrc', x, rotation.astype(x.dtype))
     y = jnp.concatenate([y, -y], -1)
     buckets += factor * jnp.argmax(y, -1).astype(jnp.int32)
     factor *= y.shape[-1]

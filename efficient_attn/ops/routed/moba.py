@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from efficient_attn.ops.pooling import block_lengths, block_sums
+from efficient_attn.ops.products import product
 from efficient_attn.ops.routed.selected_blocks import (
   block_attention,
   causal_bias,
@@ -58,7 +59,7 @@ def moba_attention(
   if sums is None:
     sums = block_sums(key, block_size)
   means = sums / block_lengths(S, block_size)[:, None, None]
-  scores = jnp.einsum(
+  scores = product(
     'btkgh,bikh->btkgi',
     jax.lax.stop_gradient(query).reshape(B, T, K, N // K, H),
     jax.lax.stop_gradient(means),

@@ -30,6 +30,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from efficient_attn.ops import masks
+from efficient_attn.ops.products import product
 from efficient_attn.ops.routed.selected_blocks import (
   block_attention,
   causal_bias,
@@ -168,20 +169,17 @@ def _compressed(chunk, *, key, value, sizes, num_blocks):
   """The same for queries [B, C, K, G, H] at the positions [C]."""
   query, place = chunk
   B, C, K, G, H = query.shape
-  stats = jnp.promote_types(query.dtype, jnp.float32)
   query = query.transpose(0, 2, 3, 1, 4).reshape(B, K, G * C, H)
-  logits = H**-0.5 * jnp.einsum(
-    'bkrh,bikh->bkri', query, key, preferred_element_type=stats
-  )
+  logits = H**-0.5 * product('bkrh,bikh->bkri', query, key)
   ends = jnp.arange(key.shape[1]) * sizes.compress_stride
   past = ends + sizes.compress_size - 1 <= place[:, None]
   logits = logits.reshape(B, K, G, C, -1)
   weights = softmax(logits, past)
-  out = jnp.einsum(
+  out = product(
     'bkrc,bckv->bkrv',
-    weights.astype(value.dtype).reshape(B, K, G * C, -1),
+    weights.reshape(B, K, G * C, -1),
     value,
-    preferred_element_type=stats,
+    operand=value.dtype,
   )
   out = out.reshape(B, K, G, C, -1).transpose(0, 3, 1, 2, 4)
 

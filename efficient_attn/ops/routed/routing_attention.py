@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from efficient_attn.ops.products import product
 from efficient_attn.ops.softmax.normalizers import softmax
 
 
@@ -35,7 +36,7 @@ def similarities(
 ) -> Float[Array, 'B T N C']:
   """X . mu, in at least float32."""
   stats = jnp.promote_types(x.dtype, jnp.float32)
-  return jnp.einsum('btnh,nch->btnc', x.astype(stats), centroids.astype(stats))
+  return product('btnh,nch->btnc', x.astype(stats), centroids.astype(stats))
 
 
 def nearest(
@@ -54,7 +55,7 @@ def clustering_loss(
   chosen = jax.nn.one_hot(
     nearest(x, centroids), centroids.shape[1], dtype=stats
   )
-  mu = jnp.einsum('btnc,nch->btnh', chosen, centroids.astype(stats))
+  mu = product('btnc,nch->btnh', chosen, centroids.astype(stats))
   return jnp.sum((x - mu) ** 2, -1) / 2
 
 
@@ -77,14 +78,9 @@ def balanced_attention(
       (value, key_members),
     )
   )
-  logits = H**-0.5 * jnp.einsum(
-    'bncwh,bncsh->bncws', q, k, preferred_element_type=stats
-  )
-  out = jnp.einsum(
-    'bncws,bncsv->bncwv',
-    softmax(logits).astype(v.dtype),
-    v,
-    preferred_element_type=stats,
+  logits = H**-0.5 * product('bncwh,bncsh->bncws', q, k)
+  out = product(
+    'bncws,bncsv->bncwv', softmax(logits), v, operand=v.dtype, dtype=stats
   )
 
   def put(out, members):

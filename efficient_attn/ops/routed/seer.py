@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from efficient_attn.ops.pooling import block_means
+from efficient_attn.ops.products import product
 from efficient_attn.ops.routed.selected_blocks import (
   block_attention,
   causal_bias,
@@ -60,8 +61,8 @@ def seer_attention(
   B, T, N, H = query.shape
   S, K = key.shape[1:3]
   stats = jnp.promote_types(query.dtype, jnp.float32)
-  scores = gate_query.shape[-1] ** -0.5 * jnp.einsum(
-    'btke,bike->btki', gate_query, gate_key, preferred_element_type=stats
+  scores = gate_query.shape[-1] ** -0.5 * product(
+    'btke,bike->btki', gate_query, gate_key, dtype=stats
   )
   own = ((offset + jnp.arange(T)) // block_size)[:, None, None]
   index = jnp.arange(gate_key.shape[1])

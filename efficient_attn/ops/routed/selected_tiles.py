@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
+from efficient_attn.ops.products import product
 from efficient_attn.ops.softmax.attention_merge import merge_attention
 from efficient_attn.ops.softmax.stats import Stats, exp_below, largest
 
@@ -233,19 +234,17 @@ def _dot(spec, x, y):
 
   One batch axis and a group folded into rows make it one plain batched product.
   """
-  stats = jnp.promote_types(x.dtype, jnp.float32)
   L, Y, R, G, _ = x.shape
   x, y = x.reshape(L * Y, R * G, -1), y.reshape(L * Y, *y.shape[2:])
-  x = jnp.einsum(spec, x, y, preferred_element_type=stats)
+  x = product(spec, x, y)
   return x.reshape(L, Y, R, G, -1)
 
 
 def _sums(x, y):
   """Sums over the rows of [L, Y, R, G, C] times [L, Y, R, G, *]."""
-  stats = jnp.promote_types(x.dtype, jnp.float32)
   L, Y, R, G, C = x.shape
   x, y = (z.reshape(L * Y, R * G, -1) for z in (x, y))
-  x = jnp.einsum('zrc,zrh->zch', x, y, preferred_element_type=stats)
+  x = product('zrc,zrh->zch', x, y)
   return x.reshape(L, Y, C, -1)
 
 

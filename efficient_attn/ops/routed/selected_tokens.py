@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
+from efficient_attn.ops.products import product
 from efficient_attn.ops.softmax.normalizers import softmax
 from efficient_attn.values import ConfigError
 
@@ -88,15 +89,13 @@ def token_attention(
 
     chosen = take(keys, each(index))
     query = query.reshape(B, size, heads, N // heads, H)
-    logits = scale * jnp.einsum(
-      'bcmgh,bmcjh->bmcgj', query, chosen, preferred_element_type=stats
-    )
+    logits = scale * product('bcmgh,bmcjh->bmcgj', query, chosen)
     weights = softmax(logits, each(there)[..., None, :])
-    out = jnp.einsum(
+    out = product(
       'bmcgj,bmcjv->bcmgv',
-      weights.astype(value.dtype),
+      weights,
       take(values, each(index)),
-      preferred_element_type=stats,
+      operand=value.dtype,
     )
     target = lax.stop_gradient(weights).reshape(B, M, -1, *weights.shape[2:])
     target = jnp.mean(target, (2, 4))

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from efficient_attn.ops.products import product
 from efficient_attn.ops.routed.selected_blocks import (
   block_attention,
   top_blocks,
@@ -64,8 +65,8 @@ def vsa_attention(
     x = jnp.where(there[..., None, None], x[:, cubes], 0)
     return jnp.sum(x, 2, dtype=stats) / there.sum(1)[:, None, None]
 
-  logits = H**-0.5 * jnp.einsum('binh,bjnh->bnij', means(query), means(key))
-  coarse = jnp.einsum('bnij,bjnv->binv', jax.nn.softmax(logits), means(value))
+  logits = H**-0.5 * product('binh,bjnh->bnij', means(query), means(key))
+  coarse = product('bnij,bjnv->binv', jax.nn.softmax(logits), means(value))
   blocks = top_blocks(logits, True, top_k)
   fine, _, _ = block_attention(
     query,
