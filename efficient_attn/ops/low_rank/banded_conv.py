@@ -10,6 +10,7 @@ shifted products (`ops.short_conv`), which suits few taps.
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from efficient_attn.ops.products import product
 from efficient_attn.values import ConfigError
 
 
@@ -32,10 +33,5 @@ def banded_conv(
   tap = jnp.arange(2 * size) - jnp.arange(size)[:, None]
   band = taps[jnp.clip(tap, 0, W - 1)]
   band = jnp.where(((tap >= 0) & (tap < W))[..., None], band, 0)
-  y = jnp.einsum(
-    'tsn,bisnh->bitnh',
-    band,
-    windows,
-    preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
-  )
+  y = product('tsn,bisnh->bitnh', band, windows)
   return y.reshape(B, count * size, N, H)[:, :T].astype(x.dtype)

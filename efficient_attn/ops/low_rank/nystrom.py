@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from efficient_attn.ops.pooling import mean_pool
+from efficient_attn.ops.products import exact, product
 from efficient_attn.ops.shapes import check_shapes
 from efficient_attn.ops.softmax.attention import attention
 from efficient_attn.values import ConfigError
@@ -54,9 +55,7 @@ def nystrom_attention(
   size = -(-T // num_landmarks)
   dtype = jnp.promote_types(query.dtype, jnp.float32)
   rows, columns = mean_pool(query, size), mean_pool(key, size)
-  logits = H**-0.5 * jnp.einsum(
-    'bmnh,blnh->bnml', rows, columns, preferred_element_type=dtype
-  )
+  logits = H**-0.5 * product('bmnh,blnh->bnml', rows, columns)
   core = jax.nn.softmax(logits, axis=-1)
   inverse = (
     jnp.linalg.pinv(core)
@@ -64,9 +63,7 @@ def nystrom_attention(
     else iterative_pinv(core, iterations)
   )
   summary = attention(rows, key, value, implementation=implementation)
-  summary = jnp.einsum(
-    'bnml,blnv->bmnv', inverse, summary.astype(dtype), precision='highest'
-  )
+  summary = exact('bnml,blnv->bmnv', inverse, summary.astype(dtype))
   # Not in bfloat16: entries of the inverse are large and of both signs, and
   # what the weights round off does not cancel as they do.
   out = attention(

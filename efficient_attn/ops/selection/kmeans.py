@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from efficient_attn.ops.products import product
+
 
 def kmeans(
   points: Float[Array, '*batch P H'], clusters: int, iterations: int = 10
@@ -38,8 +40,8 @@ def _one(points, clusters, iterations):
   def update(_, centres):
     member = jax.nn.one_hot(assign(centres), clusters, dtype=points.dtype).T
     size = member.sum(-1, keepdims=True)
-    mean = member @ points / jnp.maximum(size, 1)
-    return jnp.where(size > 0, mean, centres)
+    sums = product('cp,ph->ch', member, points).astype(points.dtype)
+    return jnp.where(size > 0, sums / jnp.maximum(size, 1), centres)
 
   centres = lax.fori_loop(0, iterations, update, centres)
   return assign(centres), centres

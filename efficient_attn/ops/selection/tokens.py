@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from efficient_attn.ops import masks, scores
+from efficient_attn.ops.products import product
 from efficient_attn.ops.selection import scoring
 from efficient_attn.ops.softmax.normalizers import softmax
 
@@ -89,7 +90,7 @@ def select_sparq(
 def principal_axes(key: Key) -> Float[Array, 'B K H H']:
   """The principal components of each head's keys, the largest first."""
   centred = key - key.mean(1, keepdims=True)
-  covariance = jnp.einsum('bskh,bskg->bkhg', centred, centred)
+  covariance = product('bskh,bskg->bkhg', centred, centred)
   return jnp.linalg.eigh(covariance)[1][..., ::-1]
 
 
@@ -110,8 +111,8 @@ def select_loki(
   axes = (principal_axes(key) if axes is None else axes)[..., :rank]
   axes = jnp.broadcast_to(axes, (len(key), *axes.shape[1:]))
   axes_q = jnp.repeat(axes, query.shape[2] // key.shape[2], axis=1)
-  q = jnp.einsum('btnh,bnhr->btnr', query, axes_q)
-  k = jnp.einsum('bskh,bkhr->bskr', key, axes)
+  q = product('btnh,bnhr->btnr', query, axes_q)
+  k = product('bskh,bkhr->bskr', key, axes)
   return _top_tokens(scoring.logits(q, k), base, top_k)
 
 
@@ -147,7 +148,7 @@ def select_magicpig(
   )
 
   def signs(x):
-    return jnp.einsum('bsnh,clh->bnslc', x, planes) > 0
+    return product('bsnh,clh->bnslc', x, planes) > 0
 
   def add_table(hits, table):
     q, k = table
@@ -157,7 +158,7 @@ def select_magicpig(
   hits, _ = lax.scan(add_table, jnp.zeros((B, N, T, S), jnp.int32), tables)
 
   unit = [x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (query, key)]
-  cosine = jnp.einsum('btnh,bsnh->bnts', *unit).clip(-1, 1)
+  cosine = product('btnh,bsnh->bnts', *unit).clip(-1, 1)
   p = (1 - jnp.arccos(cosine) / jnp.pi) ** num_bits
   # The formula above, where the differences lose the least of what is small.
   u = -jnp.expm1((L - 1) * jnp.log1p(-p) + jnp.log1p((L - 1) * p))
@@ -203,12 +204,12 @@ def select_infllm(
   after = jnp.minimum(jnp.arange(S) + window + 1, S)
   mean = (total[:, after] - total[:, 1:]) / window
   keys = jnp.repeat(key, query.shape[2] // K, axis=2)
-  score = jnp.einsum('bsnh,bsnh->bns', mean, keys)
+  score = product('bsnh,bsnh->bns', mean, keys)
   best = scoring.top(score.reshape(B, -1, blocks, block_size), representatives)
   keys = keys.reshape(B, blocks, block_size, -1, H)
   share = best / best.sum(-1, keepdims=True)
-  centre = jnp.einsum('bnis,bisnh->binh', share.astype(key.dtype), keys)
-  memory = scoring.logits(query, centre)
+  centre = product('bnis,bisnh->binh', share, keys, operand=key.dtype)
+  memory = scoring.logits(query, centre.astype(key.dtype))
   complete = (jnp.arange(blocks) + 1) * block_size + window
   complete = complete <= jnp.arange(S)[:, None] + 1
   chosen = scoring.top(jnp.where(complete, memory, -jnp.inf), top_k)
