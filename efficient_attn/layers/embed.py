@@ -10,6 +10,7 @@ from efficient_attn import sharding
 from efficient_attn.config import ConfigError
 from efficient_attn.layers.param import fan_in_normal, param, value_of
 from efficient_attn.ops.positions import sinusoidal
+from efficient_attn.ops.products import product
 
 
 class Embed(nnx.Module):
@@ -28,9 +29,7 @@ class Embed(nnx.Module):
   def logits(self, x: jax.Array) -> jax.Array:
     """Maps [B, T, D] to float32 logits [B, T, vocab]."""
     table = value_of(self.table, x.dtype)
-    return jnp.einsum(
-      'btd,vd->btv', x, table, preferred_element_type=jnp.float32
-    )
+    return product('btd,vd->btv', x, table, dtype=jnp.float32)
 
 
 class LearnedPosition(nnx.Module):

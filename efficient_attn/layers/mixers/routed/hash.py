@@ -25,6 +25,7 @@ from efficient_attn.layers.mixers.routed.heads import (
   token_op,
 )
 from efficient_attn.layers.param import fan_in_normal, param, value_of
+from efficient_attn.ops.products import exact
 from efficient_attn.ops.routed import hash_attention as ops
 from efficient_attn.values import Positive
 
@@ -49,7 +50,7 @@ def signature(x, matrices):
   x = jax.lax.stop_gradient(x).astype(jnp.float32)
   for i, matrix in enumerate(matrices):
     x = jax.nn.silu(x) if i else x
-    x = jnp.einsum('btnh,nhl->btnl', x, matrix)
+    x = exact('btnh,nhl->btnl', x, matrix)
   return ops.signs(x)
 
 

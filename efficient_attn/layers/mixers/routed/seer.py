@@ -85,7 +85,7 @@ class Seer(GroupedHeads):
     groups = *plain.shape[:2], w_query.shape[0], -1
     turn = functools.partial(rotary, base=self.rotary_base)
     gate_query, gate_key = (
-      turn(jnp.einsum('btkh,khe->btke', x, weight), at)
+      turn(jnp.einsum('btkh,khe->btke', x.astype(weight.dtype), weight), at)
       for x, weight, at in (
         (plain.reshape(groups), w_query, places),
         (pooled, w_key, starts),

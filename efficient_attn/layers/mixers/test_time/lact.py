@@ -50,6 +50,7 @@ from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import LINEAR, Recurrence, Recurrent
 from efficient_attn.ops import masks
 from efficient_attn.ops.positions import rotary
+from efficient_attn.ops.products import exact
 from efficient_attn.ops.recurrent.lact import (
   fresh_state,
   large_chunk_fast_weights,
@@ -252,7 +253,8 @@ class _LowRankStart(nnx.Module):
     """Returns the matrices, float32."""
 
     def op(left, right):
-      return left @ right + jnp.eye(left.shape[1], right.shape[2]) / 2
+      linear = exact('nhr,nrv->nhv', left, right)
+      return linear + jnp.eye(left.shape[1], right.shape[2]) / 2
 
     op = sharding.local_op(op, ('NHR', 'NRV'), 'NHV')
     return op(
