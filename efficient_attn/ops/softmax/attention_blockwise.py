@@ -34,11 +34,11 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from efficient_attn.ops import masks, scores
+from efficient_attn.ops.products import product
 from efficient_attn.ops.shapes import Scalar, fold_scale
 from efficient_attn.ops.softmax.attention_blockwise_tile import (
   Options,
   admitted_by,
-  dot,
   logits_of,
   make_options,
   unless_empty,
@@ -240,7 +240,7 @@ def _absorb(options, q, k, v, mask, bias, cap, tile, running):
     anchor = jnp.where(top == -jnp.inf, 0, top)
     p = exp_below(s, anchor[..., None])
     decay = jnp.exp(m - anchor)
-    pv = dot('bkrc,bkcv->bkrv', p.astype(v.dtype), vj)
+    pv = product('bkrc,bkcv->bkrv', p.astype(v.dtype), vj)
     l = l * decay + jnp.sum(p, axis=-1)
     return top, l, acc * decay[..., None] + pv
 
@@ -277,7 +277,7 @@ def _attend_backward(options, residuals, cotangents):
   stats = total.dtype
 
   # As a dot: XLA sums short rows on a CPU twenty times slower.
-  delta = dot('bkgtv,bkgtv->bkgt', dout, out) - total * dtotal
+  delta = product('bkgtv,bkgtv->bkgt', dout, out) - total * dtotal
   share = jnp.where(total == 0, 0, 1 / total)  # of a weight 1
 
   def step(carry, entry, mask):
@@ -297,7 +297,7 @@ def _attend_backward(options, residuals, cotangents):
       )
       p = exp_below(s, take_rows(top, tile)[..., None, :])
       p = p * take_rows(share, tile)[..., None, :]
-      dp = dot('bkcv,bkrv->bkcr', vj, doi)
+      dp = product('bkcv,bkrv->bkcr', vj, doi)
       ds = p * (dp - take_rows(delta, tile)[..., None, :])
       if bias is not None:
         full = ds.swapaxes(2, 3).reshape(B, K * G, R, C)
@@ -307,9 +307,9 @@ def _attend_backward(options, residuals, cotangents):
       if slope is not None:
         ds = ds * slope
       ds = (options.scale * ds).astype(q.dtype)
-      dqi = dot('bkcr,bkch->bkrh', ds, kj).reshape(B, K, G, R, -1)
-      dkj = dot('bkcr,bkrh->bkch', ds, qi)
-      dvj = dot('bkcr,bkrv->bkcv', p.astype(v.dtype), doi)
+      dqi = product('bkcr,bkch->bkrh', ds, kj).reshape(B, K, G, R, -1)
+      dkj = product('bkcr,bkrh->bkch', ds, qi)
+      dvj = product('bkcr,bkrv->bkcv', p.astype(v.dtype), doi)
       return dqi, dkj, dvj, [dbias, dcap]
 
     def skip(others):

@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 
 from efficient_attn.ops import masks
+from efficient_attn.ops.products import product
 from efficient_attn.ops.softmax.attention_tiles import by_keys, choose_tiles
 from efficient_attn.ops.softmax.hidden import may_hide
 
@@ -43,12 +44,6 @@ def unless_empty(options, mask, tile, visit, skip, operand):
   return lax.cond(maybe, visit, skip, operand)
 
 
-def dot(pattern, a, b):
-  """An einsum with sums in at least float32."""
-  stats = jnp.promote_types(a.dtype, jnp.float32)
-  return jnp.einsum(pattern, a, b, preferred_element_type=stats)
-
-
 def folded(x, shape):
   """[#B, #N, R, C] in the layout of logits [B, K, G * R, C], of `shape`."""
   K, rows, C = shape
@@ -79,9 +74,9 @@ def logits_of(options, q, k, admitted, bias, cap, tile, turned=False):
     return x.swapaxes(2, 3) if turned else x
 
   if turned:
-    s = options.scale * dot('bkch,bkrh->bkcr', k, q)
+    s = options.scale * product('bkch,bkrh->bkcr', k, q)
   else:
-    s = options.scale * dot('bkrh,bkch->bkrc', q, k)
+    s = options.scale * product('bkrh,bkch->bkrc', q, k)
   slope = of_cap = None
   cap = options.soft_cap if cap is None else cap.astype(s.dtype)
   if cap is not None:

@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from efficient_attn.ops import masks, scores
+from efficient_attn.ops.products import product
 from efficient_attn.ops.shapes import Scalar
 from efficient_attn.ops.softmax.hidden import may_hide, without_hidden
 from efficient_attn.ops.softmax.stats import Stats, exp_below, largest
@@ -46,9 +47,7 @@ def attention_reference(
     return x.reshape(x.shape[:1] + heads + x.shape[2:])
 
   def attend(q, k, v, admitted, bias, scale, cap, sinks):
-    logits = scale * jnp.einsum(
-      'bkrh,bksh->bkrs', q, k, preferred_element_type=stats
-    )
+    logits = scale * product('bkrh,bksh->bkrs', q, k, dtype=stats)
     logits = logits.reshape(B, K, G, T, S)
     if cap is not None:
       logits = cap * jnp.tanh(logits / cap)
@@ -67,11 +66,12 @@ def attention_reference(
       total = total + exp_below(sink, top)
 
     # Divided after the product, which is V wide where the weights are S wide.
-    out = jnp.einsum(
+    out = product(
       'bkrs,bksv->bkrv',
-      weights.astype(v.dtype).reshape(B, K, G * T, S),
+      weights.reshape(B, K, G * T, S),
       v,
-      preferred_element_type=stats,
+      operand=v.dtype,
+      dtype=stats,
     )
     return Stats(top, total).divide(out.reshape(B, K, G, T, V)), top, total
 

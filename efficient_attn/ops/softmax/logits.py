@@ -9,6 +9,7 @@ products of queries and keys; O(T S) time and memory.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from efficient_attn.ops.products import product
 from efficient_attn.ops.shapes import check_shapes
 from efficient_attn.ops.softmax.stats import Stats, exp_below, largest
 
@@ -33,11 +34,8 @@ def attend_logits(
   weights = exp_below(logits, top[..., None])
   total = jnp.sum(weights, axis=-1)
   weights = jnp.broadcast_to(weights, (B, *weights.shape[1:]))
-  out = jnp.einsum(
-    'bnts,bnsv->bntv',
-    weights.astype(value.dtype),
-    value,
-    preferred_element_type=stats,
+  out = product(
+    'bnts,bnsv->bntv', weights, value, operand=value.dtype, dtype=stats
   )
   out = Stats(top, total).divide(out)
   return heads_first(out).astype(value.dtype)

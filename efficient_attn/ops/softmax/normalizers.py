@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from efficient_attn.ops import masks, scores
+from efficient_attn.ops.products import product
 from efficient_attn.ops.softmax.hidden import may_hide, without_hidden
 from efficient_attn.ops.softmax.score_functions import dot
 from efficient_attn.ops.softmax.stats import Stats, exp_below, largest
@@ -159,8 +160,8 @@ def normalized_attention(
     logits = logits + bias.dense(T, S)
   if admitted is not None:
     logits = jnp.where(admitted, logits, -jnp.inf)
-  weights = normalize(logits).astype(value.dtype)
-  out = jnp.einsum(
-    'bnts,bsnv->btnv', weights, value, preferred_element_type=logits.dtype
+  weights = normalize(logits)
+  out = product(
+    'bnts,bsnv->btnv', weights, value, operand=value.dtype, dtype=logits.dtype
   )
   return out.astype(query.dtype)

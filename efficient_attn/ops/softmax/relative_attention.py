@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from efficient_attn.ops import chunks
 from efficient_attn.ops.positions import sinusoidal
+from efficient_attn.ops.products import product
 from efficient_attn.ops.shapes import check_shapes
 from efficient_attn.ops.softmax.logits import attend_logits, heads_first
 from efficient_attn.values import ConfigError
@@ -61,18 +62,13 @@ def relative_attention(
   Returns:
     The output in the values' dtype.
   """
-  dtype = jnp.promote_types(query.dtype, jnp.float32)
-  content = jnp.einsum(
-    'bnth,bnsh->bnts',
-    heads_first(query + content_bias),
-    heads_first(key),
-    preferred_element_type=dtype,
+  content = product(
+    'bnth,bnsh->bnts', heads_first(query + content_bias), heads_first(key)
   )
-  position = jnp.einsum(
+  position = product(
     'nbth,nrh->nbtr',
     (query + position_bias).transpose(2, 0, 1, 3),
     relative.swapaxes(0, 1),
-    preferred_element_type=dtype,
   ).swapaxes(0, 1)
   if rows is None:
     position = relative_shift(position, key.shape[1])

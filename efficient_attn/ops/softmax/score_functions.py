@@ -13,6 +13,7 @@ O(T S H) time; additive holds O(T S A) numbers for A hidden channels.
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from efficient_attn.ops.products import product
 from efficient_attn.ops.softmax.logits import heads_first
 
 
@@ -20,13 +21,7 @@ def dot(
   query: Float[Array, 'B T N H'], key: Float[Array, 'B S N H']
 ) -> Float[Array, 'B N T S']:
   """The products q . k."""
-  dtype = jnp.promote_types(query.dtype, jnp.float32)
-  return jnp.einsum(
-    'bnth,bnsh->bnts',
-    heads_first(query),
-    heads_first(key),
-    preferred_element_type=dtype,
-  )
+  return product('bnth,bnsh->bnts', heads_first(query), heads_first(key))
 
 
 def scaled_dot(
@@ -53,10 +48,7 @@ def additive(
   weight: Float[Array, 'N A'],
 ) -> Float[Array, 'B N T S']:
   """The network w . tanh(W_q q + W_k k) of one hidden layer."""
-  dtype = jnp.promote_types(query.dtype, jnp.float32)
   rows = jnp.einsum('btng,nga->bnta', query, query_weight)
   columns = jnp.einsum('bsnh,nha->bnsa', key, key_weight)
   hidden = jnp.tanh(rows[:, :, :, None] + columns[:, :, None])
-  return jnp.einsum(
-    'bntsa,na->bnts', hidden, weight, preferred_element_type=dtype
-  )
+  return product('bntsa,na->bnts', hidden, weight)
