@@ -60,7 +60,7 @@ class AdaptedProjection(Projection):
   def matrix(self, dtype) -> jax.Array:
     """Returns the updated weight in `dtype`, laid out for computation."""
     a, b = (value_of(p.weight, jnp.float32) for p in (self.lora_a, self.lora_b))
-    update = self.scale * jnp.tensordot(a, b, 1)
+    update = self.scale * jnp.tensordot(a, b, 1, precision='highest')
     return (value_of(self.weight, jnp.float32) + update).astype(dtype)
 
 

@@ -54,7 +54,7 @@ class Classifier(Trunk):
     x, _ = self.run(self.embed(tokens, self.dtype), context, key=key)
     real = jnp.ones_like(tokens) if segment_ids is None else segment_ids != 0
     x = pool(x.astype(jnp.float32), real, self.pooling)
-    return self.head(x).astype(jnp.float32)
+    return self.head(x.astype(self.dtype)).astype(jnp.float32)
 
 
 def pool(x: jax.Array, real: jax.Array, pooling: str) -> jax.Array:
