@@ -64,6 +64,18 @@ def make_mesh(text: str = '', devices=None) -> jax.sharding.Mesh:
   return jax.make_mesh(tuple(sizes.values()), MESH_AXES, devices=devices)
 
 
+def platform(mesh: jax.sharding.Mesh | None = None) -> str:
+  """Returns the platform that programs on `mesh` are compiled for.
+
+  Without `mesh` that of the mesh in scope, else of this process. A mesh may be
+  of devices that this process does not have.
+  """
+  if mesh is None:
+    mesh = jax.sharding.get_abstract_mesh()
+  device = mesh.abstract_mesh.abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
 def param_spec(names: tuple[str | None, ...]) -> P:
   """Returns where a parameter with these logical axes is stored."""
   return _spec(names, used=())

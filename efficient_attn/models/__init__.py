@@ -5,6 +5,7 @@ import dataclasses
 import jax
 from flax import nnx
 
+from efficient_attn import sharding
 from efficient_attn.config import ModelConfig, choose
 from efficient_attn.layers.stack import Stack
 from efficient_attn.models.spec import KINDS
@@ -23,21 +24,33 @@ def init(config: ModelConfig, key: jax.Array) -> nnx.Module:
   return compiled(key)
 
 
-def jit_init(f, **options):
+def jit_init(f, mesh: jax.sharding.Mesh | None = None, **options):
   """Compiles a function that runs once and draws many random arrays.
 
   XLA takes about 0.2 s for each of them on CPU unless it is told not to bother.
+
+  Args:
+    f: the function.
+    mesh: of its results; see `sharding.platform`.
+    **options: of `jax.jit`.
   """
-  if jax.default_backend() == 'cpu':
+  if sharding.platform(mesh) == 'cpu':
     options['compiler_options'] = QUICK_COMPILE
   return jax.jit(f, **options)
 
 
-def with_dtype(config: ModelConfig) -> ModelConfig:
-  """Fills in the dtype: float32 on CPU, where bfloat16 is twice as slow."""
+def with_dtype(
+  config: ModelConfig, mesh: jax.sharding.Mesh | None = None
+) -> ModelConfig:
+  """Fills in the dtype: float32 on CPU, where bfloat16 is twice as slow.
+
+  Args:
+    config: of the model.
+    mesh: that the model is compiled for; see `sharding.platform`.
+  """
   if config.dtype:
     return config
-  dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+  dtype = 'float32' if sharding.platform(mesh) == 'cpu' else 'bfloat16'
   return dataclasses.replace(config, dtype=dtype)
 
 

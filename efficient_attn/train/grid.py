@@ -60,10 +60,11 @@ class Grid:
           f'{key}={other!r} is not for a grid of runs, which begin anew and '
           'alone; use launch/train.py'
         )
-    self.config = dataclasses.replace(config, model=with_dtype(config.model))
     self.runs = list(runs)
     devices = (devices or jax.devices())[: len(self.runs)]
     self._mesh = jax.sharding.Mesh(np.array(devices), ('runs',))
+    model = with_dtype(config.model, self._mesh)
+    self.config = dataclasses.replace(config, model=model)
     filled = self.runs + self.runs[-1:] * (-len(self.runs) % len(devices))
     self._seeds = sorted({run.seed for run in self.runs})
     self._numbers = dict(
@@ -80,7 +81,7 @@ class Grid:
     self._loss = make_objective(self.config, sets[0].tokenizer)
     self._valid = sets[0].valid
     init = self._spread(jax.vmap(self._init), P('runs'))
-    self._state = jit_init(init)(self._numbers)
+    self._state = jit_init(init, self._mesh)(self._numbers)
     self._train = jax.jit(
       self._spread(self._train_steps, P('runs'), P('runs'), P()),
       donate_argnums=0,

@@ -8,6 +8,7 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -19,18 +20,21 @@ _REPEATS = 5
 
 
 @functools.cache
-def matmul_ceiling(dtype: str, num_devices: int) -> float:
+def matmul_ceiling(
+  dtype: str, num_devices: int, devices: tuple[jax.Device, ...] | None = None
+) -> float:
   """Measures the FLOP/s of square matmuls on all devices at once.
 
   Args:
     dtype: of the factors, at the default matmul precision.
     num_devices: of the whole run. Where this process has fewer, its own are
       measured and the rest are taken to be like them.
+    devices: of the run in this process; all by default.
 
   Returns:
     The rate of the `num_devices` together.
   """
-  devices = jax.local_devices()[:num_devices]
+  devices = (devices or jax.local_devices())[:num_devices]
   size, products = SIZES[devices[0].platform]
 
   @functools.partial(jax.shard_map, in_specs=P('all'), out_specs=P('all'))
@@ -59,9 +63,9 @@ def memory_available() -> int:
   return os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
 
 
-def memory_total() -> int:
-  """Returns the bytes of all local devices, or of the machine for a CPU."""
-  stats = [device.memory_stats() for device in jax.local_devices()]
+def memory_total(devices: Sequence[jax.Device]) -> int:
+  """Returns the bytes of devices here, or of the machine for a CPU."""
+  stats = [device.memory_stats() for device in devices]
   if all(stats):
     return sum(stat['bytes_limit'] for stat in stats)
   return host_memory()

@@ -17,10 +17,13 @@ class Meter:
   passes, over what the devices reach on large matmuls of the same dtype.
   """
 
-  def __init__(self, config: Config, forward_flops: float | None):
+  def __init__(
+    self, config: Config, forward_flops: float | None, mesh: jax.sharding.Mesh
+  ):
     self._unit = KINDS[config.model.name].unit
     self._dtype = config.model.dtype
     self._flops = None if forward_flops is None else 3 * forward_flops
+    self._mesh = mesh
     self.compile_seconds = None
 
   def start(self, step: int) -> None:
@@ -52,7 +55,9 @@ class Meter:
     self.compile_seconds = time.perf_counter() - self._start
     jax.block_until_ready(params)
     if self._flops is not None:
-      self._ceiling = matmul_ceiling(self._dtype, jax.device_count())
+      self._ceiling = matmul_ceiling(
+        self._dtype, self._mesh.size, tuple(self._mesh.local_devices)
+      )
     self.start(step)
 
   def rates(self, step: int, read: float) -> dict[str, float]:

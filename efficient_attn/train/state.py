@@ -206,7 +206,7 @@ class Architecture:
     # Outside of the mesh, so that XLA may spread the drawing itself.
     with jax.set_mesh(None):
       params = jit_init(
-        self.initial_params, out_shardings=self.shardings(mesh)
+        self.initial_params, mesh, out_shardings=self.shardings(mesh)
       )(key)
     if given is not None:
       params = given(params)

@@ -61,9 +61,10 @@ def run(
     NonFiniteError: training diverged.
   """
   workdir = folder.resolve(workdir)
-  checked = on_these_devices(check(config))
+  checked = check(config)
+  mesh = sharding.make_mesh(checked.config.mesh, devices)
+  checked = on_these_devices(checked, mesh)
   config, architecture = checked.config, checked.architecture
-  mesh = sharding.make_mesh(config.mesh, devices)
   check_batch(config, mesh)
   with contextlib.ExitStack() as stack:
     stack.enter_context(folder.clear_disk_faults(workdir))
@@ -105,7 +106,7 @@ def run(
     stop = stack.enter_context(StopSignal(config.log_every))
     tracer = stack.enter_context(Tracer(config.profile_steps, workdir))
     guard = StepGuard(config, checkpoints)
-    meter = Meter(config, checked.forward_flops)
+    meter = Meter(config, checked.forward_flops, mesh)
     schedule = make_schedule(config.optimizer, config.steps)
 
     def report(step, metrics):
@@ -200,10 +201,10 @@ def run(
   return final
 
 
-def on_these_devices(checked: Checked) -> Checked:
+def on_these_devices(checked: Checked, mesh: jax.sharding.Mesh) -> Checked:
   """Returns a run with the dtype of the devices and this process's data."""
   config = checked.config
-  model = with_dtype(config.model)
+  model = with_dtype(config.model, mesh)
   config = dataclasses.replace(config, model=model)
   architecture, dataset = checked.architecture, checked.dataset
   if model != architecture.config:
@@ -293,7 +294,8 @@ def check_memory(state, mesh: jax.sharding.Mesh) -> None:
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
     for x in jax.tree.leaves(state)
   )
-  needed, there = a_device * len(mesh.local_devices), memory_total()
+  devices = mesh.local_devices
+  needed, there = a_device * len(devices), memory_total(devices)
   if needed > there:
     raise ConfigError(
       f'the parameters and the optimizer take {needed / 2**30:.3g} GiB on the '
@@ -321,6 +323,6 @@ def describe(config, architecture, mesh, first) -> str:
     f'{config.model.name}: {sum(sizes.values()):,} parameters'
     f'{f" ({frozen:,} frozen)" * bool(frozen)}, {config.model.dtype} '
     f'activations, pattern {"-".join(config.model.pattern)}\n'
-    f'{mesh.size} {jax.devices()[0].device_kind} devices: {axes}\n'
+    f'{mesh.size} {mesh.devices.flat[0].device_kind} devices: {axes}\n'
     f'{start}, {config.steps} steps'
   )

@@ -5,6 +5,7 @@ import types
 import pytest
 
 from efficient_attn import config as configs
+from efficient_attn import sharding
 from efficient_attn.train import meter
 
 
@@ -14,7 +15,7 @@ def test_a_step_that_was_waited_for_before_does_not_count(monkeypatch):
   monkeypatch.setattr(meter, 'time', clock)
   monkeypatch.setattr(meter, 'matmul_ceiling', lambda *_: 1e3)
   config = configs.resolve({'model': {'name': 'lm', 'dtype': 'float32'}})
-  found = meter.Meter(config, 100.0)
+  found = meter.Meter(config, 100.0, sharding.make_mesh())
   found.start(0)
   now[0] = 60.0
   # Step 1 is reported while step 2 runs; both are done after this.

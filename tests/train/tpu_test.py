@@ -1,11 +1,14 @@
 """The sharded training step compiles for a TPU slice, without one."""
 
+import dataclasses
+
 import jax
 import pytest
 from jax.experimental import topologies
 
 from efficient_attn import config as configs
 from efficient_attn import config_files, sharding
+from efficient_attn.models import with_dtype
 from efficient_attn.train.objectives import make_objective
 from efficient_attn.train.state import Architecture
 from efficient_attn.train.step import make_train_step
@@ -14,16 +17,18 @@ pytest.importorskip('libtpu', reason="needs pip install 'efficient_attn[tpu]'")
 
 
 def lowered_step(**changes):
-  """Returns the lowered step for v5e:2x4, in bfloat16."""
+  """Returns the lowered step for v5e:2x4."""
   topology = topologies.get_topology_desc(
     platform='tpu', topology_name='v5e:2x4'
   )
   values = configs.override(
     config_files.load('configs/lm/quickstart.py'),
-    {'model.dtype': 'bfloat16', **changes},
+    changes,
   )
   config = configs.resolve(values)
   mesh = sharding.make_mesh(config.mesh, topology.devices)
+  config = dataclasses.replace(config, model=with_dtype(config.model, mesh))
+  assert config.model.dtype == 'bfloat16'  # of the chips, not of this host
   architecture = Architecture(config.model)
   optimizer = architecture.optimizer(config)
   state = architecture.abstract_state(config, optimizer, mesh)
