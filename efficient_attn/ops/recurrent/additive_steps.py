@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficient_attn.ops import shapes
+from efficient_attn.ops.products import product
 from efficient_attn.ops.recurrent import gates
 
 
@@ -102,6 +103,4 @@ def read(state, reads, marks, *, wide: bool):
 
 
 def _dot(spec, x, y, operand, dtype):
-  return jnp.einsum(
-    spec, x.astype(operand), y.astype(operand), preferred_element_type=dtype
-  )
+  return product(spec, x, y, operand=operand, dtype=dtype)

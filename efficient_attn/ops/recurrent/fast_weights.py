@@ -34,6 +34,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from efficient_attn.ops import shapes
+from efficient_attn.ops.products import product
 from efficient_attn.ops.recurrent import forms, gates, mini_batches
 
 # Weight [N, inputs, outputs] and bias [N, outputs] of each layer; in a state
@@ -209,9 +210,7 @@ def _learn(carry, tokens, seen, *, norm, activation):
   dtype = rate.dtype
   operand = shapes.operand(dtype, q, k, v)
 
-  def dot(spec, *xs):
-    xs = [x.astype(operand) for x in xs]
-    return jnp.einsum(spec, *xs, preferred_element_type=dtype)
+  dot = functools.partial(product, operand=operand, dtype=dtype)
 
   def layer(x, weight, bias):
     z = dot('bnch,bnhf->bncf', x, weight)

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
+from efficient_attn.ops.products import product
+
 
 def elu_plus_one(x: Float[Array, '...']) -> Float[Array, '...']:
   """elu(x) + 1: exp(x) below zero, x + 1 above (Katharopoulos, 2006.16236)."""
@@ -82,7 +84,7 @@ def positive_random(
     projection = jnp.concatenate([projection, -projection])
   dtype = jnp.promote_types(x.dtype, jnp.float32)
   x32, projection = x.astype(dtype), projection.astype(dtype)
-  exponent = jnp.einsum('...h,mh->...m', x32, projection)
+  exponent = product('...h,mh->...m', x32, projection)
   exponent = exponent - jnp.sum(x32 * x32, -1, keepdims=True) / 2
   if shift:
     largest = jnp.max(exponent, -1, keepdims=True)
@@ -95,7 +97,7 @@ def fourier(
 ) -> Float[Array, 'B T N f']:
   """[sin(w_i . x), cos(w_i . x)] / sqrt(m), f = 2 m, w_i of each head."""
   dtype = jnp.promote_types(x.dtype, jnp.float32)
-  angle = jnp.einsum('btnh,nmh->btnm', x.astype(dtype), projection)
+  angle = product('btnh,nmh->btnm', x.astype(dtype), projection)
   waves = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
   return (waves / math.sqrt(projection.shape[1])).astype(x.dtype)
 

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from efficient_attn.ops import shapes
+from efficient_attn.ops.products import product
 from efficient_attn.ops.recurrent import (
   additive_steps,
   chunk_states,
@@ -149,9 +150,7 @@ def _advance(state, writes, marks):
     kept = total * memory
     if marks is not None:
       kept = jnp.where(marks.keeps[:, None, None, None], kept, 0)
-    return kept + jnp.einsum(
-      'bnjm,bnjx->bnmx', written, x, preferred_element_type=memory.dtype
-    )
+    return kept + product('bnjm,bnjx->bnmx', written, x, dtype=memory.dtype)
 
   keys, values = state
   seen = keys.astype(k.dtype), values
@@ -162,9 +161,7 @@ def _read(seen, reads, marks, *, scale, wide):
   """The softmax over slots, and a chunk of linear attention with it."""
   keys, values = seen
   q, v, write, gate, before, inside = reads
-  read = before * jnp.einsum(
-    'bnih,bnmh->bnim', q, keys, preferred_element_type=gate.dtype
-  )
+  read = before * product('bnih,bnmh->bnim', q, keys, dtype=gate.dtype)
   if marks is not None:
     read = jnp.where(marks.reads[:, None, :, None], read, 0)
   weights = jax.nn.softmax(scale * (inside + read))
@@ -185,7 +182,7 @@ def _logits(q, k, write, gate, at_levels, operand, marks):
 
   def dot(spec, *xs):
     xs = [x.astype(operand) for x in xs]
-    return jnp.einsum(spec, *xs, preferred_element_type=gate.dtype)
+    return product(spec, *xs, dtype=gate.dtype)
 
   mask = np.tri(gate.shape[-2], dtype=bool)
   if marks is not None:

@@ -32,6 +32,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from efficient_attn.ops import shapes
+from efficient_attn.ops.products import product
 
 
 def log_decay_floor(dtype: jnp.dtype) -> float:
@@ -372,7 +373,7 @@ class ChunkDecay:
 
 def dot_rows(x: Array, y: Array, dtype: jnp.dtype) -> Array:
   """x_i . y_j, [*batch, C, C]."""
-  return jnp.einsum('...ih,...jh->...ij', x, y, preferred_element_type=dtype)
+  return product('...ih,...jh->...ij', x, y, dtype=dtype)
 
 
 def _products(q, k, dtype):

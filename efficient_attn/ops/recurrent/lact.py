@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from efficient_attn.ops import shapes
+from efficient_attn.ops.products import product
 from efficient_attn.ops.recurrent import mini_batches, muon
 
 SwiGLU: TypeAlias = tuple[Array, Array, Array]  # W1, W2, W3, maybe with [B]
@@ -179,8 +180,7 @@ def _dot(spec, *xs, like):
   """A product of float32 weights and tokens, on operands as the tokens are."""
   dtype = jnp.promote_types(xs[-1].dtype, jnp.float32)
   operand = shapes.operand(dtype, *like)
-  xs = [x.astype(operand) for x in xs]
-  return jnp.einsum(spec, *xs, preferred_element_type=dtype)
+  return product(spec, *xs, operand=operand, dtype=dtype)
 
 
 def _apply(weights, x):

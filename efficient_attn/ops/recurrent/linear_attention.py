@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from efficient_attn.ops import dispatch, shapes
+from efficient_attn.ops.products import product
 from efficient_attn.ops.recurrent import (
   additive_kernels,
   additive_steps,
@@ -211,7 +212,7 @@ def _own_token(q, k, v, bonus, dtype):
     weight = jnp.sum(q * k, -1)[..., None]
   else:
     bonus = shapes.group(bonus.astype(dtype), kv_heads, axis=0)
-    weight = jnp.einsum('btkh,kgh->btkg', q * k, bonus)
+    weight = product('btkh,kgh->btkg', q * k, bonus)
   own = weight[..., None] * shapes.group(values, kv_heads, axis=2)
   return own.reshape(v.shape)
 

@@ -25,6 +25,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from efficient_attn.ops import shapes
+from efficient_attn.ops.products import product
 from efficient_attn.ops.recurrent import chunk_states, forms, gates
 
 # The buckets, and how many tokens of the segment they hold.
@@ -159,11 +160,11 @@ def _prepare(tokens, marks, *, wide):
   dtype = gate.dtype
   operand = shapes.operand(dtype, q, k, v)
   spans, before, past = gates.span_sums(gate[..., 0], wide=wide)
-  scores = jnp.einsum(
+  scores = product(
     'bkih,bkjh->bkij',
     q.astype(operand),
     k.astype(operand),
-    preferred_element_type=dtype,
+    dtype=dtype,
   )
   value = v.astype(dtype) * jnp.exp(past)[..., None]
   if marks is not None:
@@ -213,9 +214,7 @@ def _advance(state, writes, marks):
     memory = jnp.where(keeps, memory, 0)
   here = slots(position)[..., None] == np.arange(memory.shape[3])
   keys = jnp.where(here[:, None, ..., None], k[:, :, :, None], 0)
-  write = jnp.einsum(
-    'bkjmh,bkgjv->bkgmhv', keys, value, preferred_element_type=memory.dtype
-  )
+  write = product('bkjmh,bkgjv->bkgmhv', keys, value, dtype=memory.dtype)
   return (memory + write, after.astype(count.dtype)), seen
 
 
@@ -230,7 +229,7 @@ def _read(seen, reads, marks, *, wide):
 
   def dot(spec, *xs):
     xs = [x.astype(q.dtype) for x in xs]
-    return jnp.einsum(spec, *xs, preferred_element_type=scores.dtype)
+    return product(spec, *xs, dtype=scores.dtype)
 
   def pick(levels):  # [B, C, X] to the scales [B, K, G, C, X]
     levels = jnp.minimum(levels, size)[:, None, None, ..., None]

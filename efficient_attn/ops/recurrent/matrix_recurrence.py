@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from efficient_attn.ops import shapes
+from efficient_attn.ops.products import product
 from efficient_attn.ops.recurrent import (
   chunk_states,
   forms,
@@ -128,13 +129,7 @@ def contract(spec: str, x: Array, y: Array) -> Array:
 
 def products(operand: jnp.dtype, dtype: jnp.dtype) -> Callable:
   """An einsum with operands of one dtype and sums of another."""
-
-  def dot(spec, x, y):
-    return jnp.einsum(
-      spec, x.astype(operand), y.astype(operand), preferred_element_type=dtype
-    )
-
-  return dot
+  return functools.partial(product, operand=operand, dtype=dtype)
 
 
 class Writes(NamedTuple):

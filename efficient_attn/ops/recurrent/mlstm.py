@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from efficient_attn.ops import shapes
+from efficient_attn.ops.products import product
 from efficient_attn.ops.recurrent import chunk_states, forms, gates
 
 State: TypeAlias = tuple[
@@ -154,7 +155,7 @@ def _prepare(tokens, marks, *, wide):
 
   def dot(spec, *xs):
     xs = [x.astype(operand) for x in xs]
-    return jnp.einsum(spec, *xs, preferred_element_type=dtype)
+    return product(spec, *xs, dtype=dtype)
 
   gate, forget = gate[..., 0], forget[..., 0]
   if wide:
@@ -190,9 +191,7 @@ def _advance(state, writes, marks):
   key, value, top, kept = writes
   top, kept = top[..., 0], kept[..., 0] + m
   after = jnp.maximum(top, kept)
-  write = jnp.einsum(
-    'bkjh,bkgjv->bkghv', key, value, preferred_element_type=memory.dtype
-  )
+  write = product('bkjh,bkgjv->bkghv', key, value, dtype=memory.dtype)
   new = jnp.exp(kept - after)[..., None, None] * memory
   new = new + jnp.exp(top - after)[..., None, None] * write
   return (new, after), (memory.astype(key.dtype), m)
@@ -205,9 +204,7 @@ def _read(seen, reads, marks, *, scale, wide):
   q, inside, row, carried = reads
   carried = carried + m[..., None, None]
   top = jnp.maximum(row, carried)
-  found = jnp.einsum(
-    'bkih,bkghv->bkgiv', q, memory, preferred_element_type=inside.dtype
-  )
+  found = product('bkih,bkghv->bkgiv', q, memory, dtype=inside.dtype)
   out = inside * jnp.exp(row - top) + found * jnp.exp(carried - top)
   return _normalize(scale * out, top[..., 0])
 

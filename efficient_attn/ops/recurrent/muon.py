@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from efficient_attn.ops.products import exact
+
 JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
 TUNED = (
   (4.0848, -6.8946, 2.9270),
@@ -36,8 +38,9 @@ def orthogonalize(
 
   def step(x, triple):
     a, b, c = triple
-    gram = x @ jnp.swapaxes(x, -2, -1)
-    return a * x + (b * gram + c * gram @ gram) @ x, None
+    gram = exact('...mn,...kn->...mk', x, x)
+    cubic = b * gram + c * exact('...mk,...kl->...ml', gram, gram)
+    return a * x + exact('...mk,...kn->...mn', cubic, x), None
 
   x, _ = jax.lax.scan(step, x, jnp.asarray(steps, x.dtype))
   return x if wide else jnp.swapaxes(x, -2, -1)

@@ -120,7 +120,7 @@ def trapezoidal_scan(
   out, s = linear_attention(
     q,
     shifted_k,
-    weight[..., None] * shifted_v,
+    (weight[..., None] * shifted_v).astype(v.dtype),
     log_decay=log_decay,
     scale=1,
     initial_state=s,
