@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 from jaxtyping import Array
@@ -16,8 +17,8 @@ from jaxtyping import Array
 
 def product(
   spec: str,
-  x: Array,
-  y: Array,
+  x: Array | np.ndarray,
+  y: Array | np.ndarray,
   *,
   dtype: DTypeLike | None = None,
   operand: DTypeLike | None = None,

@@ -118,5 +118,7 @@ def cut_array(
 def quotient(x: Any, divisor: Any) -> Any:
   """Returns x // divisor, of traced arrays by operations that kernels have."""
   if isinstance(x, jax.Array) or isinstance(divisor, jax.Array):
-    return lax.div(x - x % divisor, divisor)
+    dtype = jnp.result_type(x, divisor)
+    below = jnp.asarray(x - x % divisor, dtype)
+    return lax.div(*jnp.broadcast_arrays(below, jnp.asarray(divisor, dtype)))
   return x // divisor
