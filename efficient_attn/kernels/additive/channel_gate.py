@@ -17,9 +17,19 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from efficient_attn.kernels.additive import decay_tree
-from efficient_attn.kernels.additive.decay_tree import flat, tiles
-from efficient_attn.kernels.additive.layout import (
+from efficient_attn.kernels import decay_tree
+from efficient_attn.kernels.channels import (
+  by_key,
+  closed_gate,
+  float_keys,
+  kept,
+  marked_reads,
+  reading,
+  scaled_queries,
+  split_refs,
+)
+from efficient_attn.kernels.decay_tree import flat, tiles
+from efficient_attn.kernels.layout import (
   CHUNK,
   HEADS,
   NT,
@@ -33,9 +43,6 @@ from efficient_attn.kernels.additive.layout import (
   sizes_of,
   sum_parts,
 )
-
-# exp is exactly zero.
-CLOSED = -1000.0
 
 
 @functools.partial(
@@ -87,11 +94,11 @@ def forward(
       (by_head(k, sizes, operand), blocks.keys()),
       (values, blocks.tokens(sizes.heads, sizes.width)),
       (
-        _gate(log_decay, starts, sizes),
+        closed_gate(log_decay, starts, sizes),
         blocks.tokens(sizes.heads, sizes.channels),
       ),
       (first, blocks.whole()),
-      *_reads(starts, blocks),
+      *marked_reads(starts, blocks),
     ],
     outputs if save else outputs[:2],
     name='channel_gate_forward',
@@ -110,24 +117,24 @@ def forward(
 
 def _forward(q_ref, k_ref, v_ref, gate_ref, first_ref, *refs,
              sizes, scale, inclusive, segments):  # fmt: skip
-  reads_ref, (out_ref, state_ref, *states_ref) = _split(refs, segments)
+  reads_ref, (out_ref, state_ref, *states_ref) = split_refs(refs, segments)
 
   load_state(first_ref, state_ref)
 
   dot = products(sizes.operand)
   for group in range(sizes.read):
-    q, k = _queries(q_ref, group, scale), _keys(k_ref, group)
+    q, k = scaled_queries(q_ref, group, scale), float_keys(k_ref, group)
     for head in range(group * sizes.shared, (group + 1) * sizes.shared):
       v, state = v_ref[0, head], state_ref[0, head]
       for ref in states_ref:
         ref[0, 0, head] = state.astype(ref.dtype)
       levels, total = decay_tree.build(jnp.exp(gate_ref[0, head]), inclusive)
       before, after = levels[CHUNK]
-      scores = decay_tree.scores(q, k, levels, dot, inclusive)
-      past = _reading(dot(flat(q * before), state, NT), reads_ref)
+      (scores,) = decay_tree.scores([q], k, levels, dot, [inclusive])
+      past = reading(dot(flat(q * before), state, NT), reads_ref)
       out_ref[0, head] = (dot(scores, v) + past).astype(out_ref.dtype)
-      kept = _kept(state, total, segments)
-      state_ref[0, head] = kept + dot(v, flat(k * after), TN)
+      decayed = kept(state, total, segments)
+      state_ref[0, head] = decayed + dot(v, flat(k * after), TN)
 
 
 @functools.partial(
@@ -148,7 +155,7 @@ def backward(
   heads = sizes.kv_heads * sizes.group
   last = jnp.swapaxes(d_last, -1, -2).reshape(sizes.batch, heads, *matrix)
   keys, values = by_head(k, sizes, operand), by_head(v, sizes, operand)
-  gate = _gate(log_decay, starts, sizes)
+  gate = closed_gate(log_decay, starts, sizes)
   parts = (sizes.batch, sizes.programs * sizes.read, *keys.shape[2:])
   whole = parts == keys.shape
   key_spec = blocks.tokens(sizes.read, sizes.channels)
@@ -165,7 +172,7 @@ def backward(
       (states.reshape(sizes.chunks, *last.shape), blocks.states(matrix)),
       (gate, gate_spec),
       (last, blocks.whole()),
-      *_reads(starts, blocks),
+      *marked_reads(starts, blocks),
     ],
     [
       (parts, q.dtype if whole else jnp.float32, key_spec),
@@ -188,7 +195,7 @@ def backward(
   if starts is not None:
     d_gate = jnp.where(starts[..., None, None, None], 0, d_gate)
     if not inclusive:
-      d_q = jnp.where(_by_key(starts, sizes), 0, d_q)
+      d_q = jnp.where(by_key(starts, sizes), 0, d_q)
   if log_decay.shape[0] != sizes.batch:
     d_gate = jnp.sum(d_gate, 0, keepdims=True)
   return (
@@ -202,40 +209,40 @@ def backward(
 
 def _backward(q_ref, k_ref, v_ref, d_out_ref, states_ref, gate_ref, last_ref,
               *refs, sizes, scale, inclusive, segments):  # fmt: skip
-  reads_ref, outputs = _split(refs, segments)
+  reads_ref, outputs = split_refs(refs, segments)
   d_q_ref, d_k_ref, d_v_ref, d_gate_ref, state_ref = outputs
 
   load_state(last_ref, state_ref)
 
   dot = products(sizes.operand)
   for group in range(sizes.read):
-    q, k = _queries(q_ref, group, scale), _keys(k_ref, group)
+    q, k = scaled_queries(q_ref, group, scale), float_keys(k_ref, group)
     d_q_sum = d_k_sum = 0
     for head in range(group * sizes.shared, (group + 1) * sizes.shared):
       v, d_out = v_ref[0, head], d_out_ref[0, head]
       state, d_state = states_ref[0, 0, head], state_ref[0, head]
       levels, total = decay_tree.build(jnp.exp(gate_ref[0, head]), inclusive)
       before, after = levels[CHUNK]
-      d_q = tiles(_reading(dot(d_out, state), reads_ref)) * before
+      d_q = tiles(reading(dot(d_out, state), reads_ref)) * before
       d_k = tiles(dot(v, d_state)) * after
-      d_kept = _kept(d_state, total, segments)
+      d_kept = kept(d_state, total, segments)
       state_ref[0, head] = d_kept + dot(d_out, flat(q * before), TN)
 
       d_total = jnp.sum(d_kept * state.astype(jnp.float32), 0, keepdims=True)
       adjoint = decay_tree.Adjoint(
         q * d_q, k * d_k, jnp.broadcast_to(d_total, (8, sizes.channels))
       )
-      d_q, d_k, scores = decay_tree.pull(
-        q,
+      (d_q,), d_k, (scores,) = decay_tree.pull(
+        [q],
         k,
         levels,
-        dot(d_out, v, NT),
-        dot(v, d_out, NT),
+        [dot(d_out, v, NT)],
+        [dot(v, d_out, NT)],
         adjoint,
         dot,
-        d_q,
+        [d_q],
         d_k,
-        inclusive,
+        [inclusive],
       )
       d_gate_ref[0, head] = adjoint.gate(inclusive)
       d_v = dot(scores, d_out) + dot(flat(k * after), d_state, NT)
@@ -250,27 +257,6 @@ def _backward(q_ref, k_ref, v_ref, d_out_ref, states_ref, gate_ref, last_ref,
     d_k_ref[0, group] = d_k_sum.astype(d_k_ref.dtype)
 
 
-def _queries(ref, group, scale):
-  return tiles(ref[0, group].astype(jnp.float32) * scale)
-
-
-def _keys(ref, group):
-  return tiles(ref[0, group].astype(jnp.float32))
-
-
-def _gate(log_decay, starts, sizes):
-  """The gates by head; where a segment begins they let nothing through."""
-  if starts is not None:
-    log_decay = jnp.where(starts[..., None, None, None], CLOSED, log_decay)
-  return by_head(log_decay, sizes, jnp.float32)
-
-
-def _by_key(starts, sizes):
-  """[B, T] to [B, 1, chunks * CHUNK, 1]."""
-  missing = sizes.chunks * CHUNK - sizes.length
-  return jnp.pad(starts, ((0, 0), (0, missing)))[:, None, :, None]
-
-
 def _of_queries(q, starts, inclusive, sizes):
   """The queries by head.
 
@@ -280,7 +266,7 @@ def _of_queries(q, starts, inclusive, sizes):
   q = by_head(q, sizes, sizes.operand)
   if starts is None or inclusive:
     return q
-  return jnp.where(_by_key(starts, sizes), 0, q)
+  return jnp.where(by_key(starts, sizes), 0, q)
 
 
 def _body(kernel, sizes, scale, inclusive, starts):
@@ -291,31 +277,3 @@ def _body(kernel, sizes, scale, inclusive, starts):
     inclusive=inclusive,
     segments=starts is not None,
   )
-
-
-def _reads(starts, blocks):
-  """Marks tokens of the segment before their chunk, [B, 1, T, 1]."""
-  if starts is None:
-    return []
-  cuts = _by_key(starts, blocks.sizes)
-  counts = jnp.cumsum(cuts.reshape(cuts.shape[0], -1, CHUNK), -1, jnp.int32)
-  reads = jnp.where(counts == 0, 1.0, 0.0).astype(jnp.float32)
-  return [(reads.reshape(cuts.shape), blocks.tokens_of_row())]
-
-
-def _split(refs, segments):
-  return (refs[0], refs[1:]) if segments else (None, refs)
-
-
-def _kept(state, total, segments):
-  """The decayed state; of another segment, where it may be anything, zero."""
-  kept = state * total
-  return jnp.where(total > 0, kept, 0) if segments else kept
-
-
-def _reading(past, reads_ref):
-  """What tokens read of the state, zero where it is of another segment.
-
-  The decay is zero there, and the state may be anything.
-  """
-  return past if reads_ref is None else jnp.where(reads_ref[0, 0] > 0, past, 0)

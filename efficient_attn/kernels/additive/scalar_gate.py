@@ -26,7 +26,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from efficient_attn.kernels.additive.layout import (
+from efficient_attn.kernels.layout import (
   CHUNK,
   HEADS,
   NT,
@@ -42,7 +42,7 @@ from efficient_attn.kernels.additive.layout import (
   sizes_of,
   sum_parts,
 )
-from efficient_attn.kernels.additive.resets import Gate, prepare
+from efficient_attn.kernels.resets import Gate, prepare
 
 
 @functools.partial(

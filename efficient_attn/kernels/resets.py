@@ -7,7 +7,7 @@ A reset is where a segment begins, or where a gate is below RESET: a sum that
 import jax
 import jax.numpy as jnp
 
-from efficient_attn.kernels.additive.layout import (
+from efficient_attn.kernels.layout import (
   CHUNK,
   by_head,
   by_program,
@@ -32,13 +32,11 @@ class Gate:
       i = i * sizes.heads + head
       return rows_ref[0, 0, 0, i : i + 1]
 
-    starts, ends, *self._rows = map(
-      row, range(rows_ref.shape[3] // sizes.heads)
-    )
+    starts, ends, *self._rows = map(row, range(2 + parts(sizes)))
     columns = columns_ref[0, 0]
     self._columns = [
       jnp.broadcast_to(columns[:, i : i + 1], (CHUNK, CHUNK))
-      for i in range(head, columns.shape[1], sizes.heads)
+      for i in range(head, parts(sizes) * sizes.heads, sizes.heads)
     ]
     self.starts, self.ends = starts.astype(jnp.int32), ends.astype(jnp.int32)
     first, last = self.starts[:, :1], self.starts[:, CHUNK - 1 :]
@@ -88,14 +86,25 @@ def _tokens(width):
   return jax.lax.broadcasted_iota(jnp.int32, (CHUNK, width), 0)
 
 
-def prepare(log_decay, starts, sizes):
+def parts(sizes):
+  """In how many arrays the sums of gates stand."""
+  return 2 if sizes.operand == jnp.float32 else 1
+
+
+def prepare(log_decay, starts, sizes, strength=None):
   """What the kernels know of the gates and segments of all chunks.
+
+  Args:
+    log_decay: [B | 1, T, K, G, 1] or None.
+    starts: [B, T], whether a segment begins, or None.
+    sizes: of the call.
+    strength: of the writes, [B, N, T], or None.
 
   Returns:
     rows: [B, programs, chunks, R * heads, C]: the first token of a token's
-      segment (-1 where it began before the chunk), the last token of it, and
-      b in one or two parts.
-    columns: [B, programs, T, P * heads]: the parts of b.
+      segment (-1 where it began before the chunk), the last token of it, b in
+      one or two parts, and the strength.
+    columns: [B, programs, T, P * heads]: the parts of b, and the strength.
     resets: [B, N, T].
   """
   shape = (sizes.batch, sizes.kv_heads * sizes.group, sizes.chunks * CHUNK)
@@ -108,12 +117,14 @@ def prepare(log_decay, starts, sizes):
     resets |= jnp.pad(starts, ((0, 0), (0, missing)))[:, None]
   gate = jnp.where(resets, 0, gate)
   chunks = (*shape[:2], sizes.chunks, CHUNK)
-  parts = [gate]
-  if sizes.operand == jnp.float32:
+  terms = [gate]
+  if parts(sizes) == 2:
     # Sums of sixteenths are exact, so that strong gates lose no digit.
     coarse = jnp.round(gate * 16) / 16
-    parts = [coarse, gate - coarse]
-  sums = [jnp.cumsum(x.reshape(chunks), -1) for x in parts]
+    terms = [coarse, gate - coarse]
+  sums = [jnp.cumsum(x.reshape(chunks), -1) for x in terms]
+  if strength is not None:
+    sums.append(strength)
   index = jnp.arange(CHUNK)
   cuts = resets.reshape(chunks)
   first = jax.lax.cummax(jnp.where(cuts, index, -1), axis=3)

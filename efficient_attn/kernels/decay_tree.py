@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from efficient_attn.kernels.additive.layout import CHUNK, NT, iota
+from efficient_attn.kernels.layout import CHUNK, NT, iota
 
 TILE = 8
 LEVELS = tuple(1 << i for i in reversed(range(CHUNK.bit_length() - 1)))
@@ -115,23 +115,29 @@ def build(decay, inclusive):
   return levels, flat(total)[:1]
 
 
-def scores(q, k, levels, dot, inclusive):
-  """sum_h q_ih k_jh a_h(j, i] for j < i, and q_i . k_i if inclusive: [C, C]."""
+def scores(queries, k, levels, dot, inclusive):
+  """sum_h q_ih k_jh a_h(j, i] for j < i, and q_i . k_i if inclusive: [C, C].
+
+  Args:
+    queries: list of q, [C / 8, 8, H], which share the keys and the decays.
+    k: [C / 8, 8, H].
+    levels: of `build`.
+    dot: a matrix product.
+    inclusive: for each q.
+  """
   differ = iota(0) ^ iota(1)
-  found = None
+  found = [None] * len(queries)
   for size in LEVELS:
-    before, after = levels[size]
-    if size < TILE:
-      level = dot(flat(times(q, before)), flat(times(k, after)), NT)
-      found = jnp.where(differ < 2 * size, level, found)
-      continue
-    # Rows of second halves; the columns of first halves stand in both, so
-    # that they keep their places.
-    rows = halves(q, size)[1] * halves(before, size)[1]
-    columns = halves(k, size)[0] * halves(after, size)[0]
-    level = dot(flat(rows), flat(join(columns, columns)), NT)
-    found = _place(level, found, differ, size, 1)
-  return _with_diagonal(found, iota(0) > iota(1), q, k, inclusive)
+    # The columns of first halves stand in both, so that they keep their places.
+    rows, columns = _decayed(queries, k, levels, size)
+    rows = _stacked([flat(q) for q in rows])
+    level = dot(rows, _in_both(columns, size), NT)
+    for i, part in enumerate(_split(level, len(queries))):
+      if size < TILE:
+        found[i] = jnp.where(differ < 2 * size, part, found[i])
+      else:
+        found[i] = _place(part, found[i], differ, size, 1)
+  return _finished(found, iota(0) > iota(1), queries, k, inclusive)
 
 
 def _place(level, found, differ, size, half):
@@ -209,56 +215,137 @@ def _tile_sums(x):
   return x
 
 
-def pull(q, k, levels, d_scores, d_scores_t, adjoint, dot, d_q, d_k, inclusive):
-  """Takes the cotangent of `scores` back to q, k and the gate.
+def turned_scores(queries, k, levels, dot, inclusive):
+  """The transposes of `scores`, [key, query]."""
+  found = [None] * len(queries)
+  for size in LEVELS:
+    rows, keys = _decayed(queries, k, levels, size)
+    found = _turned_level(rows, keys, found, dot, size)
+  return _finished(found, iota(0) < iota(1), queries, k, inclusive)
+
+
+def _decayed(queries, k, levels, size):
+  """Queries up to their half and keys from theirs, of the tokens that meet."""
+  before, after = levels[size]
+  if size < TILE:
+    return [times(q, before) for q in queries], times(k, after)
+  before, after = halves(before, size)[1], halves(after, size)[0]
+  return [halves(q, size)[1] * before for q in queries], (
+    halves(k, size)[0] * after
+  )
+
+
+def _in_both(x, size):
+  """Tokens of one half in the places of both; of all tokens, as they are."""
+  return flat(x if size < TILE else join(x, x))
+
+
+def _turned_level(rows, keys, found, dot, size):
+  """Puts the transposed scores of a level over those of the levels above."""
+  differ = iota(0) ^ iota(1)
+  columns = _stacked([_in_both(q, size) for q in rows])
+  level = dot(flat(keys), columns, NT)
+  both = []
+  for i, above in enumerate(found):
+    part = level[:, i * CHUNK : (i + 1) * CHUNK]
+    if size < TILE:
+      both.append(jnp.where(differ < 2 * size, part, above))
+    else:
+      both.append(_place(part, above, differ, size, 0))
+  return both
+
+
+def _finished(found, strictly, queries, k, inclusive):
+  return [
+    _with_diagonal(x, strictly, q, k, own)
+    for x, q, own in zip(found, queries, inclusive, strict=True)
+  ]
+
+
+def pull(
+  queries,
+  k,
+  levels,
+  d_scores,
+  d_scores_t,
+  adjoint,
+  dot,
+  d_queries,
+  d_k,
+  inclusive,
+):
+  """Takes the cotangents of `scores` back to the queries, k and the gate.
 
   Args:
-    q: [C / 8, 8, H].
+    queries: as in `scores`.
     k: [C / 8, 8, H].
     levels: of `build`.
-    d_scores: [C, C].
-    d_scores_t: its transpose.
+    d_scores: [C, C] for each q.
+    d_scores_t: their transposes.
     adjoint: of the whole chunk, is taken down to single tokens.
     dot: a matrix product.
-    d_q: what the whole chunk gives, [C / 8, 8, H].
+    d_queries: what the whole chunk gives, [C / 8, 8, H] for each q.
     d_k: the same of the keys.
-    inclusive: see `scores`.
+    inclusive: for each q.
 
   Returns:
-    d_q and d_k without the diagonal, and the transpose of the scores.
+    d_queries and d_k without the diagonal, and what `turned_scores` returns.
   """
   row, column = iota(0), iota(1)
   differ = row ^ column
-  found = None
+  found = [None] * len(queries)
   for size in LEVELS:
     before, after = levels[size]
     level = (differ >= size) & (differ < 2 * size)
+    rows, keys = _decayed(queries, k, levels, size)
+    found = _turned_level(rows, keys, found, dot, size)
     if size < TILE:
-      queries, keys = flat(times(q, before)), flat(times(k, after))
-      found = jnp.where(differ < 2 * size, dot(keys, queries, NT), found)
-      of_q = jnp.where(level & (row > column), d_scores, 0)
-      of_k = jnp.where(level & (row < column), d_scores_t, 0)
-      of_q = times(tiles(dot(of_q, keys)), before)
-      of_k = times(tiles(dot(of_k, queries)), after)
-      adjoint.descend(size, q * of_q, k * of_k)
-      d_q, d_k = d_q + of_q, d_k + of_k
-      continue
-    q_half, k_half = halves(q, size)[1], halves(k, size)[0]
-    before, after = halves(before, size)[1], halves(after, size)[0]
-    queries, keys = q_half * before, k_half * after
-    both_queries, both_keys = (flat(join(x, x)) for x in (queries, keys))
-    scored = dot(flat(keys), both_queries, NT)
-    found = _place(scored, found, differ, size, 0)
+      own, own_k = queries, k
+      parts = [jnp.where(level & (row > column), x, 0) for x in d_scores]
+      parts_t = [jnp.where(level & (row < column), x, 0) for x in d_scores_t]
+    else:
+      before, after = halves(before, size)[1], halves(after, size)[0]
+      own, own_k = [halves(q, size)[1] for q in queries], halves(k, size)[0]
 
-    def part(matrix, half, level=level, size=size):
-      kept = jnp.where(level, matrix, 0)
-      return _row_halves(kept, size)[half].reshape(-1, CHUNK)
+      def part(matrix, half, level=level, size=size):
+        kept = jnp.where(level, matrix, 0)
+        return _row_halves(kept, size)[half].reshape(-1, CHUNK)
 
-    of_q = dot(part(d_scores, 1), both_keys).reshape(queries.shape) * before
-    of_k = dot(part(d_scores_t, 0), both_queries).reshape(keys.shape) * after
-    adjoint.descend(size, q_half * of_q, k_half * of_k)
-    first, second = halves(d_q, size)
-    d_q = join(first, second + of_q)
-    first, second = halves(d_k, size)
-    d_k = join(first + of_k, second)
-  return d_q, d_k, _with_diagonal(found, row < column, q, k, inclusive)
+      parts = [part(x, 1) for x in d_scores]
+      parts_t = [part(x, 0) for x in d_scores_t]
+    of_q = dot(_stacked(parts), _in_both(keys, size))
+    of_q = [
+      times(x.reshape(own_k.shape), before) for x in _split(of_q, len(queries))
+    ]
+    of_k = dot(_beside(parts_t), _stacked([_in_both(q, size) for q in rows]))
+    of_k = times(of_k.reshape(own_k.shape), after)
+    d_before = sum(q * x for q, x in zip(own, of_q, strict=True))
+    adjoint.descend(size, d_before, own_k * of_k)
+    d_queries = [
+      _added(d, x, size, 1) for d, x in zip(d_queries, of_q, strict=True)
+    ]
+    d_k = _added(d_k, of_k, size, 0)
+  found = _finished(found, row < column, queries, k, inclusive)
+  return d_queries, d_k, found
+
+
+def _stacked(arrays):
+  return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays)
+
+
+def _split(x, count):
+  """The inverse of `_stacked`."""
+  return x.reshape(count, -1, x.shape[-1]) if count > 1 else [x]
+
+
+def _beside(arrays):
+  return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, 1)
+
+
+def _added(x, part, size, half):
+  """Adds `part` to the first or to the second halves of blocks, or to all."""
+  if size < TILE:
+    return x + part
+  both = list(halves(x, size))
+  both[half] = both[half] + part
+  return join(*both)
