@@ -1,0 +1,343 @@
+"""S_t = S' + beta_t k_t (v_t - S'^T k_t)^T with S' = diag(a_t) S_{t-1}.
+
+The chunkwise form of Kimi Delta Attention (2510.26692) in one pass over chunks
+of 128 tokens, the state in VMEM. The keys that erase, E = beta K, are a second
+set of queries in the tree of decays (see `decay_tree`). With a_(j, i] the decay
+of a span, and `before` and `after` those from the start of the chunk and to its
+end, the updates n solve a triangular system (see `inverse`):
+
+  P_ij = c sum_h q_ih k_jh a_h(j, i]   A_ij = sum_h e_ih k_jh a_h(j, i], j < i
+  (I + A) N = beta V - (E * before) S
+  O = P N + c (Q * before) S
+  S <- diag(before_C) S + (K * after)^T N
+
+Its gradient, from the last chunk to the first with the saved states, the
+updates made again:
+
+  dN = P^T dO + (K * after) dS    (I + A)^T Y = dN    dV = beta Y
+  dP = dO N^T    dA = -Y N^T
+  dS <- diag(before_C) dS + c (Q * before)^T dO - (E * before)^T Y
+
+and those of q, e, k and the gate from dP and dA by the tree. States are kept
+transposed, [V, H]: their decay is then a row.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from efficient_attn.kernels import decay_tree
+from efficient_attn.kernels.channels import (
+  closed_gate,
+  float_keys,
+  kept,
+  marked_reads,
+  reading,
+  scaled_queries,
+  split_refs,
+)
+from efficient_attn.kernels.decay_tree import flat, tiles
+from efficient_attn.kernels.delta.inverse import inverses
+from efficient_attn.kernels.layout import (
+  CHUNK,
+  NT,
+  TN,
+  Blocks,
+  by_head,
+  by_token,
+  call,
+  load_state,
+  products,
+  sizes_of,
+  sum_parts,
+)
+
+# The most heads of a program by pass, see `layout.HEADS`.
+HEADS = {'forward': 8, 'backward': 8}
+
+
+@functools.partial(
+  jax.jit, static_argnames=('scale', 'dtype', 'operand', 'save', 'interpret')
+)
+def forward(
+  q, k, v, beta, log_decay, state, starts,
+  *, scale, dtype, operand, save, interpret,
+):  # fmt: skip
+  """The outputs and the last state.
+
+  Args:
+    q: [B, T, K, H].
+    k: [B, T, K, H].
+    v: [B, T, K, G, V].
+    beta: [B, T, K, G, 1].
+    log_decay: [B | 1, T, K, G, H].
+    state: before token 0, [B, K, G, H, V], float32.
+    starts: [B, T], whether a segment begins, or None.
+    scale: c.
+    dtype: of the outputs.
+    operand: of the operands of matrix products, bfloat16 or float32.
+    save: whether to return the states before every chunk.
+    interpret: see `pl.pallas_call`.
+
+  Returns:
+    out [B, T, K, G, V], the last state [B, K, G, H, V] and, if `save`, the
+    states [chunks, B, K, G, V, H].
+  """
+  sizes = sizes_of(q, v, operand, HEADS['forward'])
+  matrix = (sizes.width, sizes.channels)
+  blocks = Blocks(sizes, backward=False)
+  heads = sizes.kv_heads * sizes.group
+  first = jnp.swapaxes(state, -1, -2).reshape(sizes.batch, heads, *matrix)
+  values = by_head(v, sizes, operand)
+  value_spec = blocks.tokens(sizes.heads, sizes.width)
+  outputs = [
+    (values.shape, dtype, value_spec),
+    (first.shape, jnp.float32, blocks.state(matrix)),
+    ((sizes.chunks, *first.shape), operand, blocks.states(matrix)),
+  ]
+  out, last, *states = call(
+    _body(_forward, sizes, scale, starts),
+    blocks,
+    [
+      (by_head(q, sizes, operand), blocks.keys()),
+      (by_head(k, sizes, operand), blocks.keys()),
+      (values, value_spec),
+      (_columns(beta, sizes), blocks.columns(sizes.heads)),
+      (
+        closed_gate(log_decay, starts, sizes),
+        blocks.tokens(sizes.heads, sizes.channels),
+      ),
+      (first, blocks.whole()),
+      *marked_reads(starts, blocks),
+    ],
+    outputs if save else outputs[:2],
+    name='delta_channel_gate_forward',
+    interpret=interpret,
+    cost=(
+      CHUNK * (10 * sizes.channels + 2 * sizes.width + CHUNK)
+      + 3 * sizes.channels * sizes.width,
+      sizes.channels,
+    ),
+  )
+  out = by_token(out, jax.ShapeDtypeStruct(v.shape, dtype))
+  last = jnp.swapaxes(last, -1, -2).reshape(state.shape)
+  shape = (sizes.chunks, *state.shape[:-2], *matrix)
+  return out, last, *(x.reshape(shape) for x in states)
+
+
+def _body(kernel, sizes, scale, starts):
+  return functools.partial(
+    kernel, sizes=sizes, scale=scale, segments=starts is not None
+  )
+
+
+def _columns(beta, sizes):
+  """[B, T, K, G, 1] to [B, programs, chunks * CHUNK, heads]."""
+  beta = by_head(beta, sizes, jnp.float32)
+  shape = (sizes.batch, sizes.programs, sizes.heads, -1)
+  return jnp.swapaxes(beta.reshape(shape), 2, 3)
+
+
+def _forward(q_ref, k_ref, v_ref, beta_ref, gate_ref, first_ref, *refs,
+             sizes, scale, segments):  # fmt: skip
+  reads_ref, (out_ref, state_ref, *states_ref) = split_refs(refs, segments)
+
+  load_state(first_ref, state_ref)
+
+  dot = products(sizes.operand)
+  scores, overlaps, rights, pasts, written, totals = [], [], [], [], [], []
+  for group in range(sizes.read):
+    q, k = scaled_queries(q_ref, group, scale), float_keys(k_ref, group)
+    for head in range(group * sizes.shared, (group + 1) * sizes.shared):
+      beta = beta_ref[0, 0, :, head : head + 1]
+      queries = [q, k * tiles(beta)]
+      levels, total = decay_tree.build(jnp.exp(gate_ref[0, head]), True)
+      before, after = levels[CHUNK]
+      score, overlap = decay_tree.scores(queries, k, levels, dot, [True, False])
+      past = jnp.concatenate([flat(x * before) for x in queries])
+      past = dot(past, state_ref[0, head], NT)
+      known = reading(past[CHUNK:], reads_ref)
+      scores.append(score.astype(sizes.operand))
+      overlaps.append(overlap)
+      rights.append(beta * v_ref[0, head].astype(jnp.float32) - known)
+      pasts.append(reading(past[:CHUNK], reads_ref))
+      written.append(flat(k * after).astype(sizes.operand))
+      totals.append(total)
+  solved = inverses(overlaps, sizes.operand)
+  updates = [dot(x, right) for x, right in zip(solved, rights, strict=True)]
+  for head, update in enumerate(updates):
+    state = state_ref[0, head]
+    out = dot(scores[head], update) + pasts[head]
+    out_ref[0, head] = out.astype(out_ref.dtype)
+    for ref in states_ref:
+      ref[0, 0, head] = state.astype(ref.dtype)
+    decayed = kept(state, totals[head], segments)
+    state_ref[0, head] = decayed + dot(update, written[head], TN)
+
+
+@functools.partial(jax.jit, static_argnames=('scale', 'operand', 'interpret'))
+def backward(
+  q, k, v, beta, log_decay, starts, states, d_out, d_last,
+  *, scale, operand, interpret,
+):  # fmt: skip
+  """The cotangents of q, k, v, beta, log_decay and the first state.
+
+  Takes the arguments and the states of `forward`, and the cotangents of its
+  outputs and last state.
+  """
+  sizes = sizes_of(q, v, operand, HEADS['backward'])
+  matrix = (sizes.width, sizes.channels)
+  blocks = Blocks(sizes, backward=True)
+  heads = sizes.kv_heads * sizes.group
+  last = jnp.swapaxes(d_last, -1, -2).reshape(sizes.batch, heads, *matrix)
+  keys, values = by_head(k, sizes, operand), by_head(v, sizes, operand)
+  gate = closed_gate(log_decay, starts, sizes)
+  columns = _columns(beta, sizes)
+  parts = (sizes.batch, sizes.programs * sizes.read, *keys.shape[2:])
+  whole = parts == keys.shape
+  key_spec = blocks.tokens(sizes.read, sizes.channels)
+  value_spec = blocks.tokens(sizes.heads, sizes.width)
+  gate_spec = blocks.tokens(sizes.heads, sizes.channels)
+  column_spec = blocks.columns(sizes.heads)
+  d_q, d_k, d_v, d_beta, d_gate, d_first = call(
+    _body(_backward, sizes, scale, starts),
+    blocks,
+    [
+      (by_head(q, sizes, operand), blocks.keys()),
+      (keys, blocks.keys()),
+      (values, value_spec),
+      (by_head(d_out, sizes, operand), value_spec),
+      (states.reshape(sizes.chunks, *last.shape), blocks.states(matrix)),
+      (columns, column_spec),
+      (gate, gate_spec),
+      (last, blocks.whole()),
+      *marked_reads(starts, blocks),
+    ],
+    [
+      (parts, q.dtype if whole else jnp.float32, key_spec),
+      (parts, k.dtype if whole else jnp.float32, key_spec),
+      (values.shape, v.dtype, value_spec),
+      (columns.shape, jnp.float32, column_spec),
+      (gate.shape, jnp.float32, gate_spec),
+      (last.shape, jnp.float32, blocks.state(matrix)),
+    ],
+    name='delta_channel_gate_backward',
+    interpret=interpret,
+    cost=(
+      CHUNK * (35 * sizes.channels + 5 * sizes.width + CHUNK)
+      + 5 * sizes.channels * sizes.width,
+      2 * sizes.channels,
+    ),
+  )
+  d_gate = by_token(
+    d_gate,
+    jax.ShapeDtypeStruct((sizes.batch, *log_decay.shape[1:]), jnp.float32),
+  )
+  if starts is not None:
+    d_gate = jnp.where(starts[..., None, None, None], 0, d_gate)
+  if log_decay.shape[0] != sizes.batch:
+    d_gate = jnp.sum(d_gate, 0, keepdims=True)
+  d_beta = jnp.swapaxes(d_beta, 2, 3).reshape(sizes.batch, heads, -1, 1)
+  return (
+    by_token(sum_parts(d_q, sizes), q),
+    by_token(sum_parts(d_k, sizes), k),
+    by_token(d_v, v),
+    by_token(d_beta, beta),
+    d_gate.astype(log_decay.dtype),
+    jnp.swapaxes(d_first, -1, -2).reshape(d_last.shape),
+  )
+
+
+def _backward(q_ref, k_ref, v_ref, d_out_ref, states_ref,
+              beta_ref, gate_ref, last_ref, *refs,
+              sizes, scale, segments):  # fmt: skip
+  reads_ref, outputs = split_refs(refs, segments)
+  d_q_ref, d_k_ref, d_v_ref, d_beta_ref, d_gate_ref, state_ref = outputs
+
+  load_state(last_ref, state_ref)
+
+  dot = products(sizes.operand)
+
+  def of_head(head, q, k):
+    beta = beta_ref[0, 0, :, head : head + 1]
+    levels, total = decay_tree.build(jnp.exp(gate_ref[0, head]), True)
+    return beta, [q, k * tiles(beta)], levels, total
+
+  overlaps, rights, d_rights = [], [], []
+  for group in range(sizes.read):
+    q, k = scaled_queries(q_ref, group, scale), float_keys(k_ref, group)
+    for head in range(group * sizes.shared, (group + 1) * sizes.shared):
+      beta, queries, levels, _ = of_head(head, q, k)
+      score, overlap = decay_tree.turned_scores(
+        queries, k, levels, dot, [True, False]
+      )
+      before, after = levels[CHUNK]
+      known = dot(flat(queries[1] * before), states_ref[0, 0, head], NT)
+      right = beta * v_ref[0, head].astype(jnp.float32)
+      right = right - reading(known, reads_ref)
+      rights.append(right.astype(sizes.operand))
+      overlaps.append(overlap)
+      d_rights.append(
+        dot(score, d_out_ref[0, head])
+        + dot(flat(k * after), state_ref[0, head], NT)
+      )
+  solved = inverses(overlaps, sizes.operand, upper=True)
+  d_rights = [dot(x, right) for x, right in zip(solved, d_rights, strict=True)]
+  updates = [dot(x, right, TN) for x, right in zip(solved, rights, strict=True)]
+
+  lane = jax.lax.broadcasted_iota(jnp.int32, (CHUNK, sizes.heads), 1)
+  d_beta = jnp.zeros(lane.shape, jnp.float32)
+  for group in range(sizes.read):
+    q, k = scaled_queries(q_ref, group, scale), float_keys(k_ref, group)
+    d_q_sum = d_k_sum = 0
+    for head in range(group * sizes.shared, (group + 1) * sizes.shared):
+      # The tree again: those of all heads would not fit.
+      beta, queries, levels, total = of_head(head, q, k)
+      before, after = levels[CHUNK]
+      update, d_right = updates[head], d_rights[head]
+      state, d_state = states_ref[0, 0, head], state_ref[0, head]
+      d_out = d_out_ref[0, head].astype(jnp.float32)
+      both = jnp.concatenate([d_out, -d_right]).astype(sizes.operand)
+      d_scores = dot(both, update, NT)
+      d_scores_t = dot(update, both, NT)
+      of_state = dot(both, state)
+      d_queries = [
+        tiles(reading(x, reads_ref)) * before
+        for x in (of_state[:CHUNK], of_state[CHUNK:])
+      ]
+      d_k = tiles(dot(update, d_state)) * after
+      d_kept = kept(d_state, total, segments)
+      past = jnp.concatenate([flat(x * before) for x in queries])
+      state_ref[0, head] = d_kept + dot(both, past, TN)
+
+      d_total = jnp.sum(d_kept * state.astype(jnp.float32), 0, keepdims=True)
+      adjoint = decay_tree.Adjoint(
+        queries[0] * d_queries[0] + queries[1] * d_queries[1],
+        k * d_k,
+        jnp.broadcast_to(d_total, (8, sizes.channels)),
+      )
+      (d_q, d_erase), d_k, _ = decay_tree.pull(
+        queries,
+        k,
+        levels,
+        [d_scores[:CHUNK], d_scores[CHUNK:]],
+        [d_scores_t[:, :CHUNK], d_scores_t[:, CHUNK:]],
+        adjoint,
+        dot,
+        d_queries,
+        d_k,
+        [True, False],
+      )
+      d_gate_ref[0, head] = adjoint.gate(True)
+      d_v_ref[0, head] = (beta * d_right).astype(d_v_ref.dtype)
+      own = jnp.sum(update * d_out, 1, keepdims=True)
+      d_q_sum += flat(d_q + tiles(own) * k) * scale
+      d_k_sum += flat(d_k + tiles(own) * q + tiles(beta) * d_erase)
+      of_v = d_right * v_ref[0, head].astype(jnp.float32)
+      of_beta = jnp.sum(of_v, 1, keepdims=True)
+      of_beta += jnp.sum(flat(k * d_erase), 1, keepdims=True)
+      d_beta = jnp.where(lane == head, of_beta, d_beta)
+    d_q_ref[0, group] = d_q_sum.astype(d_q_ref.dtype)
+    d_k_ref[0, group] = d_k_sum.astype(d_k_ref.dtype)
+  d_beta_ref[0, 0] = d_beta
