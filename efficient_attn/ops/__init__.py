@@ -8,7 +8,10 @@ from efficient_attn.ops import masks, scores, selection
 from efficient_attn.ops.positions import rotary, sincos_2d, sinusoidal
 from efficient_attn.ops.recurrent.affine_summary import affine_summary
 from efficient_attn.ops.recurrent.delta_product import delta_product
-from efficient_attn.ops.recurrent.delta_rule import delta_rule
+from efficient_attn.ops.recurrent.delta_rule import (
+  delta_rule,
+  explain_delta_rule,
+)
 from efficient_attn.ops.recurrent.diagonal_scan import diagonal_scan
 from efficient_attn.ops.recurrent.dplr import dplr
 from efficient_attn.ops.recurrent.fast_weights import fast_weights
@@ -47,6 +50,7 @@ __all__ = [
   'diagonal_scan',
   'dplr',
   'explain_attention',
+  'explain_delta_rule',
   'explain_linear_attention',
   'fast_weights',
   'large_chunk_fast_weights',

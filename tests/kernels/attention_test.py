@@ -20,7 +20,7 @@ from efficient_attn.kernels.attention.tiles import (
 )
 from efficient_attn.ops import masks, scores
 from efficient_attn.ops.softmax.attention import attention
-from tests.kernels.additive_test import TOPOLOGIES, devices, races
+from tests.kernels.matrix_test import TOPOLOGIES, devices, races
 
 
 def lists(schedule, span, i):

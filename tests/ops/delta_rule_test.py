@@ -13,6 +13,7 @@ from efficient_attn.ops import linear_attention
 from efficient_attn.ops.recurrent.affine_summary import affine_summary
 from efficient_attn.ops.recurrent.delta_product import delta_product
 from efficient_attn.ops.recurrent.delta_rule import delta_rule
+from efficient_attn.values import ConfigError
 from tests.ops.delta_rule_cases import (
   BATCH,
   CHANNELS,
@@ -312,7 +313,7 @@ def test_wrong_calls_say_what_is_wrong(message):
 
 def test_unknown_implementation():
   arrays = to_jax(make('delta', 'none', 13, state=False))
-  with pytest.raises(NotImplementedError, match="pass None or 'xla'"):
+  with pytest.raises(ConfigError, match="did you mean 'pallas_tpu'"):
     delta_rule(**jax.tree.map(jnp.float32, arrays), implementation='cudnn')
 
 

@@ -19,15 +19,17 @@ Time O(T C (H + V + C) + T H V) per head, state O(H V).
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from efficient_attn.ops import shapes
+from efficient_attn.ops import dispatch, shapes
 from efficient_attn.ops.recurrent import (
   chunk_states,
   forms,
   gates,
+  matrix_kernels,
   matrix_recurrence,
 )
 
@@ -47,7 +49,7 @@ def delta_rule(
   bidirectional: bool = False,
   form: str | None = None,
   chunk_size: int = 64,
-  implementation: str | None = None,
+  implementation: str | Sequence[str] | None = None,
 ) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B N H V'] | None]:
   """S' = diag(alpha) S; S = S' + beta k (v - S'^T (e * k))^T; o = S^T q.
 
@@ -69,7 +71,7 @@ def delta_rule(
     form: 'chunkwise', 'recurrent', 'parallel' ('chunkwise' with one chunk) or
       None for what is fastest here, see `choose_form`.
     chunk_size: tokens per chunk, a power of two.
-    implementation: None, 'xla' or 'xla_parallel', see `forms.recur`.
+    implementation: see `linear_attention`.
 
   Returns:
     out: [B, T, N, V] in the dtype of v.
@@ -81,7 +83,7 @@ def delta_rule(
   """
   shapes.check_qkv(q, k, v)
   shapes.check_read(read)
-  forms.check(form, implementation, 'delta_rule')
+  forms.check(form, dispatch.XLA, 'delta_rule')
   batch, length, heads, _ = v.shape
   shapes.check_shapes(
     {
@@ -91,8 +93,12 @@ def delta_rule(
   )
   shapes.check_floating('beta', beta)
   inclusive = read == 'inclusive'
+  if scale is None:
+    scale = q.shape[-1] ** -0.5
+  # Whether the recurrence gives the output itself, to be scaled and rounded.
+  direct = not bidirectional and isinstance(scale, (float, int))
   out, state = matrix_recurrence.recur(
-    functools.partial(_step, inclusive=inclusive),
+    STEP[inclusive],
     CHUNK[inclusive],
     keys=(q, k),
     values=(v, beta[..., None], erase),
@@ -102,9 +108,51 @@ def delta_rule(
     bidirectional=bidirectional,
     form=form,
     chunk_size=chunk_size,
-    implementation=implementation,
+    execute=functools.partial(
+      matrix_kernels.recur,
+      op='delta_rule',
+      inclusive=inclusive,
+      implementation=implementation,
+      scale=float(scale) if direct else 1.0,
+      dtype=v.dtype if direct else None,
+    ),
+    floor=False,
   )
-  return matrix_recurrence.scaled(out, scale, q, v), state
+  if not direct:
+    out = matrix_recurrence.scaled(out, scale, q, v)
+  return out, state
+
+
+def explain_delta_rule(
+  q: Float[shapes.Shaped, 'B T K H'],
+  k: Float[shapes.Shaped, 'B T K H'],
+  v: Float[shapes.Shaped, 'B T N V'],
+  beta: Float[shapes.Shaped, 'B T N'],
+  *,
+  log_decay: Float[shapes.Shaped, '...'] | None = None,
+  erase: Float[shapes.Shaped, 'B T N H'] | None = None,
+  initial_state: Float[shapes.Shaped, 'B N H V'] | None = None,
+  read: str = 'inclusive',
+  form: str | None = None,
+  chunk_size: int = 64,
+  implementation: str | Sequence[str] | None = None,
+) -> str:
+  """Says which implementation each platform takes, and why not another.
+
+  Takes arguments of `delta_rule`; shapes are enough.
+  """
+  return matrix_kernels.explain(
+    'delta_rule',
+    implementation,
+    q,
+    v,
+    dtype=shapes.accumulator(q, k, v, beta, erase, log_decay, initial_state),
+    per_channel=log_decay is not None and len(log_decay.shape) == 4,
+    form=form,
+    chunk_size=chunk_size,
+    inclusive=read == 'inclusive',
+    erases=erase is not None,
+  )
 
 
 def _step(state, token, *, inclusive):
@@ -149,7 +197,12 @@ def _prepare(tokens, marks, *, inclusive, wide):
   )
 
 
-# By whether a token reads itself.
+# By whether a token reads itself: the same functions in every call, so that
+# what is traced of them is found again.
+STEP = {
+  inclusive: functools.partial(_step, inclusive=inclusive)
+  for inclusive in (True, False)
+}
 CHUNK = {
   inclusive: chunk_states.Chunk(
     functools.partial(_prepare, inclusive=inclusive),

@@ -17,16 +17,17 @@ import functools
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from efficient_attn.ops import dispatch, shapes
 from efficient_attn.ops.products import product
 from efficient_attn.ops.recurrent import (
-  additive_kernels,
   additive_steps,
   chunk_states,
   forms,
+  matrix_kernels,
   matrix_recurrence,
 )
 
@@ -84,7 +85,7 @@ def linear_attention(
       `choose_form`.
     chunk_size: tokens per chunk, a power of two; a kernel has its own.
     implementation: 'xla', 'xla_parallel' (see `forms.recur`), the name of a
-      kernel in `additive_kernels.KERNELS` (which is interpreted where it
+      kernel in `matrix_kernels.KERNELS` (which is interpreted where it
       cannot be compiled), a sequence of names, of which the first that can is
       used, or None: per platform the first kernel that can, else 'xla'.
 
@@ -121,7 +122,8 @@ def linear_attention(
     form=form,
     chunk_size=chunk_size,
     execute=functools.partial(
-      additive_kernels.recur,
+      matrix_kernels.recur,
+      op='linear_attention',
       inclusive=inclusive,
       implementation=implementation,
       scale=float(scale) if direct else 1.0,
@@ -161,13 +163,14 @@ def explain_linear_attention(
 
   Takes arguments of `linear_attention`; shapes are enough.
   """
-  return dispatch.explain(
-    additive_kernels.KERNELS,
+  values = jax.ShapeDtypeStruct(
+    (*v.shape[:-1], v.shape[-1] + normalize), v.dtype
+  )
+  return matrix_kernels.explain(
+    'linear_attention',
     implementation,
-    op=additive_kernels.NAME,
-    length=q.shape[1],
-    channels=q.shape[-1],
-    width=v.shape[-1] + normalize,
+    q,
+    values,
     dtype=shapes.accumulator(q, k, v, log_decay, initial_state),
     per_channel=log_decay is not None and len(log_decay.shape) == 4,
     form=form,

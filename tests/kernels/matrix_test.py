@@ -1,6 +1,7 @@
-"""The additive kernels: races, and compiling for TPUs that are not there."""
+"""Kernels of matrices: races, and compiling for TPUs that are not there."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -9,19 +10,25 @@ import pytest
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 
-from efficient_attn.kernels.additive import channel_gate, scalar_gate
+from efficient_attn.ops.recurrent.delta_rule import delta_rule
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
 
 BATCH, LENGTH, HEADS, WIDTH = 2, 256, 2, 16
+FOLDERS = {'linear': 'additive', 'delta': 'delta'}
+GATES = ('scalar', 'channel')
 
 
-@pytest.mark.parametrize('gate', ['scalar', 'channel'])
-def test_no_races_and_nothing_uninitialised(gate):
+@pytest.mark.parametrize('op', FOLDERS)
+@pytest.mark.parametrize('gate', GATES)
+def test_no_races_and_nothing_uninitialised(gate, op):
   """The interpreter that simulates a TPU's memories and copies."""
   interpret = pltpu.InterpretParams(
     detect_races=True, out_of_bounds_reads='raise', uninitialized_memory='nan'
   )
-  module = {'scalar': scalar_gate, 'channel': channel_gate}[gate]
+  folder = FOLDERS[op]
+  module = importlib.import_module(
+    f'efficient_attn.kernels.{folder}.{gate}_gate'
+  )
   rng = np.random.default_rng(0)
   normal = lambda *s: jnp.asarray(rng.standard_normal(s), jnp.float32)  # noqa: E731
   q, k = (normal(BATCH, LENGTH, HEADS, WIDTH) for _ in range(2))
@@ -31,16 +38,19 @@ def test_no_races_and_nothing_uninitialised(gate):
   decay = -jnp.abs(normal(BATCH, LENGTH, HEADS, 1, width))
   starts = jnp.zeros((BATCH, LENGTH), bool).at[:, 70].set(True)
   statics = dict(scale=0.5, operand=jnp.dtype('float32'))
-  if gate == 'channel':
+  arrays = [q, k, v]
+  if op == 'delta':
+    arrays.append(jnp.abs(normal(BATCH, LENGTH, HEADS, 1, 1)) / WIDTH)
+  elif gate == 'channel':
     statics['inclusive'] = True
 
   def run(interpret):
     out, last, states = module.forward(
-      q, k, v, decay, state, starts, dtype=jnp.float32, save=True,
+      *arrays, decay, state, starts, dtype=jnp.float32, save=True,
       interpret=interpret, **statics,
     )  # fmt: skip
     return out, last, *module.backward(
-      q, k, v, decay, starts, states, d_out, d_last,
+      *arrays, decay, starts, states, d_out, d_last,
       interpret=interpret, **statics,
     )  # fmt: skip
 
@@ -67,13 +77,14 @@ SHAPES = {
 }
 TOPOLOGIES = ('v5e:2x2', 'v6e:2x2', 'v4:2x2x1', 'v5p:2x2x1', 'tpu7x:2x2x1')
 COMPILED = [
-  pytest.param(gate, shape, topology, marks=marks)
-  for gate in ('scalar', 'channel')
+  pytest.param(op, gate, shape, topology, marks=marks)
+  for op in FOLDERS
+  for gate in GATES
   for shape in SHAPES
   for topology in TOPOLOGIES
   for marks in (
     ()
-    if (shape, topology) == ('head', 'v5e:2x2')
+    if (op, shape, topology) == ('linear', 'head', 'v5e:2x2')
     else pytest.mark.in_turn
     if topology == 'v5e:2x2' or shape == 'head'
     else pytest.mark.exhaustive,
@@ -89,8 +100,8 @@ def devices(name):
   ).devices
 
 
-@pytest.mark.parametrize('gate, shape, topology', COMPILED)
-def test_compiles_for_tpus(gate, shape, topology):
+@pytest.mark.parametrize('op, gate, shape, topology', COMPILED)
+def test_compiles_for_tpus(op, gate, shape, topology):
   length, kv_heads, channels, width, dtype = SHAPES[shape]
   mesh = jax.sharding.Mesh(np.array(devices(topology)[:1]), ('chip',))
   leaf = functools.partial(
@@ -100,15 +111,19 @@ def test_compiles_for_tpus(gate, shape, topology):
   v = leaf((1, length, 4, width), dtype)
   decay = (1, length, 4) + (channels,) * (gate == 'channel')
   decay = leaf(decay, jnp.float32)
+  beta = leaf((1, length, 4), jnp.float32)
   ids = leaf((1, length), jnp.int32)
 
-  def call(q, k, v, decay, ids):
-    return linear_attention(q, k, v, log_decay=decay, segment_ids=ids)
+  def call(q, k, v, decay, beta, ids):
+    options = dict(log_decay=decay, segment_ids=ids)
+    if op == 'delta':
+      return delta_rule(q, k, v, beta, **options)
+    return linear_attention(q, k, v, **options)
 
-  def both(q, k, v, decay, ids):
-    (out, state), pull = jax.vjp(lambda *args: call(*args, ids), q, k, v, decay)
+  def both(*args):
+    (out, state), pull = jax.vjp(lambda *xs: call(*xs, args[-1]), *args[:-1])
     return out, pull((out, state))
 
-  lowered = jax.jit(both).lower(q, q, v, decay, ids)
+  lowered = jax.jit(both).lower(q, q, v, decay, beta, ids)
   assert lowered.as_text().count('tpu_custom_call') == 2
   lowered.compile()

@@ -1,4 +1,4 @@
-"""The kernels of linear_attention, interpreted, and who may call them."""
+"""Kernels of recurrences of matrices, interpreted, and who may call them."""
 
 import functools
 import subprocess
@@ -9,21 +9,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from efficient_attn.ops.recurrent.delta_rule import (
+  delta_rule,
+  explain_delta_rule,
+)
 from efficient_attn.ops.recurrent.linear_attention import (
   explain_linear_attention,
   linear_attention,
 )
-from tests.ops.linear_attention_cases import (
-  assert_close,
-  cotangents_of,
-  make,
-  to_jax,
-)
+from tests.ops import linear_attention_cases
+from tests.ops.linear_attention_cases import assert_close, to_jax
 from tests.optimized import optimized
-from tests.oracles import linear_attention as oracle
+from tests.oracles import delta_rule as delta_oracle
+from tests.oracles import linear_attention as linear_oracle
 
 SIZES = dict(batch=2, heads=4, channels=16, values=24)
 KERNEL = 'pallas_tpu'
+OPS = {'linear': linear_attention, 'delta': delta_rule}
+ORACLES = {
+  'linear': linear_oracle.linear_attention,
+  'delta': delta_oracle.delta_rule,
+}
+GATES = [(op, gate) for gate in ('scalar', 'channel') for op in OPS]
 
 # name: (length, kv heads, with a state, with segments, options); chunks are of
 # 128 tokens.
@@ -38,16 +45,28 @@ FEATURES = {
 }
 
 
+def make(op, gate, length, **sizes):
+  """Arrays and options of a call; what is written has the length 1 or less."""
+  arrays, options = linear_attention_cases.make(gate, length, **sizes)
+  if op == 'delta':
+    k = arrays['k']
+    arrays['k'] = k / np.linalg.norm(k, axis=-1, keepdims=True)
+    shape = arrays['v'].shape[:-1]
+    strength = np.random.default_rng(7).uniform(0, 2, shape)
+    arrays['beta'] = strength.astype(k.dtype)
+  return arrays, options
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _vjp(call, arrays, cotangents):
   out, pull = jax.vjp(call, arrays)
   return *out, pull(cotangents)[0]
 
 
-def vjp(arrays, cotangents, options, **how):
+def vjp(op, arrays, cotangents, options, **how):
   """The output, the state and the gradient of every array."""
   options = ids_to_jax(options)
-  call = lambda arrays: linear_attention(**arrays, **options, **how)  # noqa: E731
+  call = lambda arrays: OPS[op](**arrays, **options, **how)  # noqa: E731
   return _vjp(call, to_jax(arrays), to_jax(cotangents))
 
 
@@ -56,12 +75,13 @@ def ids_to_jax(options):
   return options if ids is None else options | {'segment_ids': jnp.asarray(ids)}
 
 
-def case(gate, feature, dtype=np.float32, seed=0, change=None):
+def case(op, gate, feature, dtype=np.float32, seed=0, change=None):
   """Arrays, cotangents, options and what float64 gives for these arrays."""
   length, kv_heads, state, segments, options = FEATURES[feature]
   options = dict(options)
   form = options.pop('form', None)
   arrays, options = make(
+    op,
     gate,
     length,
     kv_heads=kv_heads,
@@ -73,7 +93,10 @@ def case(gate, feature, dtype=np.float32, seed=0, change=None):
   )
   if change is not None:
     change(arrays)
-  cotangents = cotangents_of(arrays, options)
+  rng = np.random.default_rng(1)
+  cotangents = jax.tree.map(
+    lambda x: rng.standard_normal(x.shape), ORACLES[op](**arrays, **options)
+  )
   low = {'q', 'k', 'v'}
   cast = lambda name, x: np.asarray(  # noqa: E731
     jnp.asarray(x, dtype if name in low else np.float32)
@@ -87,9 +110,9 @@ def case(gate, feature, dtype=np.float32, seed=0, change=None):
     jax.tree.map(np.float32, cotangents[1]),
   )
   exact = jax.tree.map(np.float64, (arrays, cotangents))
-  out, state = oracle.linear_attention(**exact[0], **options)
+  out, state = ORACLES[op](**exact[0], **options)
   with jax.enable_x64(True):
-    found = vjp(*exact, options, form='recurrent')
+    found = vjp(op, *exact, options, form='recurrent')
     found = jax.tree.map(np.asarray, found)
   assert_close(found[:2], (out, state), 1e-12)
   return arrays, cotangents, options | {'form': form}, found
@@ -105,25 +128,34 @@ def errors(found, expected):
 
 
 CASES = [
-  ('scalar', 'grouped'),
-  ('none', 'short'),
-  ('constant', 'chunk'),
-  ('scalar', 'one_key_head'),
-  ('scalar', 'normalize'),
-  ('constant', 'bidirectional'),
-  ('channel', 'grouped'),
-  ('channel', 'chunk'),
-  ('channel', 'one_key_head'),
-  ('channel', 'exclusive_bonus'),
+  ('linear', 'scalar', 'grouped'),
+  ('linear', 'none', 'short'),
+  ('linear', 'constant', 'chunk'),
+  ('linear', 'scalar', 'one_key_head'),
+  ('linear', 'scalar', 'normalize'),
+  ('linear', 'constant', 'bidirectional'),
+  ('linear', 'channel', 'grouped'),
+  ('linear', 'channel', 'chunk'),
+  ('linear', 'channel', 'one_key_head'),
+  ('linear', 'channel', 'exclusive_bonus'),
+  ('delta', 'scalar', 'grouped'),
+  ('delta', 'none', 'short'),
+  ('delta', 'scalar', 'chunk'),
+  ('delta', 'constant', 'short'),
+  ('delta', 'scalar', 'one_key_head'),
+  ('delta', 'scalar', 'bidirectional'),
+  ('delta', 'channel', 'grouped'),
+  ('delta', 'channel', 'chunk'),
+  ('delta', 'channel', 'one_key_head'),
 ]
 
 
 @pytest.mark.parametrize('dtype', [np.float32, jnp.bfloat16])
-@pytest.mark.parametrize('gate, feature', CASES)
-def test_outputs_states_and_gradients(gate, feature, dtype):
-  arrays, cotangents, options, expected = case(gate, feature, dtype)
-  found = vjp(arrays, cotangents, options, implementation=KERNEL)
-  plain = vjp(arrays, cotangents, options, implementation='xla')
+@pytest.mark.parametrize('op, gate, feature', CASES)
+def test_outputs_states_and_gradients(op, gate, feature, dtype):
+  arrays, cotangents, options, expected = case(op, gate, feature, dtype)
+  found = vjp(op, arrays, cotangents, options, implementation=KERNEL)
+  plain = vjp(op, arrays, cotangents, options, implementation='xla')
   for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
     assert x.shape == y.shape and x.dtype == y.dtype
   floor = 1e-6 if dtype == np.float32 else 2e-3
@@ -142,28 +174,28 @@ def hard(arrays):
   )
 
 
-@pytest.mark.parametrize('gate', ['constant', 'scalar', 'channel'])
-def test_hard_and_strong_gates(gate):
-  arrays, cotangents, options, expected = case(gate, 'grouped', change=hard)
-  found = vjp(arrays, cotangents, options, implementation=KERNEL)
+@pytest.mark.parametrize('op, gate', [('linear', 'constant'), *GATES])
+def test_hard_and_strong_gates(op, gate):
+  arrays, cotangents, options, expected = case(op, gate, 'grouped', change=hard)
+  found = vjp(op, arrays, cotangents, options, implementation=KERNEL)
   assert max(errors(found, expected)) < 2e-6
 
 
-def run(arrays, options=(), **how):
-  call = lambda a: linear_attention(**a, **ids_to_jax(dict(options)), **how)  # noqa: E731
+def run(op, arrays, options=(), **how):
+  call = lambda a: OPS[op](**a, **ids_to_jax(dict(options)), **how)  # noqa: E731
   return jax.jit(call)(to_jax(arrays))
 
 
-@pytest.mark.parametrize('gate', ['scalar', 'channel'])
-def test_causality_is_bitwise(gate):
+@pytest.mark.parametrize('op, gate', GATES)
+def test_causality_is_bitwise(op, gate):
   sizes = dict(length=259, segments=True, dtype=np.float32, **SIZES)
   (arrays, options), (other, others) = (
-    make(gate, seed=seed, **sizes) for seed in (0, 3)
+    make(op, gate, seed=seed, **sizes) for seed in (0, 3)
   )
 
   @optimized
   def call(arrays, ids):
-    return linear_attention(**arrays, segment_ids=ids, implementation=KERNEL)[0]
+    return OPS[op](**arrays, segment_ids=ids, implementation=KERNEL)[0]
 
   out = np.asarray(call(to_jax(arrays), options['segment_ids']))
   for cut in (1, 100, 127, 128, 129, 258):
@@ -178,26 +210,30 @@ def test_causality_is_bitwise(gate):
     np.testing.assert_array_equal(changed[:, :cut], out[:, :cut], f'{cut}')
 
 
-@pytest.mark.parametrize('gate', ['scalar', 'channel'])
-def test_packed_equals_separate(gate):
+@pytest.mark.parametrize('op, gate', GATES)
+def test_packed_equals_separate(op, gate):
   lengths = (100, 28, 1, 90)
   ids = np.repeat([4, 1, 2, 4], lengths)[None].astype(np.int32)
-  arrays, _ = make(gate, sum(lengths), dtype=np.float32, **SIZES | {'batch': 1})
-  out, state = run(arrays, dict(segment_ids=ids), implementation=KERNEL)
+  arrays, _ = make(
+    op, gate, sum(lengths), dtype=np.float32, **SIZES | {'batch': 1}
+  )
+  out, state = run(op, arrays, dict(segment_ids=ids), implementation=KERNEL)
   start = 0
   for length in lengths:
     part = {name: x[:, start : start + length] for name, x in arrays.items()}
-    own, last = oracle.linear_attention(**part)
+    own, last = ORACLES[op](**part)
     assert_close(out[:, start : start + length], own, 1e-6)
     start += length
   assert_close(state, last, 1e-6)
 
 
-@pytest.mark.parametrize('gate', ['scalar', 'channel'])
-def test_a_nan_of_a_segment_that_is_over_stays_there(gate):
-  ids = np.repeat([0, 1], [100, 159])[None].astype(np.int32)
-  arrays, _ = make(gate, 259, dtype=np.float32, **SIZES | {'batch': 1})
-  clean, last = run(arrays, dict(segment_ids=ids), implementation=KERNEL)
+@pytest.mark.parametrize('op, gate', GATES)
+def test_a_nan_of_a_segment_that_is_over_stays_there(op, gate):
+  # The triangular system of a chunk takes it to all tokens of the chunk.
+  end = {'linear': 100, 'delta': 128}[op]
+  ids = np.repeat([0, 1], [end, 259 - end])[None].astype(np.int32)
+  arrays, _ = make(op, gate, 259, dtype=np.float32, **SIZES | {'batch': 1})
+  clean, last = run(op, arrays, dict(segment_ids=ids), implementation=KERNEL)
   for name in ('v', 'initial_state')[gate == 'channel' :]:
     dirty = dict(arrays)
     if name == 'v':
@@ -205,29 +241,31 @@ def test_a_nan_of_a_segment_that_is_over_stays_there(gate):
       dirty['v'][:, 3] = np.nan
     else:
       dirty[name] = np.full((1, 4, 16, 24), np.nan, np.float32)
-    out, state = run(dirty, dict(segment_ids=ids), implementation=KERNEL)
+    out, state = run(op, dirty, dict(segment_ids=ids), implementation=KERNEL)
     np.testing.assert_array_equal(out[:, 128:], clean[:, 128:])
     np.testing.assert_array_equal(state, last)
 
 
-@pytest.mark.parametrize('gate', ['scalar', 'channel'])
-def test_state_continues_at_a_cut(gate):
-  arrays, _ = make(gate, 259, state=True, dtype=np.float32, **SIZES)
-  expected = oracle.linear_attention(**arrays)
+@pytest.mark.parametrize('op, gate', GATES)
+def test_state_continues_at_a_cut(op, gate):
+  arrays, _ = make(op, gate, 259, state=True, dtype=np.float32, **SIZES)
+  expected = ORACLES[op](**arrays)
   state = arrays.pop('initial_state')
   outs = []
   for span in (slice(0, 100), slice(100, 259)):
     part = {name: x[:, span] for name, x in arrays.items()}
-    out, state = run({**part, 'initial_state': state}, implementation=KERNEL)
+    out, state = run(
+      op, {**part, 'initial_state': state}, implementation=KERNEL
+    )
     outs.append(out)
   assert_close((np.concatenate(outs, 1), state), expected, 1e-6)
 
 
-@pytest.mark.parametrize('gate', ['scalar', 'channel'])
-def test_vmap_equals_a_loop(gate):
-  arrays, _ = make(gate, 130, dtype=np.float32, **SIZES | {'batch': 3})
+@pytest.mark.parametrize('op, gate', GATES)
+def test_vmap_equals_a_loop(op, gate):
+  arrays, _ = make(op, gate, 130, dtype=np.float32, **SIZES | {'batch': 3})
   arrays = to_jax(arrays)
-  row = lambda a: linear_attention(  # noqa: E731
+  row = lambda a: OPS[op](  # noqa: E731
     **jax.tree.map(lambda x: x[None], a), implementation=KERNEL
   )[0][0]
   loss = lambda a: jnp.sum(jnp.sin(row(a)))  # noqa: E731
@@ -235,15 +273,15 @@ def test_vmap_equals_a_loop(gate):
   whole = lambda a: jax.vmap(loss)(a)  # noqa: E731
   again = jax.jit(lambda a: jax.vjp(whole, a)[1](jnp.ones(3))[0])(arrays)
   assert_close(found[1], again, 1e-6)
-  out, _ = run(arrays, implementation='xla')
+  out, _ = run(op, arrays, implementation='xla')
   assert_close(found[0], jnp.sum(jnp.sin(out), (1, 2, 3)), 1e-5)
 
 
 def test_without_a_name_a_cpu_runs_the_plain_form():
-  arrays, _ = make('scalar', 37, dtype=np.float32, **SIZES)
+  arrays, _ = make('linear', 'scalar', 37, dtype=np.float32, **SIZES)
   for x, y in zip(
-    jax.tree.leaves(run(arrays)),
-    jax.tree.leaves(run(arrays, implementation='xla')),
+    jax.tree.leaves(run('linear', arrays)),
+    jax.tree.leaves(run('linear', arrays, implementation='xla')),
     strict=True,
   ):
     np.testing.assert_array_equal(x, y)
@@ -251,9 +289,9 @@ def test_without_a_name_a_cpu_runs_the_plain_form():
 
 def test_chunks_within_a_span_of_saved_states():
   """The plain form's own backward pass, for every chunk size."""
-  arrays, cotangents, options, expected = case('scalar', 'grouped')
+  arrays, cotangents, options, expected = case('linear', 'scalar', 'grouped')
   for chunk_size in (16, 64, 128):
-    found = vjp(arrays, cotangents, options, chunk_size=chunk_size)
+    found = vjp('linear', arrays, cotangents, options, chunk_size=chunk_size)
     assert max(errors(found, expected)) < 2e-6
 
 
@@ -267,7 +305,7 @@ REFUSED = {
 @pytest.mark.parametrize('name', REFUSED)
 def test_what_a_kernel_refuses_it_says(name):
   options, message = REFUSED[name]
-  arrays = to_jax(make('scalar', 5, dtype=np.float32, **SIZES)[0])
+  arrays = to_jax(make('linear', 'scalar', 5, dtype=np.float32, **SIZES)[0])
   with pytest.raises(NotImplementedError, match=message):
     linear_attention(**arrays, implementation=KERNEL, **options)
   linear_attention(**arrays, implementation=(KERNEL, 'xla'), **options)
@@ -288,6 +326,15 @@ def test_sizes_and_dtypes_that_a_kernel_refuses():
   wide = jax.ShapeDtypeStruct((1, 2, 64, 64), np.float64)
   with jax.enable_x64(True):
     assert 'float64' in explain(8, 64, 64, initial_state=wide)
+
+
+def test_what_the_delta_rule_refuses():
+  shape = lambda *s: jax.ShapeDtypeStruct(s, np.float32)  # noqa: E731
+  keys, strength = shape(1, 8, 2, 64), shape(1, 8, 2)
+  explain = functools.partial(explain_delta_rule, keys, keys, keys, strength)
+  assert 'tpu: pallas_tpu' in explain()
+  assert 'erase is given' in explain(erase=keys)
+  assert "read = 'exclusive'" in explain(read='exclusive')
 
 
 def test_pallas_is_imported_when_a_kernel_is_traced():

@@ -1,4 +1,4 @@
-"""The kernels of linear_attention, and which calls they serve."""
+"""The kernels of recurrences of matrices, and which calls they serve."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -12,7 +12,6 @@ from efficient_attn.ops import chunks, dispatch, shapes
 from efficient_attn.ops.per_platform import differentiable
 from efficient_attn.ops.recurrent import chunk_states, forms, gates
 
-NAME = 'linear_attention'
 SPAN = 128  # tokens between two states that the forward pass keeps
 
 
@@ -22,6 +21,7 @@ def recur(
   tokens: Any,
   state: Array,
   *,
+  op: str,
   segment_ids: Int[Array, 'B T'] | None,
   form: str | None,
   chunk_size: int,
@@ -35,14 +35,15 @@ def recur(
   Args:
     step: see `forms.recur`.
     chunk: see `forms.recur`.
-    tokens: ([q, k], [v], gate), see `matrix_recurrence.recur`; the gate as
+    tokens: ([q, k], values, gate), see `matrix_recurrence.recur`; the gate as
       it is, without a floor.
     state: [B, K, G, H, V], before token 0.
+    op: of KERNELS.
     segment_ids: see `forms.recur`.
     form: see `forms.recur`.
     chunk_size: see `forms.recur`.
     inclusive: whether a token reads itself.
-    implementation: see `linear_attention`.
+    implementation: see `dispatch.choose`.
     scale: factor on the output.
     dtype: of the output; None is that of the state.
 
@@ -50,11 +51,21 @@ def recur(
     out: [B, T, K, G, V] and the state after the last token.
   """
   dtype = jnp.dtype(dtype or state.dtype)
+  (q, _), (v, *others), gate = tokens
   rows = dispatch.choose(
-    KERNELS,
+    KERNELS[op],
     implementation,
-    op=NAME,
-    **_request(tokens, state, form, chunk_size, inclusive),
+    op=op,
+    **request(
+      q,
+      v,
+      dtype=state.dtype,
+      per_channel=_per_channel(gate),
+      form=form,
+      chunk_size=chunk_size,
+      inclusive=inclusive,
+      erases=len(others) > 1 and others[1] is not None,
+    ),
   )
   options = dict(
     step=step,
@@ -69,6 +80,7 @@ def recur(
       tokens,
       state,
       segment_ids,
+      op=op,
       rows=tuple(rows.items()),
       inclusive=inclusive,
       **options,
@@ -97,7 +109,7 @@ def _floored(tokens):
 @functools.partial(
   jax.jit,
   static_argnames=(
-    'step', 'chunk', 'form', 'chunk_size', 'scale', 'dtype', 'rows',
+    'step', 'chunk', 'op', 'form', 'chunk_size', 'scale', 'dtype', 'rows',
     'inclusive',
   ),
 )  # fmt: skip
@@ -108,6 +120,7 @@ def _by_kernel(
   *,
   step,
   chunk,
+  op,
   form,
   chunk_size,
   scale,
@@ -119,7 +132,7 @@ def _by_kernel(
   operand = _operand(tokens, state)
   kernels = functools.partial(
     dispatch.kernels,
-    KERNELS,
+    KERNELS[op],
     dict(rows),
     scale=scale,
     operand=operand,
@@ -182,7 +195,7 @@ def _by_kernel(
 
 
 def _operand(tokens, state):
-  (q, k), (v,), _ = tokens
+  (q, k), (v, *_), _ = tokens
   return shapes.operand(state.dtype, q, k, v)
 
 
@@ -190,18 +203,23 @@ def _per_channel(gate):
   return gate is not None and gate.shape[-1] > 1
 
 
-def _request(tokens, state, form, chunk_size, inclusive):
-  """What a kernel may refuse, from shapes and statics."""
-  (q, _), (v,), gate = tokens
+def explain(
+  op: str,
+  implementation: str | Sequence[str] | None,
+  q: Any,
+  v: Any,
+  **options: Any,
+) -> str:
+  """Says which kernel of an op each platform takes, see `request`."""
+  return dispatch.explain(
+    KERNELS[op], implementation, op=op, **request(q, v, **options)
+  )
+
+
+def request(q: Any, v: Any, **options: Any) -> dict[str, Any]:
+  """What a kernel may refuse, from shapes and statics; see `_refuses`."""
   return dict(
-    length=q.shape[1],
-    channels=q.shape[-1],
-    width=v.shape[-1],
-    dtype=state.dtype,
-    per_channel=_per_channel(gate),
-    form=form,
-    chunk_size=chunk_size,
-    inclusive=inclusive,
+    length=q.shape[1], channels=q.shape[-1], width=v.shape[-1], **options
   )
 
 
@@ -215,70 +233,104 @@ def _refuses(
   form: str | None,
   chunk_size: int,
   inclusive: bool,
+  erases: bool = False,
 ) -> str | None:
-  """Why the kernel cannot serve a call, or None."""
+  """Why a kernel cannot serve a call, or None."""
   if form not in (None, 'chunkwise'):
     return f"form = {form!r}, it has the form 'chunkwise'"
   if length == 1:
     return 'T = 1, a single step needs no kernel'
   if dtype != jnp.float32:
     return f'the state is {dtype}, it computes in float32'
-  if not (inclusive or per_channel):
-    return "read = 'exclusive', it needs a gate per channel for that"
   for axis, size in (('H', channels), ('V', width)):
     if not 16 <= size <= 256:
       return f'{axis} = {size}, it takes 16 to 256'
   if chunk_size > SPAN:
     return f'chunk_size = {chunk_size}, its chunks are of {SPAN} tokens'
+  if erases:
+    return 'erase is given, it erases as much as it writes'
   return None
 
 
-def _arguments(tokens, segment_ids):
-  (q, k), (v,), gate = tokens
-  starts = None
-  if segment_ids is not None:
-    starts = chunks.segment_starts(segment_ids)
-  return q[:, :, :, 0], k[:, :, :, 0], v, gate, starts
+def _additive_refuses(*, inclusive, per_channel, **options):
+  if not (inclusive or per_channel):
+    return "read = 'exclusive', it needs a gate per channel for that"
+  return _refuses(inclusive=inclusive, per_channel=per_channel, **options)
 
 
-def _module(gate, statics):
+def _delta_refuses(*, inclusive, **options):
+  if not inclusive:
+    return "read = 'exclusive', it reads what a token has written"
+  return _refuses(inclusive=inclusive, **options)
+
+
+# Pallas takes as long to import as all of this package.
+def _additive_module(gate, statics):
   """The kernel for a gate, with what it needs of the statics."""
-  # Pallas takes as long to import as all of this package.
   from efficient_attn.kernels.additive import channel_gate, scalar_gate
 
   if _per_channel(gate):
     return channel_gate, statics
-  return scalar_gate, {k: v for k, v in statics.items() if k != 'inclusive'}
+  return scalar_gate, _without_read(statics)
 
 
-def _call(tokens, state, segment_ids, *, save=False, **statics):
+def _delta_module(gate, statics):
+  from efficient_attn.kernels.delta import channel_gate, scalar_gate
+
+  module = channel_gate if _per_channel(gate) else scalar_gate
+  return module, _without_read(statics)
+
+
+def _without_read(statics):
+  return {k: v for k, v in statics.items() if k != 'inclusive'}
+
+
+def _arguments(tokens, segment_ids):
+  """What a kernel takes: q, k, what there is of values, the gate, starts."""
+  (q, k), values, gate = tokens
+  starts = None
+  if segment_ids is not None:
+    starts = chunks.segment_starts(segment_ids)
+  values = [x for x in values if x is not None]
+  return q[:, :, :, 0], k[:, :, :, 0], *values, gate, starts
+
+
+def _call(module, tokens, state, segment_ids, *, save=False, **statics):
   *arrays, gate, starts = _arguments(tokens, segment_ids)
-  module, statics = _module(gate, statics)
-  return module.forward(*arrays, gate, state, starts, save=save, **statics)
+  kernel, statics = module(gate, statics)
+  return kernel.forward(*arrays, gate, state, starts, save=save, **statics)
 
 
-def _forward(tokens, state, segment_ids, **statics):
-  out, last, states = _call(tokens, state, segment_ids, save=True, **statics)
+def _forward(module, *args, **statics):
+  out, last, states = _call(module, *args, save=True, **statics)
   return (out, last), states
 
 
-def _backward(args, states, cotangents, **statics):
+def _backward(module, args, states, cotangents, **statics):
   tokens, _, segment_ids = args
   *arrays, gate, starts = _arguments(tokens, segment_ids)
-  module, statics = _module(gate, statics)
-  d_q, d_k, d_v, d_gate, first = module.backward(
+  kernel, statics = module(gate, statics)
+  d_q, d_k, *d_values, d_gate, first = kernel.backward(
     *arrays, gate, starts, states, *cotangents, **statics
   )
   keys = [x[:, :, :, None] for x in (d_q, d_k)]
-  return (keys, [d_v], d_gate), first, None
+  d_values += [None] * (len(tokens[1]) - len(d_values))
+  return (keys, d_values, d_gate), first, None
+
+
+def _implementation(module, refuses):
+  return dispatch.Implementation(
+    *(functools.partial(f, module) for f in (_call, _forward, _backward)),
+    platforms=('tpu',),
+    refuses=refuses,
+  )
 
 
 KERNELS = {
-  'pallas_tpu': dispatch.Implementation(
-    call=_call,
-    forward=_forward,
-    backward=_backward,
-    platforms=('tpu',),
-    refuses=_refuses,
-  ),
+  'linear_attention': {
+    'pallas_tpu': _implementation(_additive_module, _additive_refuses),
+  },
+  'delta_rule': {
+    'pallas_tpu': _implementation(_delta_module, _delta_refuses),
+  },
 }
