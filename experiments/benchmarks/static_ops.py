@@ -80,10 +80,12 @@ DPLR = 2 * C * 8 * H + 8 * H**2 + 4 * C**2 / 3
 
 # A program loads the state at the first of its chunks of 128 tokens.
 STATE = {
-  f'{gate}_gate_{stage}': (128 / T,)
-  for gate in ('scalar', 'channel')
+  f'{name}_{stage}': (128 / T,)
+  for name in (
+    'scalar_gate', 'channel_gate', 'delta_rule', 'delta_rule_channel',
+  )
   for stage in ('forward', 'backward')
-}
+}  # fmt: skip
 
 linear = _first(ops.linear_attention, form='chunkwise')
 delta = _first(ops.delta_rule, form='chunkwise')
@@ -92,14 +94,14 @@ OPS = {
     _attention(masks.Causal()),
     QKV,
     4 * PAIRS * H,
-    {'xla': dict(implementation='blockwise')},
+    KERNEL,
     {'splash': SPLASH_CAUSAL},
   ),
   'attention window': Op(
     _attention(masks.Window(WINDOW - 1, 0)),
     QKV,
     4 * WINDOWED * H,
-    {'xla': dict(implementation='blockwise')},
+    KERNEL,
     {'splash': SPLASH_WINDOW},
   ),
   'linear constant': Op(
@@ -120,22 +122,25 @@ OPS = {
     delta,
     QKV | dict(beta='BTN'),
     DELTA,
-    XLA,
+    KERNEL,
     {'deltanet-tpu': DELTANET['chunk_delta_rule']},
+    STATE,
   ),
   'delta scalar': Op(
     delta,
     QKV | dict(beta='BTN', log_decay='BTN'),
     DELTA,
-    XLA,
+    KERNEL,
     {'deltanet-tpu': DELTANET['chunk_gdn']},
+    STATE,
   ),
   'delta channel': Op(
     delta,
     QKV | dict(beta='BTN', log_decay='BTNH'),
     DELTA,
-    XLA,
+    KERNEL,
     {'deltanet-tpu': DELTANET['chunk_kda'], 'tokamax': TOKAMAX_KDA},
+    STATE,
   ),
   'dplr': Op(
     _first(ops.dplr, form='chunkwise'),

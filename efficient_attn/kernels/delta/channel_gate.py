@@ -112,7 +112,7 @@ def forward(
       *marked_reads(starts, blocks),
     ],
     outputs if save else outputs[:2],
-    name='delta_channel_gate_forward',
+    name='delta_rule_channel_forward',
     interpret=interpret,
     cost=(
       CHUNK * (10 * sizes.channels + 2 * sizes.width + CHUNK)
@@ -222,7 +222,7 @@ def backward(
       (gate.shape, jnp.float32, gate_spec),
       (last.shape, jnp.float32, blocks.state(matrix)),
     ],
-    name='delta_channel_gate_backward',
+    name='delta_rule_channel_backward',
     interpret=interpret,
     cost=(
       CHUNK * (35 * sizes.channels + 5 * sizes.width + CHUNK)
