@@ -41,7 +41,7 @@ def kernel_grids(jaxpr) -> dict[str | tuple[int, ...], Grid]:
     grid = Grid(
       math.prod(mapping.grid),
       sum(_moved(x, mapping.grid, tables) for x in mapping.block_mappings),
-      tuple(_loops(equation.params['jaxpr'], mapping.grid, tables)),
+      tuple(_loops(equation.params['jaxpr'], mapping, tables)),
     )
     if found.setdefault(name, grid) != grid:
       raise ValueError(f'two kernels are {name!r}: {found[name]}, {grid}')
@@ -118,9 +118,13 @@ def _moved(block, grid, tables):
   return size * (1 + int(np.count_nonzero(changes)))
 
 
-def _loops(jaxpr, grid, tables):
+def _loops(jaxpr, mapping, tables):
   """The mean turns of the loops of a kernel, in the order of their text."""
+  grid = mapping.grid
   places = np.indices(grid, np.int32).reshape(len(grid), -1)
+  # A kernel does not count the axes that `vmap` has put before its grid.
+  mapped = set(mapping.vmapped_dims)
+  places = np.stack([x for i, x in enumerate(places) if i not in mapped])
   known = dict(zip(jaxpr.invars, tables, strict=False))
   yield from _turns(
     jaxpr, places, {x: t for x, t in known.items() if t is not None}
