@@ -188,12 +188,13 @@ def regions(text: str) -> tuple[int, list[Region]]:
 def _constant_turns(bodies, predicate):
   """How often a loop turns from 0 to a constant bound, or None."""
   text = ''.join(bodies)
+  only = r'(?:\([^)]*\), )?'  # behind an inner loop, when that has ended
   test = re.search(
-    rf'%{predicate} = scmp\.\w+\.s32\.totalorder %(\w+), (\d+)\b', text
+    rf'%{predicate} = scmp\.\w+\.s32\.totalorder {only}%(\w+), (\d+)\b', text
   )
   if not test:
     return None
-  step = re.search(rf'%{test[1]} = sadd\.s32 (\d+), ', text)
+  step = re.search(rf'%{test[1]} = sadd\.s32 {only}(\d+), ', text)
   return math.ceil(int(test[2]) / int(step[1] if step else 1))
 
 
