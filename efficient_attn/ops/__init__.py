@@ -27,7 +27,10 @@ from efficient_attn.ops.recurrent.linear_attention import (
 from efficient_attn.ops.recurrent.log_linear import log_linear_attention
 from efficient_attn.ops.recurrent.mesa import mesa_recurrence
 from efficient_attn.ops.recurrent.mlstm import mlstm
-from efficient_attn.ops.recurrent.selective_scan import selective_scan
+from efficient_attn.ops.recurrent.selective_scan import (
+  explain_selective_scan,
+  selective_scan,
+)
 from efficient_attn.ops.recurrent.short_conv import short_conv
 from efficient_attn.ops.recurrent.slstm import slstm
 from efficient_attn.ops.recurrent.trapezoid import trapezoidal_scan
@@ -52,6 +55,7 @@ __all__ = [
   'explain_attention',
   'explain_delta_rule',
   'explain_linear_attention',
+  'explain_selective_scan',
   'fast_weights',
   'large_chunk_fast_weights',
   'linear_attention',

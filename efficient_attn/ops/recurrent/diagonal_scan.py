@@ -127,7 +127,23 @@ def starts(segment_ids: Array | None) -> Array | None:
 def recur(
   step: Callable, chunk: Callable, tokens: Any, state: Any, *, form, chunk_size
 ) -> tuple[Any, Any]:
-  """`forms.recur`, where `form=None` knows that a CPU scans tokens faster.
+  """`forms.recur` of a chunk whose tokens come one after another."""
+  return forms.recur(
+    step,
+    in_sequence(step, chunk, form),
+    tokens,
+    state,
+    segment_ids=None,
+    form=form,
+    chunk_size=chunk_size,
+    parallel=False,
+  )
+
+
+def in_sequence(
+  step: Callable, chunk: Callable, form: str | None
+) -> chunk_states.Chunk:
+  """A chunk, where `form=None` knows that a CPU scans tokens faster.
 
   An associative scan does more work in fewer steps. On a CPU the plain scan
   inside chunks that are computed again takes half its time in a backward pass.
@@ -142,20 +158,10 @@ def recur(
     return jax.lax.platform_dependent(state, tokens, cpu=plain, default=chunk)
 
   run = by_platform if form is None else chunk
-  in_sequence = chunk_states.Chunk(
+  return chunk_states.Chunk(
     prepare=lambda tokens, marks, wide: (tokens, ()),
     advance=lambda state, tokens, marks: run(state, tokens),
     read=lambda out, reads, marks, wide: out,
-  )
-  return forms.recur(
-    step,
-    in_sequence,
-    tokens,
-    state,
-    segment_ids=None,
-    form=form,
-    chunk_size=chunk_size,
-    parallel=False,
   )
 
 

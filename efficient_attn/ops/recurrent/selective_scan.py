@@ -12,16 +12,19 @@ chunks are scans and not matrix products: O(T H S) work. What is as large as
 [T, H, S] exists per chunk only.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from efficient_attn.ops import shapes
+from efficient_attn.ops import dispatch, shapes
+from efficient_attn.ops.recurrent import selective_kernels
 from efficient_attn.ops.recurrent.diagonal_scan import (
   associative,
   check_form,
+  in_sequence,
   kept,
-  recur,
   starts,
 )
 from efficient_attn.values import ConfigError
@@ -45,7 +48,7 @@ def selective_scan(
   segment_ids: Int[Array, 'B T'] | None = None,
   form: str | None = None,
   chunk_size: int = 64,
-  implementation: str | None = None,
+  implementation: str | Sequence[str] | None = None,
 ) -> tuple[Float[Array, 'B T N H'], Float[Array, 'B N H S']]:
   """The recurrence of the module docstring.
 
@@ -62,14 +65,15 @@ def selective_scan(
       id of the token before it.
     form: 'chunkwise', 'recurrent' or None, as in `diagonal_scan`.
     chunk_size: tokens per chunk, a power of two.
-    implementation: None or 'xla'.
+    implementation: see `linear_attention`; for the kernel see
+      `selective_kernels`.
 
   Returns:
     y: [B, T, N, H] in the dtype of x.
     state: [B, N, H, S] after the last token, float32 (float64 for float64
       inputs).
   """
-  check_form(form, implementation, 'selective_scan')
+  check_form(form, dispatch.XLA, 'selective_scan')
   _check(x, dt, A, B, C, D, initial_state, segment_ids)
   if discretization not in DISCRETIZATIONS:
     raise ConfigError(
@@ -97,12 +101,48 @@ def selective_scan(
     return (states[:, :, -1], A), _read(states, read)
 
   tokens = x, dt, B[:, :, None], C[:, :, None], starts(segment_ids)
-  y, (state, _) = recur(
-    step, chunk, tokens, (state, A), form=form, chunk_size=chunk_size
+  y, state = selective_kernels.recur(
+    step,
+    in_sequence(step, chunk, form),
+    tokens,
+    state,
+    A,
+    exact=exact,
+    form=form,
+    chunk_size=chunk_size,
+    implementation=implementation,
   )
   if D is not None:
     y = y + D.astype(dtype) * x.astype(dtype)
   return y.astype(x.dtype), state
+
+
+def explain_selective_scan(
+  x: Float[shapes.Shaped, 'B T N H'],
+  dt: Float[shapes.Shaped, 'B T N H'],
+  A: Float[shapes.Shaped, 'N H S'],
+  *,
+  discretization: str = 'euler',
+  initial_state: Float[shapes.Shaped, 'B N H S'] | None = None,
+  form: str | None = None,
+  chunk_size: int = 64,
+  implementation: str | Sequence[str] | None = None,
+) -> str:
+  """Says which implementation each platform takes, and why not another.
+
+  Takes arguments of `selective_scan`; shapes are enough.
+  """
+  return dispatch.explain(
+    selective_kernels.KERNELS,
+    implementation,
+    op=selective_kernels.NAME,
+    length=x.shape[1],
+    shape=A.shape,
+    dtype=shapes.accumulator(x, dt, A, initial_state),
+    exact=discretization == 'zoh',
+    form=form,
+    chunk_size=chunk_size,
+  )
 
 
 def _discrete(A, tokens, exact):
