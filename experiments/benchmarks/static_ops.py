@@ -78,13 +78,14 @@ DELTA = 2 * C * 5 * H + 6 * H**2 + 4 * C**2 / 3
 # Four kinds of scores, an inverse, and two writes to the state.
 DPLR = 2 * C * 8 * H + 8 * H**2 + 4 * C**2 / 3
 
+STAGES = ('forward', 'backward')
 # A program loads the state at the first of its chunks of 128 tokens.
 STATE = {
   f'{name}_{stage}': (128 / T,)
   for name in (
     'scalar_gate', 'channel_gate', 'delta_rule', 'delta_rule_channel',
   )
-  for stage in ('forward', 'backward')
+  for stage in STAGES
 }  # fmt: skip
 
 linear = _first(ops.linear_attention, form='chunkwise')
@@ -165,7 +166,8 @@ OPS = {
     _first(ops.selective_scan),
     dict(x='BTNH', dt='BTNH', A='NHS', B='BTS', C='BTS'),
     6 * H * SIZES['S'],
-    XLA,
+    KERNEL,
+    conditions={f'selective_scan_{x}': (128 / T,) for x in STAGES},
   ),
   'diagonal_scan': Op(
     _first(ops.diagonal_scan), dict(x='BTNH', log_decay='BTNH'), 2 * H, XLA
