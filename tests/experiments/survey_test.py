@@ -109,8 +109,15 @@ def test_a_row_costs_what_it_states(name):
   assert agrees(exponents(name))
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize('name', sorted(CLAIMS))
+def when(name):
+  """Claims that train for minutes are for --all; the others take turns."""
+  seconds = json.loads(STORED.read_text())['claims'][name]['seconds']
+  return pytest.mark.study if seconds > 60 else pytest.mark.exhaustive
+
+
+@pytest.mark.parametrize(
+  'name', [pytest.param(name, marks=when(name)) for name in sorted(CLAIMS)]
+)
 def test_a_new_measurement_gets_the_stored_verdicts(name):
   claim = CLAIMS[name]
   if claim.tier == 'c':
