@@ -179,7 +179,9 @@ def _forward(
 
 def inverse(x: jax.Array) -> jax.Array:
   """1 / x for x >= 1: two steps of Newton cost less than a division."""
-  found = pl.reciprocal(x, approx=True)
+  # It stands with the TPU's own operations since jax 0.11.
+  module = pltpu if hasattr(pltpu, 'reciprocal') else pl
+  found = module.reciprocal(x, approx=True)
   found = found * (2 - x * found)
   return found * (2 - x * found)
 
