@@ -19,7 +19,6 @@ import jax.numpy as jnp
 
 from efficient_attn.kernels import decay_tree
 from efficient_attn.kernels.channels import (
-  by_key,
   closed_gate,
   float_keys,
   kept,
@@ -35,14 +34,12 @@ from efficient_attn.kernels.layout import (
   NT,
   TN,
   Blocks,
-  by_head,
   by_token,
-  call,
   load_state,
   products,
   sizes_of,
-  sum_parts,
 )
+from efficient_attn.kernels.passes import backward_pass, forward_pass
 
 
 @functools.partial(
@@ -80,27 +77,22 @@ def forward(
   blocks = Blocks(sizes, backward=False)
   heads = sizes.kv_heads * sizes.group
   first = jnp.swapaxes(state, -1, -2).reshape(sizes.batch, heads, *matrix)
-  values = by_head(v, sizes, operand)
-  outputs = [
-    (values.shape, dtype, blocks.tokens(sizes.heads, sizes.width)),
-    (first.shape, jnp.float32, blocks.state(matrix)),
-    ((sizes.chunks, *first.shape), operand, blocks.states(matrix)),
-  ]
-  out, last, *states = call(
+  out, last, *states = forward_pass(
     _body(_forward, sizes, scale, inclusive, starts),
     blocks,
+    _past_starts(q, starts, inclusive),
+    k,
+    v,
     [
-      (_of_queries(q, starts, inclusive, sizes), blocks.keys()),
-      (by_head(k, sizes, operand), blocks.keys()),
-      (values, blocks.tokens(sizes.heads, sizes.width)),
       (
         closed_gate(log_decay, starts, sizes),
         blocks.tokens(sizes.heads, sizes.channels),
       ),
-      (first, blocks.whole()),
-      *marked_reads(starts, blocks),
     ],
-    outputs if save else outputs[:2],
+    first,
+    marked_reads(starts, blocks),
+    dtype=dtype,
+    save=save,
     name='channel_gate_forward',
     interpret=interpret,
     cost=(
@@ -109,7 +101,6 @@ def forward(
       sizes.channels,
     ),
   )
-  out = by_token(out, jax.ShapeDtypeStruct(v.shape, dtype))
   last = jnp.swapaxes(last, -1, -2).reshape(state.shape)
   shape = (sizes.chunks, *state.shape[:-2], *matrix)
   return out, last, *(x.reshape(shape) for x in states)
@@ -154,33 +145,20 @@ def backward(
   blocks = Blocks(sizes, backward=True)
   heads = sizes.kv_heads * sizes.group
   last = jnp.swapaxes(d_last, -1, -2).reshape(sizes.batch, heads, *matrix)
-  keys, values = by_head(k, sizes, operand), by_head(v, sizes, operand)
   gate = closed_gate(log_decay, starts, sizes)
-  parts = (sizes.batch, sizes.programs * sizes.read, *keys.shape[2:])
-  whole = parts == keys.shape
-  key_spec = blocks.tokens(sizes.read, sizes.channels)
-  value_spec = blocks.tokens(sizes.heads, sizes.width)
-  gate_spec = blocks.tokens(sizes.heads, sizes.channels)
-  d_q, d_k, d_v, d_gate, d_first = call(
+  gates = [(gate, blocks.tokens(sizes.heads, sizes.channels))]
+  d_q, d_k, d_v, d_gate, d_first = backward_pass(
     _body(_backward, sizes, scale, inclusive, starts),
     blocks,
-    [
-      (_of_queries(q, starts, inclusive, sizes), blocks.keys()),
-      (keys, blocks.keys()),
-      (values, value_spec),
-      (by_head(d_out, sizes, operand), value_spec),
-      (states.reshape(sizes.chunks, *last.shape), blocks.states(matrix)),
-      (gate, gate_spec),
-      (last, blocks.whole()),
-      *marked_reads(starts, blocks),
-    ],
-    [
-      (parts, q.dtype if whole else jnp.float32, key_spec),
-      (parts, k.dtype if whole else jnp.float32, key_spec),
-      (values.shape, v.dtype, value_spec),
-      (gate.shape, jnp.float32, gate_spec),
-      (last.shape, jnp.float32, blocks.state(matrix)),
-    ],
+    _past_starts(q, starts, inclusive),
+    k,
+    v,
+    gates,
+    states,
+    marked_reads(starts, blocks),
+    d_out,
+    last,
+    [(x.shape, spec) for x, spec in gates],
     name='channel_gate_backward',
     interpret=interpret,
     cost=(
@@ -194,14 +172,12 @@ def backward(
   ))  # fmt: skip
   if starts is not None:
     d_gate = jnp.where(starts[..., None, None, None], 0, d_gate)
-    if not inclusive:
-      d_q = jnp.where(by_key(starts, sizes), 0, d_q)
   if log_decay.shape[0] != sizes.batch:
     d_gate = jnp.sum(d_gate, 0, keepdims=True)
   return (
-    by_token(sum_parts(d_q, sizes), q),
-    by_token(sum_parts(d_k, sizes), k),
-    by_token(d_v, v),
+    _past_starts(d_q, starts, inclusive),
+    d_k,
+    d_v,
     d_gate.astype(log_decay.dtype),
     jnp.swapaxes(d_first, -1, -2).reshape(d_last.shape),
   )
@@ -257,16 +233,15 @@ def _backward(q_ref, k_ref, v_ref, d_out_ref, states_ref, gate_ref, last_ref,
     d_k_ref[0, group] = d_k_sum.astype(d_k_ref.dtype)
 
 
-def _of_queries(q, starts, inclusive, sizes):
-  """The queries by head.
+def _past_starts(q, starts, inclusive):
+  """Queries, or their gradient, that may read the past.
 
   An exclusive read comes before the gate of its token, which therefore cannot
   close the past of a segment's first token. Its query is zero instead.
   """
-  q = by_head(q, sizes, sizes.operand)
   if starts is None or inclusive:
     return q
-  return jnp.where(by_key(starts, sizes), 0, q)
+  return jnp.where(starts[..., None, None], 0, q)
 
 
 def _body(kernel, sizes, scale, inclusive, starts):

@@ -32,16 +32,14 @@ from efficient_attn.kernels.layout import (
   NT,
   TN,
   Blocks,
-  by_head,
   by_token,
-  call,
   from_programs,
   iota,
   load_state,
   products,
   sizes_of,
-  sum_parts,
 )
+from efficient_attn.kernels.passes import backward_pass, forward_pass
 from efficient_attn.kernels.resets import Gate, prepare
 
 
@@ -76,29 +74,24 @@ def forward(
   blocks = Blocks(sizes, backward=False)
   heads = sizes.kv_heads * sizes.group
   first = state.reshape(sizes.batch, heads, *matrix)
-  values = by_head(v, sizes, operand)
-  outputs = [
-    (values.shape, dtype, blocks.tokens(sizes.heads, sizes.width)),
-    (first.shape, jnp.float32, blocks.state(matrix)),
-    ((sizes.chunks, *first.shape), operand, blocks.states(matrix)),
-  ]
-  out, last, *states = call(
+  out, last, *states = forward_pass(
     functools.partial(_forward, sizes=sizes, scale=scale),
     blocks,
+    q,
+    k,
+    v,
     [
-      (by_head(q, sizes, operand), blocks.keys()),
-      (by_head(k, sizes, operand), blocks.keys()),
-      (values, blocks.tokens(sizes.heads, sizes.width)),
       (rows, blocks.rows(rows.shape[-2])),
       (columns, blocks.columns(columns.shape[-1])),
-      (first, blocks.whole()),
     ],
-    outputs if save else outputs[:2],
+    first,
+    [],
+    dtype=dtype,
+    save=save,
     name='scalar_gate_forward',
     interpret=interpret,
     cost=(CHUNK * sum(matrix) + 2 * sizes.channels * sizes.width, CHUNK),
   )
-  out = by_token(out, jax.ShapeDtypeStruct(v.shape, dtype))
   states = [x.reshape(sizes.chunks, *state.shape) for x in states]
   return out, last.reshape(state.shape), *states
 
@@ -146,36 +139,23 @@ def backward(
   blocks = Blocks(sizes, backward=True)
   heads = sizes.kv_heads * sizes.group
   last = d_last.reshape(sizes.batch, heads, *matrix)
-  keys, values = by_head(k, sizes, operand), by_head(v, sizes, operand)
-  parts = (sizes.batch, sizes.programs * sizes.read, *keys.shape[2:])
-  whole = parts == keys.shape
-  key_spec = blocks.tokens(sizes.read, sizes.channels)
-  value_spec = blocks.tokens(sizes.heads, sizes.width)
-  narrow = columns.shape[:-1] + (sizes.heads,)
-  d_q, d_k, d_v, d_rows, d_columns, d_first = call(
+  d_q, d_k, d_v, d_rows, d_columns, d_first = backward_pass(
     functools.partial(_backward, sizes=sizes, scale=scale),
     blocks,
+    q,
+    k,
+    v,
     [
-      (by_head(q, sizes, operand), blocks.keys()),
-      (keys, blocks.keys()),
-      (values, value_spec),
-      (by_head(d_out, sizes, operand), value_spec),
-      (states.reshape(sizes.chunks, *last.shape), blocks.states(matrix)),
       (rows, blocks.rows(rows.shape[-2])),
       (columns, blocks.columns(columns.shape[-1])),
-      (last, blocks.whole()),
     ],
+    states,
+    [],
+    d_out,
+    last,
     [
-      (parts, q.dtype if whole else jnp.float32, key_spec),
-      (parts, k.dtype if whole else jnp.float32, key_spec),
-      (values.shape, v.dtype, value_spec),
-      (
-        (*rows.shape[:3], sizes.heads, CHUNK),
-        jnp.float32,
-        blocks.rows(sizes.heads),
-      ),
-      (narrow, jnp.float32, blocks.columns(sizes.heads)),
-      (last.shape, jnp.float32, blocks.state(matrix)),
+      ((*rows.shape[:3], sizes.heads, CHUNK), blocks.rows(sizes.heads)),
+      ((*columns.shape[:-1], sizes.heads), blocks.columns(sizes.heads)),
     ],
     name='scalar_gate_backward',
     interpret=interpret,
@@ -191,9 +171,9 @@ def backward(
     d_gate = jnp.where(resets, 0, d_gate.reshape(resets.shape))
     d_gate = by_token(d_gate[..., None], log_decay)
   return (
-    by_token(sum_parts(d_q, sizes), q),
-    by_token(sum_parts(d_k, sizes), k),
-    by_token(d_v, v),
+    d_q,
+    d_k,
+    d_v,
     d_gate,
     d_first.reshape(d_last.shape),
   )

@@ -46,12 +46,11 @@ from efficient_attn.kernels.layout import (
   Blocks,
   by_head,
   by_token,
-  call,
   load_state,
   products,
   sizes_of,
-  sum_parts,
 )
+from efficient_attn.kernels.passes import backward_pass, forward_pass
 
 # The most heads of a program by pass, see `layout.HEADS`.
 HEADS = {'forward': 8, 'backward': 8}
@@ -89,29 +88,23 @@ def forward(
   blocks = Blocks(sizes, backward=False)
   heads = sizes.kv_heads * sizes.group
   first = jnp.swapaxes(state, -1, -2).reshape(sizes.batch, heads, *matrix)
-  values = by_head(v, sizes, operand)
-  value_spec = blocks.tokens(sizes.heads, sizes.width)
-  outputs = [
-    (values.shape, dtype, value_spec),
-    (first.shape, jnp.float32, blocks.state(matrix)),
-    ((sizes.chunks, *first.shape), operand, blocks.states(matrix)),
-  ]
-  out, last, *states = call(
+  out, last, *states = forward_pass(
     _body(_forward, sizes, scale, starts),
     blocks,
+    q,
+    k,
+    v,
     [
-      (by_head(q, sizes, operand), blocks.keys()),
-      (by_head(k, sizes, operand), blocks.keys()),
-      (values, value_spec),
       (_columns(beta, sizes), blocks.columns(sizes.heads)),
       (
         closed_gate(log_decay, starts, sizes),
         blocks.tokens(sizes.heads, sizes.channels),
       ),
-      (first, blocks.whole()),
-      *marked_reads(starts, blocks),
     ],
-    outputs if save else outputs[:2],
+    first,
+    marked_reads(starts, blocks),
+    dtype=dtype,
+    save=save,
     name='delta_rule_channel_forward',
     interpret=interpret,
     cost=(
@@ -120,7 +113,6 @@ def forward(
       sizes.channels,
     ),
   )
-  out = by_token(out, jax.ShapeDtypeStruct(v.shape, dtype))
   last = jnp.swapaxes(last, -1, -2).reshape(state.shape)
   shape = (sizes.chunks, *state.shape[:-2], *matrix)
   return out, last, *(x.reshape(shape) for x in states)
@@ -191,37 +183,24 @@ def backward(
   blocks = Blocks(sizes, backward=True)
   heads = sizes.kv_heads * sizes.group
   last = jnp.swapaxes(d_last, -1, -2).reshape(sizes.batch, heads, *matrix)
-  keys, values = by_head(k, sizes, operand), by_head(v, sizes, operand)
   gate = closed_gate(log_decay, starts, sizes)
   columns = _columns(beta, sizes)
-  parts = (sizes.batch, sizes.programs * sizes.read, *keys.shape[2:])
-  whole = parts == keys.shape
-  key_spec = blocks.tokens(sizes.read, sizes.channels)
-  value_spec = blocks.tokens(sizes.heads, sizes.width)
-  gate_spec = blocks.tokens(sizes.heads, sizes.channels)
-  column_spec = blocks.columns(sizes.heads)
-  d_q, d_k, d_v, d_beta, d_gate, d_first = call(
+  gates = [
+    (columns, blocks.columns(sizes.heads)),
+    (gate, blocks.tokens(sizes.heads, sizes.channels)),
+  ]
+  d_q, d_k, d_v, d_beta, d_gate, d_first = backward_pass(
     _body(_backward, sizes, scale, starts),
     blocks,
-    [
-      (by_head(q, sizes, operand), blocks.keys()),
-      (keys, blocks.keys()),
-      (values, value_spec),
-      (by_head(d_out, sizes, operand), value_spec),
-      (states.reshape(sizes.chunks, *last.shape), blocks.states(matrix)),
-      (columns, column_spec),
-      (gate, gate_spec),
-      (last, blocks.whole()),
-      *marked_reads(starts, blocks),
-    ],
-    [
-      (parts, q.dtype if whole else jnp.float32, key_spec),
-      (parts, k.dtype if whole else jnp.float32, key_spec),
-      (values.shape, v.dtype, value_spec),
-      (columns.shape, jnp.float32, column_spec),
-      (gate.shape, jnp.float32, gate_spec),
-      (last.shape, jnp.float32, blocks.state(matrix)),
-    ],
+    q,
+    k,
+    v,
+    gates,
+    states,
+    marked_reads(starts, blocks),
+    d_out,
+    last,
+    [(x.shape, spec) for x, spec in gates],
     name='delta_rule_channel_backward',
     interpret=interpret,
     cost=(
@@ -240,9 +219,9 @@ def backward(
     d_gate = jnp.sum(d_gate, 0, keepdims=True)
   d_beta = jnp.swapaxes(d_beta, 2, 3).reshape(sizes.batch, heads, -1, 1)
   return (
-    by_token(sum_parts(d_q, sizes), q),
-    by_token(sum_parts(d_k, sizes), k),
-    by_token(d_v, v),
+    d_q,
+    d_k,
+    d_v,
     by_token(d_beta, beta),
     d_gate.astype(log_decay.dtype),
     jnp.swapaxes(d_first, -1, -2).reshape(d_last.shape),

@@ -41,14 +41,13 @@ from efficient_attn.kernels.layout import (
   Blocks,
   by_head,
   by_token,
-  call,
   from_programs,
   iota,
   load_state,
   products,
   sizes_of,
-  sum_parts,
 )
+from efficient_attn.kernels.passes import backward_pass, forward_pass
 from efficient_attn.kernels.resets import Gate, prepare
 
 # The most heads of a program by pass, see `layout.HEADS`.
@@ -88,25 +87,20 @@ def forward(
   blocks = Blocks(sizes, backward=False)
   heads = sizes.kv_heads * sizes.group
   first = state.reshape(sizes.batch, heads, *matrix)
-  values = by_head(v, sizes, operand)
-  value_spec = blocks.tokens(sizes.heads, sizes.width)
-  outputs = [
-    (values.shape, dtype, value_spec),
-    (first.shape, jnp.float32, blocks.state(matrix)),
-    ((sizes.chunks, *first.shape), operand, blocks.states(matrix)),
-  ]
-  out, last, *states = call(
+  out, last, *states = forward_pass(
     functools.partial(_forward, sizes=sizes, scale=scale),
     blocks,
+    q,
+    k,
+    v,
     [
-      (by_head(q, sizes, operand), blocks.keys()),
-      (by_head(k, sizes, operand), blocks.keys()),
-      (values, value_spec),
       (rows, blocks.rows(rows.shape[-2])),
       (columns, blocks.columns(columns.shape[-1])),
-      (first, blocks.whole()),
     ],
-    outputs if save else outputs[:2],
+    first,
+    [],
+    dtype=dtype,
+    save=save,
     name='delta_rule_forward',
     interpret=interpret,
     cost=(
@@ -115,7 +109,6 @@ def forward(
       CHUNK,
     ),
   )
-  out = by_token(out, jax.ShapeDtypeStruct(v.shape, dtype))
   states = [x.reshape(sizes.chunks, *state.shape) for x in states]
   return out, last.reshape(state.shape), *states
 
@@ -198,39 +191,23 @@ def backward(
   blocks = Blocks(sizes, backward=True)
   heads = sizes.kv_heads * sizes.group
   last = d_last.reshape(sizes.batch, heads, *matrix)
-  keys, values = by_head(k, sizes, operand), by_head(v, sizes, operand)
-  parts = (sizes.batch, sizes.programs * sizes.read, *keys.shape[2:])
-  whole = parts == keys.shape
-  key_spec = blocks.tokens(sizes.read, sizes.channels)
-  value_spec = blocks.tokens(sizes.heads, sizes.width)
-  d_q, d_k, d_v, d_rows, d_columns, d_first = call(
+  d_q, d_k, d_v, d_rows, d_columns, d_first = backward_pass(
     functools.partial(_backward, sizes=sizes, scale=scale),
     blocks,
+    q,
+    k,
+    v,
     [
-      (by_head(q, sizes, operand), blocks.keys()),
-      (keys, blocks.keys()),
-      (values, value_spec),
-      (by_head(d_out, sizes, operand), value_spec),
-      (states.reshape(sizes.chunks, *last.shape), blocks.states(matrix)),
       (rows, blocks.rows(rows.shape[-2])),
       (columns, blocks.columns(columns.shape[-1])),
-      (last, blocks.whole()),
     ],
+    states,
+    [],
+    d_out,
+    last,
     [
-      (parts, q.dtype if whole else jnp.float32, key_spec),
-      (parts, k.dtype if whole else jnp.float32, key_spec),
-      (values.shape, v.dtype, value_spec),
-      (
-        (*rows.shape[:3], 2 * sizes.heads, CHUNK),
-        jnp.float32,
-        blocks.rows(2 * sizes.heads),
-      ),
-      (
-        columns.shape[:-1] + (2 * sizes.heads,),
-        jnp.float32,
-        blocks.columns(2 * sizes.heads),
-      ),
-      (last.shape, jnp.float32, blocks.state(matrix)),
+      ((*rows.shape[:3], 2 * sizes.heads, CHUNK), blocks.rows(2 * sizes.heads)),
+      ((*columns.shape[:-1], 2 * sizes.heads), blocks.columns(2 * sizes.heads)),
     ],
     name='delta_rule_backward',
     interpret=interpret,
@@ -255,9 +232,9 @@ def backward(
     d_gate = jnp.where(resets, 0, d_gate.reshape(resets.shape))
     d_gate = by_token(d_gate[..., None], log_decay)
   return (
-    by_token(sum_parts(d_q, sizes), q),
-    by_token(sum_parts(d_k, sizes), k),
-    by_token(d_v, v),
+    d_q,
+    d_k,
+    d_v,
     by_token(by_row(1)[..., None], beta),
     d_gate,
     d_first.reshape(d_last.shape),
