@@ -1,9 +1,10 @@
-"""What kernels with a gate per channel share: segments close their gates."""
+"""Parts of kernels with a gate per channel: segments close their gates."""
 
+import jax
 import jax.numpy as jnp
 
 from efficient_attn.kernels.decay_tree import tiles
-from efficient_attn.kernels.layout import CHUNK, by_head
+from efficient_attn.kernels.layout import CHUNK, by_head, by_token
 
 # exp is exactly zero.
 CLOSED = -1000.0
@@ -26,6 +27,17 @@ def closed_gate(log_decay, starts, sizes):
   return by_head(log_decay, sizes, jnp.float32)
 
 
+def gate_cotangent(d_gate, log_decay, starts, sizes):
+  """The gradient of `log_decay` from that of `closed_gate`, by head."""
+  shape = (sizes.batch, *log_decay.shape[1:])
+  d_gate = by_token(d_gate, jax.ShapeDtypeStruct(shape, jnp.float32))
+  if starts is not None:
+    d_gate = jnp.where(starts[..., None, None, None], 0, d_gate)
+  if log_decay.shape[0] != sizes.batch:
+    d_gate = jnp.sum(d_gate, 0, keepdims=True)
+  return d_gate.astype(log_decay.dtype)
+
+
 def by_key(starts, sizes):
   """[B, T] to [B, 1, chunks * CHUNK, 1]."""
   missing = sizes.chunks * CHUNK - sizes.length
@@ -43,7 +55,7 @@ def marked_reads(starts, blocks):
 
 
 def split_refs(refs, segments):
-  """What `marked_reads` gave, or None, and the other references."""
+  """Splits off the reference of `marked_reads`, or None."""
   return (refs[0], refs[1:]) if segments else (None, refs)
 
 
@@ -54,7 +66,7 @@ def kept(state, total, segments):
 
 
 def reading(past, reads_ref):
-  """What tokens read of the state, zero where it is of another segment.
+  """Keeps what tokens read of the state, zero where it is of another segment.
 
   The decay is zero there, and the state may be anything.
   """

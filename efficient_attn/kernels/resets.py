@@ -11,6 +11,7 @@ from efficient_attn.kernels.layout import (
   CHUNK,
   by_head,
   by_program,
+  by_token,
 )
 
 # e^RESET is 1e-26: what it lets through is below float32 rounding.
@@ -143,3 +144,13 @@ def prepare(log_decay, starts, sizes, strength=None):
     for x in sums
   ]
   return jnp.concatenate(rows, 3), jnp.concatenate(columns, 3), resets
+
+
+def gate_cotangent(d_sum, resets, log_decay, sizes):
+  """The gradient of `log_decay` from that of b, [B, N, T]; None without it."""
+  if log_decay is None:
+    return None
+  d_sum = d_sum.reshape(*resets.shape[:2], sizes.chunks, CHUNK)
+  d_gate = jax.lax.cumsum(d_sum, axis=3, reverse=True)
+  d_gate = jnp.where(resets, 0, d_gate.reshape(resets.shape))
+  return by_token(d_gate[..., None], log_decay)

@@ -21,6 +21,7 @@ from efficient_attn.kernels import decay_tree
 from efficient_attn.kernels.channels import (
   closed_gate,
   float_keys,
+  gate_cotangent,
   kept,
   marked_reads,
   reading,
@@ -34,7 +35,6 @@ from efficient_attn.kernels.layout import (
   NT,
   TN,
   Blocks,
-  by_token,
   load_state,
   products,
   sizes_of,
@@ -167,18 +167,11 @@ def backward(
       sizes.channels,
     ),
   )
-  d_gate = by_token(d_gate, jax.ShapeDtypeStruct(
-    (sizes.batch, *log_decay.shape[1:]), jnp.float32
-  ))  # fmt: skip
-  if starts is not None:
-    d_gate = jnp.where(starts[..., None, None, None], 0, d_gate)
-  if log_decay.shape[0] != sizes.batch:
-    d_gate = jnp.sum(d_gate, 0, keepdims=True)
   return (
     _past_starts(d_q, starts, inclusive),
     d_k,
     d_v,
-    d_gate.astype(log_decay.dtype),
+    gate_cotangent(d_gate, log_decay, starts, sizes),
     jnp.swapaxes(d_first, -1, -2).reshape(d_last.shape),
   )
 

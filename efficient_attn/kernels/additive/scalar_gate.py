@@ -32,7 +32,6 @@ from efficient_attn.kernels.layout import (
   NT,
   TN,
   Blocks,
-  by_token,
   from_programs,
   iota,
   load_state,
@@ -40,7 +39,7 @@ from efficient_attn.kernels.layout import (
   sizes_of,
 )
 from efficient_attn.kernels.passes import backward_pass, forward_pass
-from efficient_attn.kernels.resets import Gate, prepare
+from efficient_attn.kernels.resets import Gate, gate_cotangent, prepare
 
 
 @functools.partial(
@@ -162,19 +161,13 @@ def backward(
     cost=(3 * CHUNK * sum(matrix) + 4 * sizes.channels * sizes.width, CHUNK),
   )
 
-  d_gate = None
-  if log_decay is not None:
-    d_columns = jnp.swapaxes(d_columns, 2, 3).reshape(resets.shape)
-    d_sum = from_programs(d_rows, sizes) + d_columns
-    d_sum = d_sum.reshape(*d_sum.shape[:2], sizes.chunks, CHUNK)
-    d_gate = jax.lax.cumsum(d_sum, axis=3, reverse=True)
-    d_gate = jnp.where(resets, 0, d_gate.reshape(resets.shape))
-    d_gate = by_token(d_gate[..., None], log_decay)
+  d_columns = jnp.swapaxes(d_columns, 2, 3).reshape(resets.shape)
+  d_sum = from_programs(d_rows, sizes) + d_columns
   return (
     d_q,
     d_k,
     d_v,
-    d_gate,
+    gate_cotangent(d_sum, resets, log_decay, sizes),
     d_first.reshape(d_last.shape),
   )
 

@@ -18,7 +18,7 @@ from efficient_attn.kernels.attention.tiles import FULL, Schedule
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What is static about a call, beside shapes; hashable.
+  """The static part of a call, beside shapes; hashable.
 
   Attributes:
     schedule: the tiles.
@@ -111,7 +111,7 @@ class Tiles:
     return self.some[b if B > 1 else 0, n if N > 1 else 0, t] != 0
 
   def admitted(self, tile, rows, cols):
-    """Which logits of a piece of a tile count, or None for all."""
+    """Marks the logits of a piece of a tile that count, or None for all."""
     s = self.options.schedule
     found = None
     if self.mask is not None:

@@ -31,6 +31,7 @@ from efficient_attn.kernels import decay_tree
 from efficient_attn.kernels.channels import (
   closed_gate,
   float_keys,
+  gate_cotangent,
   kept,
   marked_reads,
   reading,
@@ -209,21 +210,13 @@ def backward(
       2 * sizes.channels,
     ),
   )
-  d_gate = by_token(
-    d_gate,
-    jax.ShapeDtypeStruct((sizes.batch, *log_decay.shape[1:]), jnp.float32),
-  )
-  if starts is not None:
-    d_gate = jnp.where(starts[..., None, None, None], 0, d_gate)
-  if log_decay.shape[0] != sizes.batch:
-    d_gate = jnp.sum(d_gate, 0, keepdims=True)
   d_beta = jnp.swapaxes(d_beta, 2, 3).reshape(sizes.batch, heads, -1, 1)
   return (
     d_q,
     d_k,
     d_v,
     by_token(d_beta, beta),
-    d_gate.astype(log_decay.dtype),
+    gate_cotangent(d_gate, log_decay, starts, sizes),
     jnp.swapaxes(d_first, -1, -2).reshape(d_last.shape),
   )
 

@@ -48,7 +48,7 @@ from efficient_attn.kernels.layout import (
   sizes_of,
 )
 from efficient_attn.kernels.passes import backward_pass, forward_pass
-from efficient_attn.kernels.resets import Gate, prepare
+from efficient_attn.kernels.resets import Gate, gate_cotangent, prepare
 
 # The most heads of a program by pass, see `layout.HEADS`.
 HEADS = {'forward': 8, 'backward': 8}
@@ -225,18 +225,12 @@ def backward(
       resets.shape
     )
 
-  d_gate = None
-  if log_decay is not None:
-    d_sum = by_row(0).reshape(*resets.shape[:2], sizes.chunks, CHUNK)
-    d_gate = jax.lax.cumsum(d_sum, axis=3, reverse=True)
-    d_gate = jnp.where(resets, 0, d_gate.reshape(resets.shape))
-    d_gate = by_token(d_gate[..., None], log_decay)
   return (
     d_q,
     d_k,
     d_v,
     by_token(by_row(1)[..., None], beta),
-    d_gate,
+    gate_cotangent(by_row(0), resets, log_decay, sizes),
     d_first.reshape(d_last.shape),
   )
 

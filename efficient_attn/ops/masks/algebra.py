@@ -36,7 +36,7 @@ class Mask:
   def in_tile(
     self, query: Integer[Array, '*#tile'], key: Integer[Array, '*#tile']
   ) -> Bool[Array, '*#tile']:
-    """What `pairs` does, of a mask whose arrays are cut to a tile.
+    """Does what `pairs` does, of a mask whose arrays are cut to a tile.
 
     Takes the indices of one tile, all as [#B, #N, #R, #C], or as [#R, #C], the
     axes exchanged or not, of one head in a kernel.

@@ -35,7 +35,7 @@ def step(state, token, *, inclusive: bool):
 
 
 def prepare(tokens, marks, *, inclusive: bool, wide: bool):
-  """What C tokens [B, K, (G,) C, X] write, and what they read among them.
+  """Prepares what C tokens [B, K, (G,) C, X] write, and read among them.
 
   Scalar gates scale values and outputs, not keys, which all heads of a group
   share; `gates.ChunkDecay` would take half as long again with 4 heads a group.

@@ -35,7 +35,7 @@ GROUP_BYTES = 2**24
 
 
 class Marks(NamedTuple):
-  """Where the segments of a chunk begin and end, as masks.
+  """The segments of a chunk, as masks.
 
   Attributes:
     same: [B, C, C], whether two tokens are of one segment.
