@@ -39,7 +39,7 @@ from efficient_attn.values import (
   Range,
   Seed,
   as_dict,
-  build,
+  build_group,
   choose,
 )
 
@@ -294,4 +294,4 @@ def resolve(values: Mapping[str, Any]) -> Config:
     )
   kinds = {kind.name: kind for kind in typing.get_args(AnyModelConfig)}
   kind = choose('model.name', model.get('name', 'lm'), kinds)
-  return build(Config, values, '', {'model': kind})
+  return build_group(Config, values, '', {'model': kind})

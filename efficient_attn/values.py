@@ -1,9 +1,9 @@
 """Reads the values of a config by the annotation of where they go.
 
 A config class, a mixer and a task say what a value may be where they declare
-it, `window: Positive = 128`. `read` turns a value, or the string of one from a
-command line, into that type, and `read_arguments` does so for the options of a
-function. A value that does not fit is a `ConfigError` of one line.
+it, `window: Positive = 128`. `read_value` turns a value, or the string of one
+from a command line, into that type, and `read_arguments` does so for the
+options of a function. A value that does not fit is a `ConfigError` of one line.
 """
 
 import ast
@@ -110,7 +110,7 @@ ChunkSize = Annotated[int, Range(1, LARGEST), PowerOfTwo()]
 Dtype = Annotated[str, OneOf(('float32', 'bfloat16', 'float16', 'float64'))]
 
 
-def read(kind: Any, value: Any, key: str) -> Any:
+def read_value(kind: Any, value: Any, key: str) -> Any:
   """Returns `value` as `kind`, an annotation.
 
   Args:
@@ -124,7 +124,7 @@ def read(kind: Any, value: Any, key: str) -> Any:
   """
   origin, args = typing.get_origin(kind) or kind, typing.get_args(kind)
   if origin is Annotated:
-    value = read(args[0], value, key)
+    value = read_value(args[0], value, key)
     for condition in args[1:]:
       condition.check(key, value)
     return value
@@ -136,7 +136,7 @@ def read(kind: Any, value: Any, key: str) -> Any:
     value = _literal(value) if isinstance(value, str) else value
     if not isinstance(value, Mapping):
       raise ConfigError(f'{key}={_short(value)} must be a group of keys')
-    return build(kind, value, f'{key}.')
+    return build_group(kind, value, f'{key}.')
   if origin is str:
     if not isinstance(value, str):
       raise _wrong(key, value, 'str')
@@ -170,7 +170,7 @@ def _read_union(kinds, value, key):
   errors = []
   for kind in kinds:
     try:
-      return read(kind, value, key)
+      return read_value(kind, value, key)
     except ConfigError as error:
       if kind is not types.NoneType:
         errors.append(error)
@@ -189,7 +189,7 @@ def _read_tuple(item, value, key):
     value = (value,)  # --config.sweep.seeds=0
   if not isinstance(value, (tuple, list)):
     raise _wrong(key, value, 'tuple')
-  return tuple(read(item, v, f'{key}[{i}]') for i, v in enumerate(value))
+  return tuple(read_value(item, v, f'{key}[{i}]') for i, v in enumerate(value))
 
 
 def _read_mapping(item, value, key):
@@ -200,10 +200,12 @@ def _read_mapping(item, value, key):
       raise ConfigError(f'{key} has the key {name!r}; keys must be names')
   if item is Any:
     return dict(value)
-  return {name: read(item, v, f'{key}.{name}') for name, v in value.items()}
+  return {
+    name: read_value(item, v, f'{key}.{name}') for name, v in value.items()
+  }
 
 
-def build(
+def build_group(
   cls,
   values: Mapping[str, Any],
   prefix: str,
@@ -265,7 +267,7 @@ def read_arguments(
       raise ConfigError(
         f'{prefix}{name}={_short(value)} is not {known}; {nearest(name, kinds)}'
       )
-    found[name] = read(kinds[name], value, f'{prefix}{name}')
+    found[name] = read_value(kinds[name], value, f'{prefix}{name}')
   return found
 
 

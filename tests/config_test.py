@@ -15,7 +15,7 @@ from efficient_attn import config as configs
 from efficient_attn import config_files, formats
 from efficient_attn.config import ConfigError, LMConfig
 from efficient_attn.layers.stack import Stack
-from efficient_attn.values import Dtype, OneOf, Positive, Range, read
+from efficient_attn.values import Dtype, OneOf, Positive, Range, read_value
 
 TINY = dict(model=dict(name='lm', d_model=16, num_heads=4))
 
@@ -49,7 +49,7 @@ def one_line(error):
   ],
 )
 def test_read(kind, value, found):
-  got = read(kind, value, 'key')
+  got = read_value(kind, value, 'key')
   assert got == found and type(got) is type(found)
 
 
@@ -81,7 +81,7 @@ def test_read(kind, value, found):
 )
 def test_read_refuses(kind, value, message):
   with pytest.raises(ConfigError, match=message) as error:
-    read(kind, value, 'key')
+    read_value(kind, value, 'key')
   one_line(error)
 
 

@@ -19,7 +19,7 @@ import grain
 import numpy as np
 
 from efficient_attn.config import ConfigError, DataConfig
-from efficient_attn.values import NonNegativeFloat, nearest, read
+from efficient_attn.values import NonNegativeFloat, nearest, read_value
 
 GOLDEN = 0x9E3779B97F4A7C15  # its fraction, in units of 2^-64
 
@@ -70,7 +70,7 @@ class Reading(NamedTuple):
 
 def read_options(config: DataConfig) -> dict[str, Options]:
   """Returns the options of each source, with their types."""
-  return read(Mapping[str, Options], config.mixture, 'data.mixture')
+  return read_value(Mapping[str, Options], config.mixture, 'data.mixture')
 
 
 def sources(config: DataConfig) -> list[Source]:

@@ -32,7 +32,7 @@ from efficient_attn.data import files
 from efficient_attn.data.damage import BadDataError, line
 from efficient_attn.data.sources import Tokens
 from efficient_attn.data.tokenizer import Tokenizer
-from efficient_attn.values import NonNegative, OneOf, Positive, build
+from efficient_attn.values import NonNegative, OneOf, Positive, build_group
 
 VERSION = 1
 SUFFIX = '.tokens'
@@ -136,7 +136,7 @@ def read_index(folder: pathlib.Path) -> Index:
       f'{VERSION}; tokenize the text anew'
     )
   try:
-    return build(Index, values, '')
+    return build_group(Index, values, '')
   except (ConfigError, TypeError) as error:  # a key is wrong, or missing
     raise _no_index(file, error) from error
 

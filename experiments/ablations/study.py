@@ -25,7 +25,7 @@ from efficient_attn.values import (
   OneOf,
   PositiveFloat,
   Seed,
-  build,
+  build_group,
 )
 from experiments import page
 
@@ -141,7 +141,7 @@ def load(path: str, changes: Mapping[str, Any]) -> tuple[dict, Study]:
   study = configs.override(config_files.call(module, 'sweep', arg), of_study)
   return (
     configs.override(values, rest),
-    build(Study, study, 'sweep.'),
+    build_group(Study, study, 'sweep.'),
   )
 
 

@@ -39,7 +39,7 @@ def golden(config):
       rngs = map(np.random.default_rng, range(20))
       examples = [task.draw(rng, train) for rng in rngs]
     else:
-      examples = [task.read(item) for item in items]
+      examples = [task.example_of(item) for item in items]
     for x in itertools.chain(*examples):
       said.update(x.tobytes())
   for tokens, label in rows(config)[1]:

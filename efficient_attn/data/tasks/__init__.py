@@ -7,7 +7,7 @@ float32)`, with labels for the token at hand, not shifted.
 A task is one dataclass: its fields are `data.options`, `num_tokens` is the
 vocabulary it needs, and `draw(rng, train)` returns an `Example`. Images and
 documents are not drawn: `stored(train)` returns those of a split, and
-`read(item)` the example of one. Training then takes all of them, or
+`example_of(item)` the example of one. Training then takes all of them, or
 `data.train_examples`, and validation at most `data.valid_examples`, always the
 same ones.
 """
@@ -42,7 +42,7 @@ from efficient_attn.data.tasks.recall import (
   Needle,
   NoisyRecall,
 )
-from efficient_attn.values import build, read_arguments
+from efficient_attn.values import build_group, read_arguments
 
 TASKS = {
   'mqar': MQAR,
@@ -71,12 +71,12 @@ def make(config: DataConfig, *, train: bool = True):
   """Returns the task of a config, with the options of a split."""
   task = TASKS[config.name]
   if train:
-    return build(task, config.options, 'data.options.')
+    return build_group(task, config.options, 'data.options.')
   kinds = typing.get_type_hints(task, include_extras=True)
   changes = read_arguments(
     kinds, config.valid_options, 'data.valid_options.', config.name
   )
-  return build(task, dict(config.options) | changes, 'data.options.')
+  return build_group(task, dict(config.options) | changes, 'data.options.')
 
 
 def complete(config: DataConfig) -> DataConfig:
@@ -115,9 +115,9 @@ class _Examples:
 
   def __getitem__(self, index):
     if self.stored is not None:
-      return self.task.read(self.stored[self.order[index]])._asdict()
+      return self.task.example_of(self.stored[self.order[index]])._asdict()
     if self.kept is not None:
-      return self.kept.read(index, self._draw)._asdict()
+      return self.kept.get(index, self._draw)._asdict()
     return self._draw(index)._asdict()
 
   def _draw(self, index) -> Example:
@@ -133,7 +133,7 @@ class _Kept:
     self.arrays = [np.empty((count, *x.shape), x.dtype) for x in first]
     self.known = np.zeros(count, bool)
 
-  def read(self, index: int, draw: Callable[[int], Example]) -> Example:
+  def get(self, index: int, draw: Callable[[int], Example]) -> Example:
     """Returns one example, drawn unless it has been."""
     if not self.known[index]:
       for array, x in zip(self.arrays, draw(index), strict=True):

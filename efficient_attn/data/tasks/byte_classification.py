@@ -100,7 +100,7 @@ class ByteClassification(Task):
     paths = [path for path, _ in self.stored(train)]
     return [files.fingerprint(paths).encode()]
 
-  def read(self, item: tuple[str, int]) -> Example:
+  def example_of(self, item: tuple[str, int]) -> Example:
     """Returns one document, whose only answer (0 or 1) is at its end."""
     path, label = item
     try:

@@ -40,7 +40,7 @@ class ImageSequence(Task):
     """Returns the pixels of every image."""
     return [pixels.tobytes() for pixels, _ in self.stored(train)]
 
-  def read(self, item: tuple[np.ndarray, Any]) -> Example:
+  def example_of(self, item: tuple[np.ndarray, Any]) -> Example:
     """Returns one example, whose only answer (0 to 9) is at its end."""
     pixels, label = item
     return answers(pixels, label, -1)

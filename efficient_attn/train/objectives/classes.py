@@ -14,7 +14,7 @@ def classification(config: Config, token_bytes) -> Callable:
   del token_bytes
   hides = hides_padding(config)
 
-  def read(batch):
+  def unpack(batch):
     if 'image' in batch:
       return dict(image=batch['image'])
     inputs = dict(tokens=batch['tokens'])
@@ -24,7 +24,7 @@ def classification(config: Config, token_bytes) -> Callable:
 
   def objective(model, batch, key, teacher=None):
     labels, weights = batch['label'], batch['weight']
-    inputs = read(batch)
+    inputs = unpack(batch)
     sums = prediction_sums(
       model(**inputs, key=key),
       labels,

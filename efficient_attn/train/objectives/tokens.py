@@ -21,7 +21,7 @@ def next_token(config: Config, token_bytes: np.ndarray | None) -> Callable:
   """Predicts the next token of packed text."""
   packed = config.data.packing == 'segments'
 
-  def read(batch):
+  def unpack(batch):
     tokens, segment_ids = batch['tokens'], batch['segment_ids']
     inputs = dict(tokens=tokens[:, :-1])
     if packed:
@@ -39,7 +39,7 @@ def next_token(config: Config, token_bytes: np.ndarray | None) -> Callable:
       )
     return inputs, targets
 
-  return _of_tokens(config, read)
+  return _of_tokens(config, unpack)
 
 
 def answers(config: Config, token_bytes) -> Callable:
@@ -76,13 +76,13 @@ def answers(config: Config, token_bytes) -> Callable:
     }
     return [at_answers(x) for x in hidden], targets
 
-  return _of_tokens(config, _read_task, select=select, by_class=True)
+  return _of_tokens(config, _unpack_task, select=select, by_class=True)
 
 
 def every_answer(config: Config, token_bytes) -> Callable:
   """Predicts the answers of a task all at once, off one vector."""
   del token_bytes
-  return _of_tokens(config, _read_task, by_class=True)
+  return _of_tokens(config, _unpack_task, by_class=True)
 
 
 def masked_tokens(config: Config, token_bytes) -> Callable:
@@ -90,7 +90,7 @@ def masked_tokens(config: Config, token_bytes) -> Callable:
   del token_bytes
   packed, hides = config.data.packing == 'segments', hides_padding(config)
 
-  def read(batch):
+  def unpack(batch):
     inputs, ids = dict(tokens=batch['tokens']), batch['segment_ids']
     if packed:
       inputs |= dict(positions=batch['positions'], segment_ids=ids)
@@ -98,7 +98,7 @@ def masked_tokens(config: Config, token_bytes) -> Callable:
       inputs['segment_ids'] = jnp.minimum(ids, 1)
     return inputs, dict(labels=batch['labels'], weights=batch['weights'])
 
-  return _of_tokens(config, read)
+  return _of_tokens(config, unpack)
 
 
 def target_tokens(config: Config, token_bytes) -> Callable:
@@ -106,7 +106,7 @@ def target_tokens(config: Config, token_bytes) -> Callable:
   del token_bytes
   hides = hides_padding(config)
 
-  def read(batch):
+  def unpack(batch):
     targets, ids = batch['targets'], batch['target_segment_ids']
     inputs = dict(tokens=targets[:, :-1], source=batch['inputs'])
     if hides:  # that of the targets stands behind them, where none looks
@@ -115,7 +115,7 @@ def target_tokens(config: Config, token_bytes) -> Callable:
     weights = same.astype(jnp.float32)
     return inputs, dict(labels=targets[:, 1:], weights=weights)
 
-  return _of_tokens(config, read)
+  return _of_tokens(config, unpack)
 
 
 def hides_padding(config: Config) -> bool:
@@ -124,17 +124,17 @@ def hides_padding(config: Config) -> bool:
   return all(MIXERS[row_of(name)].packing for name in names)
 
 
-def _read_task(batch):
+def _unpack_task(batch):
   targets = dict(labels=batch['labels'], weights=batch['weights'])
   return dict(tokens=batch['tokens']), targets
 
 
-def _of_tokens(config, read, *, select=None, by_class=False) -> Callable:
+def _of_tokens(config, unpack, *, select=None, by_class=False) -> Callable:
   """Builds an objective of a model with `hidden` and `head`.
 
   Args:
     config: of the run.
-    read: from a batch to the arguments of `hidden` and to the targets [B, T]:
+    unpack: from a batch to the arguments of `hidden` and to the targets [B, T]:
       labels, weights and perhaps the bytes that each label stands for.
     select: from the hidden vectors [B, T, D] of the model and its teacher and
       the targets to those that count.
@@ -145,7 +145,7 @@ def _of_tokens(config, read, *, select=None, by_class=False) -> Callable:
   )
 
   def objective(model, batch, key, teacher=None):
-    inputs, targets = read(batch)
+    inputs, targets = unpack(batch)
     hidden = [model.hidden(**inputs, key=key)[0]]
     if teacher is not None:
       hidden.append(jax.lax.stop_gradient(teacher.hidden(**inputs)[0]))
