@@ -25,16 +25,24 @@ from efficient_attn.layers.ffn import ACTIVATIONS, FFNS
 from efficient_attn.layers.mixer import Penalized, SharesKeys
 from efficient_attn.layers.mixers import build_mixer, choose_mixer, read_options
 from efficient_attn.layers.norm import NORMS
+from efficient_attn.ops.per_platform import KEPT
 from efficient_attn.values import under
 
 _policies = jax.checkpoint_policies
+_kernels = _policies.save_only_these_names(KEPT)
 
-# What a block keeps for its backward pass; the rest is computed again.
+# What a block keeps for its backward pass; the rest is computed again. All but
+# 'full' keep what kernels give, which are most of the time of a long sequence.
 REMAT_POLICIES = {
   'none': _policies.everything_saveable,
   'full': _policies.nothing_saveable,
-  'dots': _policies.dots_with_no_batch_dims_saveable,
-  'all_dots': _policies.dots_saveable,
+  'kernels': _kernels,
+  'dots': _policies.save_from_both_policies(
+    _policies.dots_with_no_batch_dims_saveable, _kernels
+  ),
+  'all_dots': _policies.save_from_both_policies(
+    _policies.dots_saveable, _kernels
+  ),
 }
 
 

@@ -18,11 +18,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir, partial_eval
 
 PLATFORMS = ('cpu', 'tpu', 'cuda', 'rocm')
+
+# The name of what a forward pass leaves: results, and residuals such as states.
+# A policy of `jax.checkpoint` that keeps it does not run the kernel again.
+KEPT = 'kernel'
 
 
 def per_platform(
@@ -160,7 +165,7 @@ def differentiable(
 
   @functools.partial(function.defjvp, symbolic_zeros=True)
   def jvp(primals, tangents):
-    out, residuals = forward(*primals)
+    out, residuals = checkpoint_name(forward(*primals), KEPT)
     return out, _tangent(
       definition, backward, primals, residuals, tangents, out
     )

@@ -185,3 +185,16 @@ def test_unknown_names():
     build(norm='rms')
   with pytest.raises(ConfigError, match="model.pattern='gal'"):
     build(pattern=('gal',), mixers={})
+
+
+@pytest.mark.parametrize(
+  'remat,again', [('none', 0), ('dots', 0), ('kernels', 0), ('full', 1)]
+)
+def test_a_policy_that_keeps_kernels_does_not_run_them_again(remat, again):
+  def calls(remat):
+    model = build(num_layers=1, remat=remat)
+    gradient = jax.grad(lambda model: jnp.sum(model(TOKENS)[0]))
+    found = cost.equations(jax.make_jaxpr(gradient)(model).jaxpr)
+    return sum(eqn.primitive.name == 'per_platform' for eqn in found)
+
+  assert calls(remat) == calls('none') + again
