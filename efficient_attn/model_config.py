@@ -15,6 +15,7 @@ from efficient_attn.values import (
   NonNegative,
   OneOf,
   Positive,
+  PositiveFloat,
 )
 
 
@@ -40,6 +41,8 @@ class ModelConfig(Group):
   # layers.ACTIVATIONS; silu with glu is SwiGLU, gelu_tanh Gemma's GEGLU.
   activation: str = 'silu'
   norm: str = 'rmsnorm'  # layers.NORMS
+  # Options of the norms of blocks and of the last one: {'eps': 1e-5}.
+  norms: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   norm_position: Annotated[str, OneOf(('pre', 'post'))] = 'pre'
   dropout: BelowOne = 0.0
   scan_layers: bool = True  # compile one period of the pattern, not all layers
@@ -68,6 +71,30 @@ class ModelConfig(Group):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EmbeddingConfig(Group):
+  """From a row of the table of embeddings to the input of the first block."""
+
+  scale: PositiveFloat | None = None  # its factor; None: sqrt(d_model)
+  norm: bool = False  # behind it, and behind positions that are added
+
+  prefix = 'model.embedding.'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogitsConfig(Group):
+  """From products with the table of embeddings to logits.
+
+  logits = cap(scale (table x) + bias),    cap(y) = c tanh(y / c)
+  """
+
+  scale: PositiveFloat = 1.0
+  bias: bool = False
+  soft_cap: PositiveFloat | None = None  # c; None: no cap
+
+  prefix = 'model.logits.'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LMConfig(ModelConfig):
   """A causal decoder over tokens."""
 
@@ -77,6 +104,8 @@ class LMConfig(ModelConfig):
   position: Annotated[str, OneOf(('none', 'learned', 'sinusoidal'))] = 'none'
   max_len: Positive = 2048  # rows of the learned positions
   tie_embeddings: bool = True
+  embedding: EmbeddingConfig = EmbeddingConfig()
+  logits: LogitsConfig = LogitsConfig()
 
   def __post_init__(self):
     if self.position in ('rotary', 'alibi'):

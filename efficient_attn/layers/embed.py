@@ -7,22 +7,33 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn import sharding
-from efficient_attn.config import ConfigError
+from efficient_attn.config import ConfigError, LogitsConfig
 from efficient_attn.layers.param import fan_in_normal, param, value_of
 from efficient_attn.ops.positions import sinusoidal
 from efficient_attn.ops.products import product
 
 
 class Embed(nnx.Module):
-  """A table [vocab, D]: token ids to vectors, and vectors back to logits."""
+  """A table [vocab, D]: token ids to vectors, and vectors back to logits.
 
-  def __init__(self, vocab_size: int, d_model: int, *, rngs: nnx.Rngs):
+  Vectors are rows times `scale`: by default sqrt(D), which gives them unit
+  variance at initialisation.
+  """
+
+  def __init__(
+    self,
+    vocab_size: int,
+    d_model: int,
+    *,
+    scale: float | None = None,
+    rngs: nnx.Rngs,
+  ):
     table = fan_in_normal()(rngs.params(), (vocab_size, d_model), d_model)
     self.table = param(table, ('vocab', 'embed'), weight_decay=True)
-    self.scale = math.sqrt(d_model)
+    self.scale = math.sqrt(d_model) if scale is None else scale
 
   def __call__(self, tokens: jax.Array, dtype) -> jax.Array:
-    """Maps ids [B, T] to [B, T, D] of unit variance at initialisation."""
+    """Maps ids [B, T] to [B, T, D]."""
     x = sharding.lookup(self.table[...], tokens, 'batch', None, 'embed')
     return x.astype(dtype) * self.scale
 
@@ -30,6 +41,25 @@ class Embed(nnx.Module):
     """Maps [B, T, D] to float32 logits [B, T, vocab]."""
     table = value_of(self.table, x.dtype)
     return product('btd,vd->btv', x, table, dtype=jnp.float32)
+
+
+class Head(nnx.Module):
+  """The logits of a table, changed as `LogitsConfig` says."""
+
+  def __init__(
+    self, table: Embed, options: LogitsConfig, bias: nnx.Param | None
+  ):
+    self.table, self.bias = table, bias
+    self.scale, self.soft_cap = options.scale, options.soft_cap
+
+  def logits(self, x: jax.Array) -> jax.Array:
+    """Maps [B, T, D] to float32 logits [B, T, vocab]."""
+    y = self.table.logits(x) * self.scale
+    if self.bias is not None:
+      y = y + value_of(self.bias, y.dtype)
+    if self.soft_cap is not None:
+      y = self.soft_cap * jnp.tanh(y / self.soft_cap)
+    return y
 
 
 class LearnedPosition(nnx.Module):

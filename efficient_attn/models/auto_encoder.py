@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.config import AutoEncoderConfig
-from efficient_attn.layers.norm import NORMS
+from efficient_attn.layers.norm import norm_of
 from efficient_attn.layers.param import Projection
 from efficient_attn.models.lm import LM
 from efficient_attn.ops.positions import sinusoidal
@@ -23,7 +23,7 @@ class AutoEncoder(LM):
   def __init__(self, config: AutoEncoderConfig, *, rngs: nnx.Rngs):
     super().__init__(config, rngs=rngs)
     width = {'embed': config.d_model}
-    norm = NORMS[config.norm]
+    norm = norm_of(config)
     self.decode_norms = nnx.List(norm(config.d_model) for _ in range(2))
     self.decode = nnx.List(
       Projection(width, width, bias=True, rngs=rngs) for _ in range(2)

@@ -22,7 +22,10 @@ class Classifier(Trunk):
   """Maps token ids to the logits of the classes of their sequence."""
 
   def __init__(self, config: ClassifierConfig, *, rngs: nnx.Rngs):
-    self.embed = Embed(config.vocab_size, config.d_model, rngs=rngs)
+    scale = config.embedding.scale
+    self.embed = Embed(
+      config.vocab_size, config.d_model, scale=scale, rngs=rngs
+    )
     super().__init__(
       config,
       causal=config.causal,

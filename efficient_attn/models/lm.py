@@ -1,11 +1,13 @@
 """Decoder language model: embed, stack of causal blocks, norm, logits."""
 
+import jax.numpy as jnp
 from flax import nnx
 
-from efficient_attn.config import LMConfig
+from efficient_attn.config import LMConfig, LogitsConfig
 from efficient_attn.layers.cache import new_cursor
 from efficient_attn.layers.context import Context
-from efficient_attn.layers.embed import Embed
+from efficient_attn.layers.embed import Embed, Head
+from efficient_attn.layers.param import param
 from efficient_attn.models.trunk import LMCache, Trunk
 
 
@@ -22,7 +24,9 @@ class LM(Trunk):
     **parts: bool,
   ):
     width = embed_dim or config.d_model
-    self.embed = Embed(config.vocab_size, width, rngs=rngs)
+    self.embed = Embed(
+      config.vocab_size, width, scale=config.embedding.scale, rngs=rngs
+    )
     super().__init__(
       config, causal=causal, embed_dim=embed_dim, rngs=rngs, **parts
     )
@@ -30,6 +34,10 @@ class LM(Trunk):
       self.unembed = None
     else:
       self.unembed = Embed(config.vocab_size, width, rngs=rngs)
+    self.logits = config.logits
+    self.logit_bias = None
+    if config.logits.bias:
+      self.logit_bias = param(jnp.zeros(config.vocab_size), ('vocab',))
 
   def __call__(self, *args, **options):
     """Returns float32 logits [B, T, vocab] and the next cache; see `hidden`."""
@@ -39,7 +47,10 @@ class LM(Trunk):
   @property
   def head(self):
     """What maps the vectors of `hidden` to logits."""
-    return self.unembed or self.embed
+    table = self.unembed or self.embed
+    if self.logits == LogitsConfig():
+      return table
+    return Head(table, self.logits, self.logit_bias)
 
   def hidden(
     self, tokens, *, positions=None, segment_ids=None, cache=None, key=None

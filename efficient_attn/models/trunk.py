@@ -12,7 +12,7 @@ from efficient_attn.layers.cache import Cursor, new_cursor, positions_of
 from efficient_attn.layers.context import Context
 from efficient_attn.layers.dropout import dropout
 from efficient_attn.layers.embed import POSITIONS
-from efficient_attn.layers.norm import NORMS
+from efficient_attn.layers.norm import norm_of
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.stack import Stack
 
@@ -63,7 +63,8 @@ class Trunk(nnx.Module):
     else:
       position = POSITIONS[config.position]
       self.position = position(config.max_len, width, rngs=rngs)
-    self.embed_norm = NORMS[config.norm](width) if embed_norm else None
+    embed_norm = embed_norm or config.embedding.norm
+    self.embed_norm = norm_of(config)(width) if embed_norm else None
     if embed_dim:
       wide = {'embed': config.d_model}
       self.widen = Projection({'narrow': width}, wide, bias=True, rngs=rngs)
@@ -71,7 +72,7 @@ class Trunk(nnx.Module):
       self.widen = None
     self.stack = Stack(config, causal, cross=cross, tied=tied, rngs=rngs)
     if config.norm_position == 'pre':
-      self.norm = NORMS[config.norm](config.d_model)
+      self.norm = norm_of(config)(config.d_model)
     else:  # the last block has normalised already
       self.norm = None
     self.dropout = config.dropout

@@ -11,7 +11,7 @@ from efficient_attn.config import ViTConfig
 from efficient_attn.layers.context import Context
 from efficient_attn.layers.dropout import dropout
 from efficient_attn.layers.mixer import OnGrid
-from efficient_attn.layers.norm import NORMS
+from efficient_attn.layers.norm import norm_of
 from efficient_attn.layers.param import Projection, param
 from efficient_attn.layers.stack import Stack
 from efficient_attn.ops.positions import sincos_2d
@@ -48,7 +48,7 @@ class ViT(nnx.Module):
       if isinstance(block.mixer, OnGrid):
         with under(f'model.mixers.{block.name}'):
           block.mixer.check_grid(self.grid)
-    self.norm = NORMS[config.norm](d_model)
+    self.norm = norm_of(config)(d_model)
     self.head = Projection(
       {'embed': d_model},
       {'classes': config.num_classes},
