@@ -24,7 +24,7 @@ from efficient_attn.layers.dropout import dropout
 from efficient_attn.layers.ffn import ACTIVATIONS, FFNS
 from efficient_attn.layers.mixer import Penalized, SharesKeys
 from efficient_attn.layers.mixers import build_mixer, choose_mixer, read_options
-from efficient_attn.layers.norm import NORMS
+from efficient_attn.layers.norm import norm_of
 from efficient_attn.ops.per_platform import KEPT
 from efficient_attn.values import under
 
@@ -78,7 +78,7 @@ class Block(nnx.Module):
     )
     ffn = choose('model.ffn', config.ffn, FFNS)
     activation = choose('model.activation', config.activation, ACTIVATIONS)
-    norm = choose('model.norm', config.norm, NORMS)
+    norm = norm_of(config)
     self.mixer_norm = norm(config.d_model)
     if ffn is None:
       self.ffn = self.ffn_norm = None
