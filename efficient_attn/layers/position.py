@@ -13,23 +13,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.layers.param import param
-from efficient_attn.ops.positions import rotary
-from efficient_attn.values import Positive, PositiveFloat, Share
+from efficient_attn.values import Positive
 
 # Whether queries and keys are rotated.
 POSITIONS = {'none': False, 'rotary': True, 'alibi': False, 't5': False}
 
 
 @dataclasses.dataclass(frozen=True)
-class Rotary:
-  """Rotates the first `fraction` of the channels of every head."""
+class Alibi:
+  """Slopes times distances; `scaled` by 1/sqrt(H) as the logits (Falcon)."""
 
-  base: PositiveFloat = 10_000.0
-  fraction: Share = 1.0
-
-  def __call__(self, heads: jax.Array, positions: jax.Array) -> jax.Array:
-    """Maps heads [B, T, N, H] at positions [T] or [B, T] to the same shape."""
-    return rotary(heads, positions, base=self.base, fraction=self.fraction)
+  scaled: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,9 @@ def rotary(
   *,
   base: float = 10000.0,
   fraction: float = 1.0,
+  frequencies: Float[Array, 'F'] | None = None,
+  factor: float = 1.0,
+  interleaved: bool = False,
 ) -> Float[Array, 'B T N H']:
   """Rotates pairs of channels by angles proportional to the position.
 
@@ -40,6 +43,9 @@ def rotary(
     positions: integer or fractional positions, per sequence or shared.
     base: wavelength of the slowest pair over 2 pi, as H grows.
     fraction: share of the channels that rotates (partial rotary).
+    frequencies: f_i in place of those of `base`, R/2 of them.
+    factor: of the rotated channels.
+    interleaved: pairs are (2i, 2i+1), as in the paper.
 
   Returns:
     The rotated array, in the dtype of `x`.
@@ -57,10 +63,18 @@ def rotary(
       f' [B, T] = {x.shape[:2]}.'
     )
   dtype = jnp.promote_types(x.dtype, jnp.float32)
-  angles = positions.astype(dtype)[..., None] * _frequencies(
-    rotated // 2, base, dtype
-  )
+  if frequencies is None:
+    frequencies = _frequencies(rotated // 2, base, dtype)
+  angles = positions.astype(dtype)[..., None] * frequencies
   cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
+  if factor != 1:
+    cos, sin = factor * cos, factor * sin
+  if interleaved:
+    pairs, rest = jnp.split(x, (rotated,), axis=-1)
+    first, second = pairs[..., ::2], pairs[..., 1::2]
+    pairs = [first * cos - second * sin, second * cos + first * sin]
+    turned = jnp.stack(pairs, axis=-1).reshape(*x.shape[:-1], rotated)
+    return jnp.concatenate([turned.astype(x.dtype), rest], axis=-1)
   first, second, rest = jnp.split(x, (rotated // 2, rotated), axis=-1)
   turned = [first * cos - second * sin, second * cos + first * sin]
   return jnp.concatenate([y.astype(x.dtype) for y in turned] + [rest], axis=-1)

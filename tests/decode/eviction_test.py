@@ -15,7 +15,8 @@ from efficient_attn.decode.generate import generate
 from efficient_attn.layers.context import Context
 from efficient_attn.layers.mixers.softmax.attention import Attention
 from efficient_attn.layers.mixers.softmax.weights import Softmax
-from efficient_attn.layers.position import T5, Rotary
+from efficient_attn.layers.position import T5
+from efficient_attn.layers.rotary import Rotary
 from efficient_attn.ops import masks
 from tests.launch.scripts import sample
 

@@ -21,7 +21,7 @@ from efficient_attn.layers.mixers import (
   build_mixer,
   mixer_options,
 )
-from efficient_attn.layers.position import Rotary
+from efficient_attn.layers.rotary import Rotary
 
 B, T, D, N = 4, 24, 32, 4
 

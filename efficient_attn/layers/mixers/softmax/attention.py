@@ -8,11 +8,12 @@ and ViT have both `qkv_bias` and `out_bias`, Qwen2 the first.
 
 `gate` multiplies o_t by sigmoid(W_g x_t), one gate for each head or for each
 channel (Qiu et al., 2505.06708); `sinks` adds a learned logit per head to the
-denominator (gpt-oss); `cosine` makes unit vectors of q and k, with a learned
-temperature per head; `position` chooses a rule of `layers.position`. A layer
-with `shared_kv` has only queries and reads the keys and values of the nearest
-attention layer before it in the pattern (cross-layer attention, Brandon et al.,
-2405.12981); its cache holds nothing.
+denominator (gpt-oss); `scale` takes the place of 1 / sqrt(H); `qk_norm` puts a
+norm with the options `qk_norms` behind queries and keys; `cosine` makes unit
+vectors of them, with a learned temperature per head; `position` chooses a rule
+of `layers.position`. A layer with `shared_kv` has only queries and reads the
+keys and values of the nearest attention layer before it in the pattern
+(cross-layer attention, Brandon et al., 2405.12981); its cache holds nothing.
 
 A row of the method table chooses two parts: a `mask_rule`, who sees whom, and
 `weights`, what softmax is above.
@@ -41,16 +42,18 @@ from efficient_attn.layers.mixer import Mixer, refuse_cache, refuse_segments
 from efficient_attn.layers.mixers.softmax.heads import Heads
 from efficient_attn.layers.mixers.softmax.mask_rule import MaskRule
 from efficient_attn.layers.mixers.softmax.weights import Softmax
-from efficient_attn.layers.norm import RMSNorm, l2_normalize
+from efficient_attn.layers.norm import l2_normalize
 from efficient_attn.layers.param import Projection, value_of
-from efficient_attn.layers.position import POSITIONS, T5, Rotary
+from efficient_attn.layers.position import POSITIONS, T5, Alibi
+from efficient_attn.layers.qk_norm import QKNorm
 from efficient_attn.layers.qkv import QKV
+from efficient_attn.layers.rotary import Rotary
 from efficient_attn.ops import chunks, masks, scores
-from efficient_attn.values import NonNegative
+from efficient_attn.values import NonNegative, PositiveFloat
 
 # The axes of the gates of a token.
 GATES = {'none': (), 'head': ('heads',), 'channel': ('heads', 'head_dim')}
-ROTARY, BUCKETS = Rotary(), T5()
+ROTARY, BUCKETS, ALIBI, QK_NORMS = Rotary(), T5(), Alibi(), QKNorm()
 
 
 class Attention(Mixer):
@@ -70,7 +73,10 @@ class Attention(Mixer):
     position: str = 'rotary',
     rotary: Rotary = ROTARY,
     t5: T5 = BUCKETS,
+    alibi: Alibi = ALIBI,
+    scale: PositiveFloat | None = None,
     qk_norm: bool = False,
+    qk_norms: QKNorm = QK_NORMS,
     cosine: bool = False,
     gate: str = 'none',
     shared_kv: bool = False,
@@ -105,8 +111,13 @@ class Attention(Mixer):
     if cosine:
       self.query_norm, self.key_norm = ScaledUnit(num_heads), l2_normalize
     else:
-      self.query_norm = RMSNorm(head_dim) if qk_norm else None
-      self.key_norm = RMSNorm(head_dim) if qk_norm and not shared_kv else None
+      build = qk_norms.build if qk_norm else lambda *_: None
+      self.query_norm = build(num_heads, head_dim)
+      self.key_norm = None if shared_kv else build(*self.kv_heads)
+    if cosine and scale is not None:
+      raise ConfigError(
+        f'scale={scale}: cosine=True learns its own; drop one of them'
+      )
     if position == 't5':
       self.buckets = t5.table(d_model, num_heads, rngs)
     if gate_axes:
@@ -122,10 +133,10 @@ class Attention(Mixer):
     self.shared_kv = shared_kv
     self.shares_keys = self.mask_rule.remembers is None
     self.causal = causal
-    self.position, self.t5 = position, t5
+    self.position, self.t5, self.alibi = position, t5, alibi
     self.rotate = rotary if POSITIONS[position] else None
     self.num_heads = num_heads
-    self.scale = 1.0 if cosine else None
+    self.scale = 1.0 if cosine else scale
 
   def check_rows(self, context, cache):
     """Raises where it, or its mask rule, cannot mix such rows."""
@@ -222,6 +233,8 @@ class Attention(Mixer):
     found = self.mask_rule.bias(offset)
     if self.position == 'alibi':
       slopes = jnp.asarray(scores.alibi_slopes(self.num_heads))
+      if self.alibi.scaled:
+        slopes *= self.kv_heads[1] ** -0.5
       rule = scores.Alibi(slopes, offset)
     elif self.position == 't5':
       table = value_of(self.buckets, jnp.float32)
