@@ -36,7 +36,7 @@ def unstack(params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
       `jax.eval_shape(unstack, params)`.
   """
   found = {}
-  for name, layers in _layers_of(params).items():
+  for name, layers in layers_of(params).items():
     if isinstance(layers, str):
       found[layers] = params[name]
     else:
@@ -56,7 +56,7 @@ def restack(
   Raises:
     ValueError: a parameter is missing, left over, or of another shape.
   """
-  wanted = _layers_of(like)
+  wanted = layers_of(like)
   names = {
     x for v in wanted.values() for x in ([v] if isinstance(v, str) else v)
   }
@@ -92,7 +92,7 @@ def _stacked(arrays, names):
   return (np if host else jnp).stack(arrays)
 
 
-def _layers_of(params) -> dict[str, str | list[str]]:
+def layers_of(params) -> dict[str, str | list[str]]:
   """Returns the single name of each parameter, or those of its repetitions."""
   places = {name: _STACKED.fullmatch(name) for name in params}
   sizes = {}  # by stack, the repetitions and the blocks of its pattern

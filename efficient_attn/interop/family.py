@@ -1,0 +1,152 @@
+"""What a family of published models is: words, and a table of tensors."""
+
+import dataclasses
+from collections.abc import Callable, Container, Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_attn.config import (
+  ConfigError,
+  LMConfig,
+  ModelConfig,
+  as_dict,
+  choose,
+  resolve,
+)
+from efficient_attn.interop.table import Row
+from efficient_attn.interop.words import IGNORED, Ours, Part, Words, expand
+from efficient_attn.layers.ffn import FFNS
+from efficient_attn.layers.mixers import mixer_options, read_options
+from efficient_attn.layers.norm import norm_options
+from efficient_attn.layers.stack import row_of
+from efficient_attn.values import nearest
+
+# Keys of ours that say how a model runs, not which function it is.
+RUNS = ('dropout', 'remat', 'scan_layers', 'dtype')
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """Data of one `model_type`.
+
+  Attributes:
+    architecture: the class that transformers loads it by.
+    words: how its config.json and ours translate.
+    ours: what all of its models have of ours, by dotted key.
+    ends: rows of the tensors outside of blocks.
+    block: what the names of the tensors of block {i} begin with.
+    blocks: rows of a block.
+    prefix: what files of base models leave out of names.
+    skip: names of tensors that are not read, as '*.rotary_emb.inv_freq'.
+    ignored: words that change no logits, beside those of every family.
+    indices: from our config to further letters of names, one value a layer.
+  """
+
+  architecture: str
+  words: tuple[Part, ...]
+  ours: Mapping[str, Any]
+  ends: tuple[Row, ...]
+  block: str
+  blocks: tuple[Row, ...]
+  prefix: str = 'model.'
+  skip: tuple[str, ...] = ()
+  ignored: tuple[str, ...] = ()
+  indices: Callable[[ModelConfig], Mapping[str, tuple]] = lambda _: {}
+
+  def read(self, words: Words) -> LMConfig:
+    """Returns our config of a config.json."""
+    known = {name for part in self.words for name in part.theirs}
+    for name in words:
+      if name not in known and name not in IGNORED | {*self.ignored}:
+        raise ConfigError(
+          f'{name}={words[name]!r} is not supported; {nearest(name, known)} '
+          'Remove it if it changes no logits.'
+        )
+    found = dict(self.ours)
+    for part in self.words:
+      found |= part.read(words)
+    pattern, values = found['pattern'], {}
+    for name, value in found.items():
+      for key in expand(name, pattern):
+        _put(values, key, value)
+    return resolve({'model': values}).model
+
+  def write(self, config: ModelConfig) -> dict[str, Any]:
+    """Returns the config.json of a model.
+
+    Raises:
+      ConfigError: the family has no words for it.
+    """
+    ours = complete(config)
+    words = {}
+    for part in self.words:
+      words |= part.write(Ours(ours))
+    again = complete(self.read(words))
+    for key in sorted(ours.keys() | again):
+      if ours.get(key) != again.get(key):
+        raise ConfigError(
+          f'model.{key}={ours.get(key)!r}: models of this format have '
+          f'{again.get(key)!r}'
+        )
+    return words
+
+  def named(self, names: Iterable[str], tensors: Container) -> str | None:
+    """Returns the name by which a tensor is there, if it is."""
+    names = [x for n in names for x in (n, n.removeprefix(self.prefix))]
+    return next((name for name in names if name in tensors), None)
+
+
+def _put(values, dotted, value):
+  *parents, last = dotted.split('.')
+  for parent in parents:
+    values = values.setdefault(parent, {})
+  values[last] = value
+
+
+def complete(config: ModelConfig) -> dict[str, Any]:
+  """Returns every value that decides on the function, by dotted key."""
+  values = as_dict(config)
+  for key in RUNS:
+    del values[key]
+  if config.position != 'learned':
+    del values['max_len']
+  mixers = {}
+  for name in dict.fromkeys(config.pattern):
+    row = row_of(name)
+    given = read_options(row, config.mixers.get(name, {}))
+    defaults = {k: p.default for k, p in mixer_options(row).items()}
+    mixers[name] = options = as_dict(defaults | given)
+    options.pop('implementation', None)
+    if not options.get('num_kv_heads', 1):
+      options['num_kv_heads'] = config.num_heads
+    if not options.get('head_dim', 1):
+      options['head_dim'] = config.d_model // config.num_heads
+    if options.get('position') != 'rotary':
+      options.pop('rotary', None)
+  defaults = {k: p.default for k, p in norm_options(config.norm).items()}
+  values |= {'mixers': mixers, 'norms': defaults | dict(config.norms)}
+  ffn = choose('model.ffn', config.ffn, FFNS)
+  if ffn is not None and not config.ffn_dim:
+    options = dict(activation=jnp.abs, rngs=nnx.Rngs(0))
+    ffn = nnx.eval_shape(lambda: ffn(config.d_model, 0, **options))
+    values['ffn_dim'] = ffn.down.weight.shape[0]
+  return _flat(values)
+
+
+def _flat(values, prefix=''):
+  """Flattens groups; a scaling of rotary is one value."""
+  found = {}
+  for name, value in values.items():
+    if isinstance(value, dict) and name != 'scaling':
+      found |= _flat(value, f'{prefix}{name}.')
+    else:
+      found[f'{prefix}{name}'] = _tuples(value)
+  return found
+
+
+def _tuples(value):
+  if isinstance(value, (list, tuple)):
+    return tuple(map(_tuples, value))
+  return value
