@@ -27,7 +27,7 @@ from efficient_attn.config import (
 )
 from efficient_attn.interop import files
 from efficient_attn.interop.families import FAMILIES
-from efficient_attn.interop.family import Family, complete
+from efficient_attn.interop.family import Family, differences
 from efficient_attn.interop.plan import Plan
 from efficient_attn.interop.weights import read_params, write_params
 from efficient_attn.models import abstract
@@ -223,7 +223,7 @@ def written_words(
     except ConfigError as e:
       errors[name] = e
       continue
-    if said and complete(read_words(said)[1]) == complete(model):
+    if said and not differences(read_words(said)[1], model):
       return name, dict(said)
     family = FAMILIES[name]
     known = {x for part in family.words for x in part.theirs}

@@ -83,13 +83,10 @@ class Family:
     words = {}
     for part in self.words:
       words |= part.write(Ours(ours))
-    again = complete(self.read(words))
-    for key in sorted(ours.keys() | again):
-      if ours.get(key) != again.get(key):
-        raise ConfigError(
-          f'model.{key}={ours.get(key)!r}: models of this format have '
-          f'{again.get(key)!r}'
-        )
+    for key, (our, their) in differences(config, self.read(words)).items():
+      raise ConfigError(
+        f'model.{key}={our!r}: models of this format have {their!r}'
+      )
     return words
 
   def named(self, names: Iterable[str], tensors: Container) -> str | None:
@@ -110,8 +107,6 @@ def complete(config: ModelConfig) -> dict[str, Any]:
   values = as_dict(config)
   for key in RUNS:
     del values[key]
-  if config.position != 'learned':
-    del values['max_len']
   mixers = {}
   for name in dict.fromkeys(config.pattern):
     row = row_of(name)
@@ -129,10 +124,25 @@ def complete(config: ModelConfig) -> dict[str, Any]:
   values |= {'mixers': mixers, 'norms': defaults | dict(config.norms)}
   ffn = choose('model.ffn', config.ffn, FFNS)
   if ffn is not None and not config.ffn_dim:
-    options = dict(activation=jnp.abs, rngs=nnx.Rngs(0))
-    ffn = nnx.eval_shape(lambda: ffn(config.d_model, 0, **options))
-    values['ffn_dim'] = ffn.down.weight.shape[0]
+    made = nnx.eval_shape(
+      lambda: ffn(config.d_model, 0, jnp.abs, rngs=nnx.Rngs(0))
+    )
+    values['ffn_dim'] = made.down.weight.shape[0]
   return _flat(values)
+
+
+def differences(first: ModelConfig, second: ModelConfig) -> dict[str, tuple]:
+  """Returns both values of each key in which two functions differ."""
+  both = complete(first), complete(second)
+  keys = sorted(both[0].keys() | both[1])
+  found = {key: tuple(values.get(key) for values in both) for key in keys}
+  if first.position != 'learned':
+    del found['max_len']
+  return {
+    key: values
+    for key, values in found.items()
+    if len({*map(repr, values)}) > 1
+  }
 
 
 def _flat(values, prefix=''):

@@ -144,7 +144,11 @@ class Rope:
   def write(self, ours: Ours) -> dict[str, Any]:
     """Returns `rope_parameters`."""
     if not self.kinds:
-      return {'rope_parameters': self._written(ours, '*')}
+      found = {'rope_parameters': self._written(ours, '*')}
+      scaling = ours.get('mixers.*.rotary.scaling')
+      if scaling and scaling['type'] == 'dynamic':
+        found['max_position_embeddings'] = scaling['original_length']
+      return found
     return {
       'rope_parameters': {
         kind: self._written(ours, mixer)

@@ -101,6 +101,8 @@ class Word:
     default: theirs where there is none.
     values: theirs to ours, where they are not the same; others as they are
       unless `strict`.
+    convert: from theirs to ours, where it is a number that differs.
+    revert: back.
   """
 
   name: str
@@ -108,6 +110,8 @@ class Word:
   default: Any = NEEDED
   values: Mapping[Any, Any] = dataclasses.field(default_factory=dict)
   strict: bool = False
+  convert: Callable[[Any], Any] = lambda x: x
+  revert: Callable[[Any], Any] = lambda x: x
 
   @property
   def theirs(self) -> tuple[str, ...]:
@@ -122,6 +126,8 @@ class Word:
       raise ConfigError(f'{self.theirs[0]}={value!r} is not supported; {valid}')
     if isinstance(value, (str, int, float, type(None))):
       value = self.values.get(value, value)
+    if isinstance(value, (int, float)):
+      value = self.convert(value)
     names = (self.ours,) if isinstance(self.ours, str) else self.ours
     return dict.fromkeys(names, value)
 
@@ -140,6 +146,8 @@ class Word:
     for their, our in self.values.items():
       if our == value and type(our) is type(value):
         return {self.theirs[0]: their}
+    if isinstance(value, (int, float)):
+      value = self.revert(value)
     return {self.theirs[0]: value}
 
 
@@ -179,7 +187,6 @@ class Layers:
     theirs: the words that it reads.
     names: from the words to the mixers, one a layer.
     words: from the mixers to the words.
-    count: the word for their number.
   """
 
   theirs: tuple[str, ...]
@@ -204,34 +211,54 @@ def period(layers: Sequence[str]) -> tuple[str, ...]:
   return layers
 
 
+FULL, SLIDING = 'full_attention', 'sliding_attention'
+KINDS = {FULL: 'attention', SLIDING: 'window'}
+COUNT = 'num_hidden_layers'
+
+
+def cycle(*kinds: str) -> Callable[[Words], list[str]]:
+  """Returns the rule that repeats kinds over the layers."""
+  return lambda words: [kinds[i % len(kinds)] for i in range(words[COUNT])]
+
+
+def by_layer(
+  key: str, words: Words, default: Callable[[Words], Sequence]
+) -> Sequence[Any]:
+  """Returns a list of theirs with a value a layer."""
+  found = words.get(key)
+  found = default(words) if found is None else found
+  if not isinstance(found, (list, tuple)) or len(found) != words[COUNT]:
+    raise ConfigError(
+      f'{key} must be a list of {COUNT}={words[COUNT]} values, not {found!r}'
+    )
+  return found
+
+
 def layer_types(
-  kinds: Mapping[str, str],
   default: Callable[[Words], Sequence[str]],
-  extra: tuple[str, ...] = (),
-  count: str = 'num_hidden_layers',
+  kinds: Mapping[str, str] = KINDS,
+  others: tuple[str, ...] = (),
+  written: Callable[[Sequence[str]], dict[str, Any]] = lambda _: {},
 ) -> Layers:
   """Returns the part that reads `layer_types`.
 
   Args:
-    kinds: from a kind of theirs to a mixer.
     default: the kinds where there is no list.
-    extra: words that `default` reads, which are not written.
-    count: the word for the number of layers.
+    kinds: from a kind of theirs to a mixer.
+    others: words that `default` reads.
+    written: of these what is written, from the mixers of the layers.
   """
-
-  def names(words):
-    found = words.get('layer_types')
-    found = default(words) if found is None else found
-    if not isinstance(found, (list, tuple)) or len(found) != words[count]:
-      raise ConfigError(f'layer_types must be a list of {count} names')
-    return [choice('layer_types', kind, kinds) for kind in found]
-
   back = {ours: theirs for theirs, ours in kinds.items()}
 
-  def write(layers):
-    return {'layer_types': [choice('model.pattern', x, back) for x in layers]}
+  def names(words):
+    found = by_layer('layer_types', words, default)
+    return [choice('layer_types', kind, kinds) for kind in found]
 
-  return Layers(('layer_types', *extra), names, write)
+  def write(layers):
+    found = [choice('model.pattern', x, back) for x in layers]
+    return {'layer_types': found} | written(layers)
+
+  return Layers(('layer_types', *others), names, write)
 
 
 def choice(key: str, value: Any, table: Mapping[str, Any]) -> Any:

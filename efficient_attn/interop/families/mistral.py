@@ -1,0 +1,24 @@
+"""Mistral (2310.06825): Llama with a window in every layer, or in none."""
+
+import dataclasses
+
+from efficient_attn.interop.families.llama import COMMON, LLAMA
+from efficient_attn.interop.rotary_words import Rope
+from efficient_attn.interop.words import COUNT, Layers, Word
+
+
+def _layers(words):
+  window = words.get('sliding_window', 4096)
+  return ['attention' if window is None else 'window'] * words[COUNT]
+
+
+MISTRAL = dataclasses.replace(
+  LLAMA,
+  architecture='MistralForCausalLM',
+  words=(
+    *COMMON,
+    Layers(('sliding_window',), _layers, lambda _: {}),
+    Word('sliding_window', 'mixers.window.window', None),
+    Rope(),
+  ),
+)

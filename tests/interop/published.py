@@ -1,0 +1,102 @@
+"""Small models of each family, as transformers makes and saves them.
+
+Imported after `pytest.importorskip('torch')`. Every parameter is random, so
+that no zero of an initialisation hides a mistake.
+"""
+
+import torch
+import transformers
+
+V = 97
+TINY = dict(
+  vocab_size=V,
+  hidden_size=32,
+  intermediate_size=40,
+  num_hidden_layers=3,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  max_position_embeddings=64,
+  rms_norm_eps=1e-3,
+  bos_token_id=None,
+  eos_token_id=None,
+  pad_token_id=None,
+)
+LLAMA3 = dict(
+  rope_type='llama3',
+  rope_theta=1e4,
+  factor=8.0,
+  low_freq_factor=1.0,
+  high_freq_factor=4.0,
+  original_max_position_embeddings=16,
+)
+GPT2 = dict(
+  vocab_size=V,
+  n_embd=32,
+  n_layer=3,
+  n_head=4,
+  n_positions=64,
+  layer_norm_epsilon=1e-3,
+  bos_token_id=None,
+  eos_token_id=None,
+)
+
+# Name of a case, which begins with its model_type -> words of its config.
+CASES = {
+  'llama': TINY,
+  'llama-scaled': TINY
+  | dict(
+    rope_parameters=LLAMA3,
+    attention_bias=True,
+    mlp_bias=True,
+    tie_word_embeddings=True,
+    head_dim=16,
+  ),
+  'llama-linear': TINY
+  | dict(rope_parameters=dict(rope_type='linear', rope_theta=1e4, factor=4.0)),
+  'llama-dynamic': TINY
+  | dict(
+    max_position_embeddings=8,
+    rope_parameters=dict(rope_type='dynamic', rope_theta=1e4, factor=2.0),
+  ),
+  'mistral': TINY | dict(sliding_window=7, head_dim=16),
+  'mistral-full': TINY | dict(sliding_window=None),
+  'qwen2': TINY
+  | dict(
+    use_sliding_window=True,
+    sliding_window=7,
+    max_window_layers=1,
+    rope_parameters=dict(
+      rope_type='yarn',
+      rope_theta=1e4,
+      factor=4.0,
+      original_max_position_embeddings=16,
+    ),
+  ),
+  'qwen2-tied': TINY | dict(tie_word_embeddings=True, num_hidden_layers=2),
+  'qwen3': TINY | dict(head_dim=16, attention_bias=True),
+  'gpt2': GPT2,
+  'gpt2-unscaled': GPT2 | dict(scale_attn_weights=False, n_inner=40),
+  'smollm3': TINY | dict(num_hidden_layers=5, no_rope_layer_interval=2),
+  'smollm3-window': TINY
+  | dict(
+    num_hidden_layers=4,
+    no_rope_layers=[1, 0, 0, 1],
+    use_sliding_window=True,
+    sliding_window=7,
+    tie_word_embeddings=False,
+  ),
+}
+
+
+def make(case: str) -> torch.nn.Module:
+  """Returns a random model in float32."""
+  torch.manual_seed(0)
+  config = transformers.AutoConfig.for_model(
+    case.partition('-')[0], **CASES[case]
+  )
+  config._attn_implementation = 'sdpa'
+  model = transformers.AutoModelForCausalLM.from_config(config).eval()
+  with torch.no_grad():
+    for p in model.parameters():
+      p.add_(0.1 * torch.randn_like(p))
+  return model.float()
