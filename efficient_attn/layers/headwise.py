@@ -16,8 +16,8 @@ def split_heads(channels: int, num_heads: int) -> dict[str, int]:
   """The logical axes of `channels` channels in `num_heads` groups."""
   if channels % num_heads:
     raise ConfigError(
-      f'num_heads={num_heads} does not divide the {channels} channels of the '
-      'recurrence; choose a divisor'
+      f'num_heads={num_heads} does not divide the {channels} channels of its '
+      'heads; choose a divisor'
     )
   return {'heads': num_heads, 'head_dim': channels // num_heads}
 

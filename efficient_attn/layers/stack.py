@@ -71,10 +71,9 @@ class Block(nnx.Module):
     self.mixer = build_mixer(
       row_of(mixer),
       d_model=config.d_model,
-      num_heads=config.num_heads,
       causal=causal,
       rngs=rngs,
-      **config.mixers.get(mixer, {}),
+      **{'num_heads': config.num_heads, **config.mixers.get(mixer, {})},
     )
     ffn = choose('model.ffn', config.ffn, FFNS)
     activation = choose('model.activation', config.activation, ACTIVATIONS)

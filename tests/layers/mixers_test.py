@@ -1,5 +1,6 @@
 """Properties of every row of MIXERS; a new row cannot skip them."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -12,7 +13,7 @@ import pytest
 from flax import nnx
 
 from efficient_attn import sharding
-from efficient_attn.config import ConfigError
+from efficient_attn.config import ConfigError, LMConfig
 from efficient_attn.layers.context import Context
 from efficient_attn.layers.mixer import OnGrid
 from efficient_attn.layers.mixers import (
@@ -22,6 +23,7 @@ from efficient_attn.layers.mixers import (
   mixer_options,
 )
 from efficient_attn.layers.rotary import Rotary
+from efficient_attn.layers.stack import Stack
 
 B, T, D, N = 4, 24, 32, 4
 
@@ -438,6 +440,38 @@ def test_unknown_names_and_options():
     make('window', dict(num_kv_head=2))
   with pytest.raises(ConfigError, match='does not divide'):
     make('attention', dict(num_kv_heads=3))
+
+
+@pytest.mark.parametrize('name', MIXERS)
+def test_any_number_of_heads_works_or_is_refused(name):
+  x, options = jax.ShapeDtypeStruct((B, T, D), jnp.float32), dict(CASES)[name]
+
+  def call(x):
+    mixer = build_mixer(
+      name,
+      d_model=D,
+      num_heads=3,
+      causal=MIXERS[name].causal,
+      rngs=nnx.Rngs(0),
+      **options,
+    )
+    return mixer(x, Context(grid=grid_of(mixer, x)))[0]
+
+  with contextlib.suppress(ConfigError):
+    assert jax.eval_shape(call, x).shape == x.shape
+
+
+def test_heads_of_one_mixer_of_a_model():
+  config = LMConfig(
+    d_model=D,
+    num_heads=4,
+    num_layers=2,
+    pattern=('attention', 'gla'),
+    mixers={'gla': {'num_heads': '2'}},
+  )
+  stack = nnx.eval_shape(lambda: Stack(config, True, rngs=nnx.Rngs(0)))
+  heads = [b.mixer.qkv.query.weight.shape[-2] for b in stack.blocks()]
+  assert heads == [4, 2]
 
 
 @pytest.mark.parametrize('name', MIXERS)

@@ -27,7 +27,7 @@ from efficient_attn.layers.mixers.softmax import SOFTMAX
 from efficient_attn.layers.mixers.sparse import SPARSE
 from efficient_attn.layers.mixers.spec import TWO_PASSES, MixerSpec
 from efficient_attn.layers.mixers.test_time import TEST_TIME
-from efficient_attn.values import read_arguments, under
+from efficient_attn.values import Positive, read_arguments, under
 
 __all__ = [
   'FAMILIES',
@@ -73,6 +73,9 @@ def build_mixer(
 ) -> nnx.Module:
   """Builds the mixer of row `name` with its own `options`.
 
+  `num_heads` is read as an option, so that one mixer of a model may have more
+  or fewer heads than the others.
+
   Raises:
     ConfigError: an unknown name or option, a value the mixer refuses,
       causal=False for a mixer that is causal only, or causal=True for one of
@@ -91,12 +94,11 @@ def build_mixer(
       f'model.pattern={name!r} is a mixer of encoders: every token sees every '
       f'other; for a decoder use one of {", ".join(able)}'
     )
-  options = read_options(name, options)
+  options = read_options(name, {'num_heads': num_heads, **options})
   two_passes = not causal and spec.bidirectional == TWO_PASSES
   with under(f'model.mixers.{name}'):
     mixer = spec.build(
       d_model=d_model,
-      num_heads=num_heads,
       causal=causal or two_passes,
       rngs=rngs,
       **options,
@@ -125,4 +127,5 @@ def read_options(
     if where := moved(name, option):
       raise ConfigError(f'{key}.{option}={value!r} has gone: {where}')
   kinds = {k: p.annotation for k, p in mixer_options(name).items()}
+  kinds['num_heads'] = Positive  # that of the model by default
   return read_arguments(kinds, options, f'{key}.', name)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_attn.layers.head_norm import HeadLayerNorm
+from efficient_attn.layers.headwise import split_heads
 from efficient_attn.layers.param import Projection, param, value_of
 from efficient_attn.layers.recurrence import LINEAR, Recurrence
 from efficient_attn.layers.token_shift import Shifted
@@ -48,9 +49,8 @@ class RWKV5(Shifted):
     norm_eps: PositiveFloat = 64e-5,
     chunk_size: ChunkSize = 64,
   ):
-    head_dim = d_model // num_heads
-    inputs = {'embed': d_model}
-    heads = {'heads': num_heads, 'head_dim': head_dim}
+    inputs, heads = {'embed': d_model}, split_heads(d_model, num_heads)
+    head_dim = heads['head_dim']
     self.receptance, self.key, self.value, self.gate = (
       Projection(inputs, heads, rngs=rngs) for _ in range(4)
     )

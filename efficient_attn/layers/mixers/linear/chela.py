@@ -22,6 +22,7 @@ from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.layers.conv import ShortConv
+from efficient_attn.layers.headwise import split_heads
 from efficient_attn.layers.norm import RMSNorm
 from efficient_attn.layers.param import (
   Projection,
@@ -51,9 +52,9 @@ class Chela(Recurrent):
     exponentials: Positive = 4,
     chunk_size: ChunkSize = 64,
   ):
-    self.heads = heads = (num_heads, d_model // num_heads)
-    names = ('heads', 'head_dim')
-    d_in, inner = {'embed': d_model}, dict(zip(names, heads, strict=True))
+    d_in, inner = {'embed': d_model}, split_heads(d_model, num_heads)
+    names, heads = tuple(inner), tuple(inner.values())
+    self.heads = heads
     self.short = ShortConv(inner, short_width, rngs=rngs)
     shape = (*heads, exponentials)
     rates = -jnp.linspace(0, np.log(1024.0), exponentials)

@@ -15,6 +15,7 @@ from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.config import ConfigError
+from efficient_attn.layers.headwise import split_heads
 from efficient_attn.layers.mixer import WholeMixer
 from efficient_attn.layers.norm import RMSNorm
 from efficient_attn.layers.param import (
@@ -43,7 +44,8 @@ class LambdaNetwork(WholeMixer):
     del causal  # always False, as the row says
     if window % 2 == 0:
       raise ConfigError(f'lambda: window={window} must be odd')
-    embed, value_dim = {'embed': d_model}, d_model // num_heads
+    value_dim = split_heads(d_model, num_heads)['head_dim']
+    embed = {'embed': d_model}
     self.query = Projection(
       embed,
       {'heads': num_heads, 'head_dim': key_dim},

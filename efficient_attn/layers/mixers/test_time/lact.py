@@ -40,6 +40,7 @@ from efficient_attn.layers.cache import (
   recall,
   restrict,
 )
+from efficient_attn.layers.headwise import split_heads
 from efficient_attn.layers.mixers.test_time.fast_mlp import (
   own_state,
   state_layout,
@@ -144,7 +145,7 @@ class LaCT(Recurrent):
       {'embed': d_model}, {'heads': fast_heads}, bias=True, rngs=rngs
     )
     self.out = Projection(heads, {'embed': d_model}, rngs=rngs)
-    self.heads = (num_heads, d_model // num_heads)
+    self.heads = tuple(split_heads(d_model, num_heads).values())
     self.window = window or chunk_size
     self.rotary_base = rotary_base
     self.causal = causal
