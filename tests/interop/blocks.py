@@ -142,62 +142,6 @@ def kda() -> Pair:
   return cached(ours, theirs, config)
 
 
-def mamba() -> Pair:
-  from transformers.models.mamba import modeling_mamba as hf
-
-  config = hf.MambaConfig(hidden_size=D, num_hidden_layers=1)
-  theirs = hf.MambaMixer(config, layer_idx=0)
-  w = randomize(theirs, **{'dt_proj.bias': -2.0, 'D': 1.0})
-  ours = build('mamba', chunk_size=16)
-  value, gate = np.split(w['in_proj.weight'], 2)
-  put(ours.value.weight, value.T)
-  put(ours.gate.weight, gate.T)
-  put(ours.conv.weight, w['conv1d.weight'][:, 0].T)
-  put(ours.conv.bias, w['conv1d.bias'])
-  put(ours.select.weight, w['x_proj.weight'].T)
-  put(ours.dt.weight, w['dt_proj.weight'].T)
-  put(ours.dt_bias, w['dt_proj.bias'])
-  put(ours.a_log, w['A_log'])
-  put(ours.skip, w['D'])
-  put(ours.out.weight, w['out_proj.weight'].T)
-  return cached(ours, theirs, config)
-
-
-def mamba2() -> Pair:
-  from transformers.models.mamba2 import modeling_mamba2 as hf
-
-  inner, state = 2 * D, 16
-  config = hf.Mamba2Config(
-    hidden_size=D,
-    num_hidden_layers=1,
-    num_heads=N,
-    head_dim=inner // N,
-    state_size=state,
-    n_groups=1,
-    chunk_size=8,
-  )
-  theirs = hf.Mamba2Mixer(config, layer_idx=0)
-  w = randomize(theirs, dt_bias=-2.0, norm=1.0, D=1.0)
-  ours = build('mamba2', state_dim=state, chunk_size=16)
-  parts = np.split(
-    w['in_proj.weight'], np.cumsum([inner, inner, 2 * state]), axis=0
-  )
-  for projection, rows in zip(
-    (ours.gate, ours.x, ours.bc, ours.dt), parts, strict=True
-  ):
-    put(projection.weight, rows.T)
-  for part in ('weight', 'bias'):
-    x, bc = np.split(w[f'conv1d.{part}'], [inner])
-    put(getattr(ours.x_conv, part), x.squeeze().T)
-    put(getattr(ours.bc_conv, part), bc.squeeze().T)
-  put(ours.dt_bias, w['dt_bias'])
-  put(ours.a_log, w['A_log'])
-  put(ours.skip, w['D'])
-  put(ours.norm.scale, w['norm.weight'])
-  put(ours.out.weight, w['out_proj.weight'].T)
-  return cached(ours, theirs, config)
-
-
 def rwkv4() -> Pair:
   from transformers.models.rwkv import modeling_rwkv as hf
 
@@ -329,8 +273,6 @@ BLOCKS = {
     gated_deltanet,
     kda,
     lightning,
-    mamba,
-    mamba2,
     rwkv4,
     rg_lru,
     mlstm_layer,

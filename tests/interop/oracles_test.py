@@ -13,7 +13,7 @@ from tests.interop import oracles
 FOLDER = pathlib.Path(__file__).parent
 # Where the other half of the comparisons of a group is built.
 BUILDERS = {
-  'blocks': ('blocks', 'compact_blocks'),
+  'blocks': ('blocks', 'compact_blocks', 'state_space_blocks'),
   'low_rank_blocks': ('low_rank_blocks',),
   'pattern_blocks': ('pattern_blocks',),
   'routed_blocks': ('routed_blocks_test',),

@@ -55,8 +55,8 @@ def build(name: str, **options) -> nnx.Module:
   """A mixer without numbers, so that none can be forgotten."""
 
   def init():
-    rngs = nnx.Rngs(0)
-    return build_mixer(name, d_model=D, num_heads=N, rngs=rngs, **options)
+    options.setdefault('num_heads', N)
+    return build_mixer(name, d_model=D, rngs=nnx.Rngs(0), **options)
 
   return nnx.eval_shape(init)
 

@@ -114,6 +114,14 @@ def rg_lru(m, x):
 def mamba(m, x):
   u = silu(conv(m.conv, project(m.value, x)))
   low, keys, queries = np.split(project(m.select, u), m.splits, -1)
+  if m.select_norm != 'none':
+    low, keys, queries = (
+      a / np.sqrt(np.mean(a**2, -1, keepdims=True) + m.norm_eps)
+      for a in (low, keys, queries)
+    )
+  if m.select_norm == 'scaled':
+    scales = [value(norm.scale) for norm in m.select_norms]
+    low, keys, queries = low * scales[0], keys * scales[1], queries * scales[2]
   y, _ = oracles.selective_scan(
     u,
     softplus(project(m.dt, low) + value(m.dt_bias)),
@@ -162,6 +170,8 @@ def slstm(m, x):
     (hgrn, {'lower_bound': 0.7}),
     (mamba, {}),
     (mamba, {'discretization': 'zoh'}),
+    (mamba, {'select_norm': 'plain', 'norm_eps': 0.1}),
+    (mamba, {'select_norm': 'scaled', 'in_bias': True, 'out_bias': True}),
     (rg_lru, {}),
     (rwkv4, {'depth': 0.5}),
     (slstm, {'depth': 0.5}),

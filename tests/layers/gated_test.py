@@ -16,6 +16,7 @@ from tests.oracles import gated as oracles
 from tests.oracles import linear_attention as linear_oracles
 
 B, T, D, N = 1, 11, 32, 4
+FACTORS = (0.5, 2.0, 1.5, 0.7, 0.9)
 
 
 def build(name, num_heads=N, **options):
@@ -169,19 +170,35 @@ def rwkv6(p, x):
   return rwkv(p, x, mixed, -np.exp(p['decay'] + lora))
 
 
-def mamba2(p, x):
-  v = convolve(p, 'x_conv', project(p, 'x', x))
-  k, q = np.split(convolve(p, 'bc_conv', project(p, 'bc', x)), 2, axis=-1)
-  dt = softplus(project(p, 'dt', x) + p['dt_bias'])
+def mamba2(p, x, groups=1, factors=(1,) * 5, limits=(0, np.inf)):
+  z, of_x, b, c, of_dt = factors
+  v = convolve(p, 'x_conv', of_x * project(p, 'x', x))
+  bc = np.split(project(p, 'bc', x), 2, axis=-1)
+  bc = convolve(p, 'bc_conv', np.concatenate([b * bc[0], c * bc[1]], -1))
+  bc = bc.reshape(*bc.shape[:2], 2, groups, -1)
+  # Copies for the heads of a group.
+  k, q = np.moveaxis(bc.repeat(v.shape[2] // groups, axis=3), 2, 0)
+  dt = np.clip(softplus(of_dt * project(p, 'dt', x) + p['dt_bias']), *limits)
   o, _ = linear_oracles.linear_attention(
-    q[:, :, None],
-    k[:, :, None],
+    q,
+    k,
     dt[..., None] * v,
     log_decay=-np.exp(p['a_log']) * dt,
     scale=1,
   )
-  o = (o + p['skip'] * v) * silu(project(p, 'gate', x))
-  return project(p, 'out', joint_norm(p, o), 2)
+  o, gate = o + p['skip'] * v, silu(z * project(p, 'gate', x))
+  if 'norm.scale' not in p:
+    return project(p, 'out', o * gate, 2)
+  if groups == 1:
+    return project(p, 'out', joint_norm(p, o * gate), 2)
+  square = o.reshape(*o.shape[:2], groups, -1) ** 2
+  square = square.mean(-1).repeat(o.shape[2] // groups, axis=-1)[..., None]
+  o = o / np.sqrt(square + 1e-5) * p['norm.scale'] * gate
+  return project(p, 'out', o, 2)
+
+
+def falcon_h1(p, x):
+  return mamba2(p, x, 2, FACTORS, (0.2, 0.6))
 
 
 def mamba3(p, x):
@@ -283,9 +300,30 @@ PAPERS = {
 }
 
 
-@pytest.mark.parametrize('name', sorted(PAPERS))
-def test_mixer_is_the_equations_of_its_paper(name):
-  oracle, options = PAPERS[name]
+# Of Mamba-2 in Falcon-H1, one option set after another.
+FALCON = [
+  (mamba2, dict(norm='none', in_bias=True, out_bias=True, conv_bias=False)),
+  (
+    falcon_h1,
+    dict(
+      num_heads=6,
+      head_dim=5,
+      groups=2,
+      norm='before_gate',
+      dt_min=0.2,
+      dt_max=0.6,
+      multipliers=FACTORS,
+    ),
+  ),
+]
+
+
+@pytest.mark.parametrize(
+  'name,oracle,options',
+  [(name, *PAPERS[name]) for name in sorted(PAPERS)]
+  + [('mamba2', *case) for case in FALCON],
+)
+def test_mixer_is_the_equations_of_its_paper(name, oracle, options):
   mixer = make(name, chunk_size=4, **options)
   x = np.random.default_rng(1).standard_normal((B, T, D)).astype(np.float32)
   expected = oracle(values(mixer), x.astype(np.float64))
@@ -293,6 +331,19 @@ def test_mixer_is_the_equations_of_its_paper(name):
   np.testing.assert_allclose(
     actual, expected, rtol=0, atol=2e-5 * np.abs(expected).max()
   )
+
+
+@pytest.mark.parametrize(
+  'options,words',
+  [
+    (dict(groups=3), 'groups=3 does not divide num_heads=4'),
+    (dict(multipliers=(1.0, 2.0)), 'must be 5 numbers'),
+    (dict(dt_min=0.5, dt_max=0.1), 'dt_max=0.1 is below dt_min=0.5'),
+  ],
+)
+def test_mamba2_refuses(options, words):
+  with pytest.raises(ConfigError, match=words):
+    build('mamba2', **options)
 
 
 def test_comba_of_earlier_runs():

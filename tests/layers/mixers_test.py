@@ -98,6 +98,21 @@ MORE = [
   ('deltaproduct', dict(chunk_size=8, num_steps=3)),
   ('comba', dict(chunk_size=8, rule='gated_delta', output_gate='silu')),
   ('mamba', dict(chunk_size=8, discretization='zoh')),
+  ('mamba', dict(chunk_size=8, select_norm='plain', conv_bias=False)),
+  ('mamba', dict(chunk_size=8, select_norm='scaled', in_bias=True)),
+  ('mamba2', dict(chunk_size=8, groups=2, dt_min=0.02, dt_max=0.05)),
+  (
+    'mamba2',
+    dict(
+      chunk_size=8,
+      head_dim=6,
+      groups=2,
+      norm='before_gate',
+      multipliers=(0.5, 2.0, 1.5, 0.7, 0.9),
+    ),
+  ),
+  ('mamba2', dict(chunk_size=8, norm='none', in_bias=True, out_bias=True)),
+  ('log_linear', dict(chunk_size=8, groups=2)),
   ('kda', dict(chunk_size=64, expand_v=2.0)),
 ]
 every_case = pytest.mark.parametrize(

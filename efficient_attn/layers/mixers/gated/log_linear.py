@@ -56,10 +56,10 @@ class LogLinear(Mamba2):
       past = past.replace(state=self.init_state(*x.shape[:2], x.dtype))
     return super().recur(x, context, past)
 
-  def arrays(self, x, bc, v):
+  def arrays(self, x, dt, bc, v):
     """Returns the arguments of the op, see `Mamba2.arrays`."""
     f32 = jnp.float32
-    arrays = super().arrays(x, bc, v)
+    arrays = super().arrays(x, dt, bc, v)
     scales = self.levels(x).astype(f32) * value_of(self.level_scale, f32)
     return arrays | dict(level_scales=jax.nn.softplus(scales))
 

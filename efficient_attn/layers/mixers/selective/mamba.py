@@ -7,10 +7,13 @@
 
 with A = -exp(A_log), 16 states per channel, twice as many channels as the
 model is wide, and steps that start log-uniform in [1e-3, 1e-1]. Heads are
-groups of channels that share nothing but dt's low rank, B and C.
+groups of channels that share nothing but dt's low rank, B and C. These three
+are normalised in Jamba (`select_norm='scaled'`) and, without a learned scale,
+in Falcon-Mamba ('plain').
 """
 
 import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +22,24 @@ from flax import nnx
 from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.decay import time_step_bias
 from efficient_attn.layers.headwise import split_heads
+from efficient_attn.layers.norm import RMSNorm, l2_normalize
 from efficient_attn.layers.param import Projection, param, value_of
 from efficient_attn.layers.recurrence import Convolved, Recurrence
 from efficient_attn.ops.recurrent.selective_scan import selective_scan
-from efficient_attn.values import ChunkSize, NonNegative, Positive
+from efficient_attn.values import (
+  ChunkSize,
+  NonNegative,
+  OneOf,
+  Positive,
+  PositiveFloat,
+)
 
 
 class Mamba(Convolved):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring.
 
-  `dt_rank` 0 is a 16th of d_model, rounded up.
+  `dt_rank` 0 is a 16th of d_model, rounded up; `norm_eps` is that of
+  `select_norm`.
   """
 
   recurrence = Recurrence(
@@ -48,6 +59,11 @@ class Mamba(Convolved):
     d_state: Positive = 16,
     dt_rank: NonNegative = 0,
     conv_width: Positive = 4,
+    conv_bias: bool = True,
+    in_bias: bool = False,
+    out_bias: bool = False,
+    select_norm: Annotated[str, OneOf(('none', 'plain', 'scaled'))] = 'none',
+    norm_eps: PositiveFloat = 1e-6,
     discretization: str = 'euler',
     chunk_size: ChunkSize = 64,
   ):
@@ -55,9 +71,10 @@ class Mamba(Convolved):
     heads = split_heads(expand * d_model, num_heads)
     shape = tuple(heads.values())
     rank = dt_rank or -(-d_model // 16)
-    self.value = Projection({'embed': d_model}, heads, rngs=rngs)
-    self.gate = Projection({'embed': d_model}, heads, rngs=rngs)
-    self.conv = ShortConv(heads, conv_width, bias=True, rngs=rngs)
+    embed = {'embed': d_model}
+    self.value = Projection(embed, heads, bias=in_bias, rngs=rngs)
+    self.gate = Projection(embed, heads, bias=in_bias, rngs=rngs)
+    self.conv = ShortConv(heads, conv_width, bias=conv_bias, rngs=rngs)
     self.select = Projection(heads, {'rank': rank + 2 * d_state}, rngs=rngs)
     self.dt = Projection({'rank': rank}, heads, rngs=rngs, init=_uniform)
     self.dt_bias = param(
@@ -66,7 +83,11 @@ class Mamba(Convolved):
     states = jnp.broadcast_to(jnp.arange(1.0, d_state + 1), (*shape, d_state))
     self.a_log = param(jnp.log(states), (*heads, None), weight_decay=False)
     self.skip = param(jnp.ones(shape), (*heads,), weight_decay=False)
-    self.out = Projection(heads, {'embed': d_model}, rngs=rngs)
+    if select_norm == 'scaled':
+      widths = (rank, d_state, d_state)
+      self.select_norms = nnx.List(RMSNorm(w, eps=norm_eps) for w in widths)
+    self.select_norm, self.norm_eps = select_norm, norm_eps
+    self.out = Projection(heads, embed, bias=out_bias, rngs=rngs)
     self.sizes = dict(N=shape[0], H=shape[1], S=d_state)
     self.splits = (rank, rank + d_state)
     self.options = dict(discretization=discretization, chunk_size=chunk_size)
@@ -74,7 +95,7 @@ class Mamba(Convolved):
   def recur(self, x, context, past):
     """Returns y, the state and the tails; see `Recurrent`."""
     value, tail = self.convolve(self.value(x), context, past)
-    low, B, C = jnp.split(self.select(value), self.splits, -1)
+    low, B, C = self.selected(value)
     dt = self.dt(low).astype(jnp.float32) + value_of(self.dt_bias, jnp.float32)
     y, state = self.scan(
       context,
@@ -87,6 +108,21 @@ class Mamba(Convolved):
       D=value_of(self.skip, jnp.float32),
     )
     return self.out(y * jax.nn.silu(self.gate(x))), state, tail
+
+  def selected(self, value):
+    """Returns dt's low rank, B and C, [B, T, rank] and twice [B, T, S]."""
+    parts = jnp.split(self.select(value), self.splits, -1)
+    if self.select_norm == 'scaled':
+      return [norm(a) for norm, a in zip(self.select_norms, parts, strict=True)]
+    if self.select_norm == 'plain':
+      return [_rms_normalize(a, self.norm_eps) for a in parts]
+    return parts
+
+
+def _rms_normalize(x, eps):
+  """Divides x by the square root of the mean of its squares and eps."""
+  size = x.shape[-1]
+  return l2_normalize(x, eps=size * eps) * size**0.5
 
 
 def _uniform(key, shape, fan_in):
