@@ -106,7 +106,8 @@ def rg_lru(m, x):
   a = sigmoid(-value(m.rate)) ** (8 * r)
   h, out = np.zeros((B, *m.rate.shape)), []
   for t in range(T):
-    h = a[:, t] * h + np.sqrt(1 - a[:, t] ** 2) * i[:, t] * u[:, t]
+    scale = 1 if t == 0 and m.counts else np.sqrt(1 - a[:, t] ** 2)
+    h = a[:, t] * h + scale * i[:, t] * u[:, t]
     out.append(h)
   return project(m.out, np.stack(out, 1) * gelu(project(m.gate, x)))
 
@@ -173,6 +174,7 @@ def slstm(m, x):
     (mamba, {'select_norm': 'plain', 'norm_eps': 0.1}),
     (mamba, {'select_norm': 'scaled', 'in_bias': True, 'out_bias': True}),
     (rg_lru, {}),
+    (rg_lru, {'scale_first': False, 'in_bias': True, 'out_bias': True}),
     (rwkv4, {'depth': 0.5}),
     (slstm, {'depth': 0.5}),
     (slstm, {'shared_norm': True}),

@@ -7,13 +7,16 @@
 on one linear branch after a convolution of 4 tokens; the other branch passes a
 GELU and multiplies the output. The gates are block diagonal, one block per
 head. a^c starts uniform in [0.9, 0.999], as in the paper; recurrentgemma draws
-a, uniform by area, and does not scale the first token of a sequence.
+a, uniform by area, has biases, and does not scale the first token of a
+sequence: h_1 = i_1 * x_1 (`scale_first=False`).
 """
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from efficient_attn.layers.cache import RecurrentCache, new_cursor
+from efficient_attn.layers.context import Context
 from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.headwise import Headwise
 from efficient_attn.layers.param import Projection, param, value_of
@@ -38,13 +41,17 @@ class RGLRU(Convolved):
     rngs: nnx.Rngs,
     expand: PositiveFloat = 4 / 3,
     conv_width: Positive = 4,
+    in_bias: bool = False,
+    out_bias: bool = False,
+    scale_first: bool = True,
     chunk_size: ChunkSize = 64,
   ):
     del causal  # always True, as the row says
     shape = (num_heads, int(expand * d_model / num_heads))
     heads = {'heads': shape[0], 'head_dim': shape[1]}
-    self.value = Projection({'embed': d_model}, heads, rngs=rngs)
-    self.gate = Projection({'embed': d_model}, heads, rngs=rngs)
+    embed = {'embed': d_model}
+    self.value = Projection(embed, heads, bias=in_bias, rngs=rngs)
+    self.gate = Projection(embed, heads, bias=in_bias, rngs=rngs)
     self.conv = ShortConv(
       heads, conv_width, bias=True, activation=None, rngs=rngs
     )
@@ -54,7 +61,8 @@ class RGLRU(Convolved):
     # softplus(rate) = -log(a), so that a = sigmoid(-rate).
     rate = jnp.log(jnp.expm1(-jnp.log(decay) / C))
     self.rate = param(rate, (*heads,), weight_decay=False)
-    self.out = Projection(heads, {'embed': d_model}, rngs=rngs)
+    self.out = Projection(heads, embed, bias=out_bias, rngs=rngs)
+    self.counts = not scale_first
     self.sizes = dict(N=shape[0], H=shape[1])
     self.options = dict(chunk_size=chunk_size)
 
@@ -69,6 +77,8 @@ class RGLRU(Convolved):
     # where the gate is shut (sigmoid(r) = 0, a = 1).
     scale = jnp.sqrt(2 * rate * expm1_ratio(2 * log_decay))
     scale = scale * jnp.exp(jax.nn.log_sigmoid(r) / 2)
+    if self.counts:
+      scale = jnp.where(_first_tokens(x, context, past), 1, scale)
     h, state = self.scan(
       context,
       past,
@@ -77,3 +87,12 @@ class RGLRU(Convolved):
     )
     y = self.out(h.astype(x.dtype) * jax.nn.gelu(self.gate(x)))
     return y, state, tail
+
+
+def _first_tokens(x, context: Context, past: RecurrentCache) -> jax.Array:
+  """Tells which of the tokens x [B, T, D] begin a sequence, [B|1, T, 1, 1]."""
+  cursor = past.cursor or new_cursor()
+  places = cursor.length + jnp.arange(x.shape[1])
+  starts = cursor.starts(context, x.shape[1])
+  first = places == (0 if starts is None else starts)
+  return jnp.atleast_2d(first)[..., None, None]
