@@ -6,6 +6,7 @@ GatedOutput, NormedOutput   what maps heads to the output
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -82,6 +83,13 @@ DPLR = Recurrence(
   dplr, {**LINEAR.inputs, 'a': 'BTNH', 'b': 'BTNH'}, state='BNHV'
 )
 DIAGONAL = Recurrence(diagonal_scan, {'x': 'BTNH'}, state='BNH')
+
+
+@functools.cache  # equal mixers have the same one
+def with_key_heads(recurrence: Recurrence, key_heads: int) -> Recurrence:
+  """Returns the same for q and k with fewer heads; one is on every device."""
+  letters = 'BTGH' if key_heads == 1 else 'BTNH'
+  return recurrence.taking(q=letters, k=letters)
 
 
 class Recurrent(Mixer):

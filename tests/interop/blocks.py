@@ -27,10 +27,7 @@ from tests.interop.pairs import (
 
 
 def gated_deltanet() -> Pair:
-  """Their two key heads serve two value heads each; ours hold copies.
-
-  The eps is that of Qwen3-Next.
-  """
+  """Two key heads that serve two value heads each, with Qwen3-Next's eps."""
   hf = modeling('qwen3_next')
 
   keys, key_dim, value_dim = 2, 6, 12
@@ -44,11 +41,14 @@ def gated_deltanet() -> Pair:
   )
   theirs = hf.Qwen3NextGatedDeltaNet(config, layer_idx=0)
   w = randomize(theirs, dt_bias=-2.0, norm=1.0)
-  ours = build('gated_deltanet', norm_eps=config.rms_norm_eps, chunk_size=16)
-
-  def copies(a):
-    return np.repeat(a, N // keys, axis=0)
-
+  ours = build(
+    'gated_deltanet',
+    key_heads=keys,
+    key_dim=key_dim,
+    value_dim=value_dim,
+    norm_eps=config.rms_norm_eps,
+    chunk_size=16,
+  )
   # One group of rows for each key head: q, k and the v and z it serves.
   each = N // keys * value_dim
   q, k, v, z = np.split(
@@ -57,19 +57,15 @@ def gated_deltanet() -> Pair:
     axis=1,
   )
   beta, decay = np.split(w['in_proj_ba.weight'].reshape(keys, -1, D), 2, axis=1)
-  put(ours.qkv.query.weight, into(copies(q)))
-  put(ours.qkv.key.weight, into(copies(k)))
+  put(ours.qkv.query.weight, into(q))
+  put(ours.qkv.key.weight, into(k))
   put(ours.qkv.value.weight, into(v))
   put(ours.beta.weight, into(beta))
   put(ours.gate.project.weight, into(decay))
   put(ours.out.gate.weight, into(z))
   taps = w['conv1d.weight'][:, 0]
-  q, k, v = np.split(taps, [keys * key_dim, 2 * keys * key_dim])
-  for conv, a in zip(
-    ours.qkv.convs,
-    (*(copies(a.reshape(keys, key_dim, -1)) for a in (q, k)), v),
-    strict=True,
-  ):
+  parts = np.split(taps, [keys * key_dim, 2 * keys * key_dim])
+  for conv, a in zip(ours.qkv.convs, parts, strict=True):
     put(conv.weight, into(a))
   put(ours.gate.dt_bias, w['dt_bias'])
   put(ours.gate.a_log, w['A_log'])
@@ -169,11 +165,10 @@ def rwkv4() -> Pair:
   return Pair(ours, run, new_cache)
 
 
-def rg_lru() -> Pair:
-  """The paper's equations: no biases in the projections of the block.
+def recurrent_block(first: int, **options) -> Pair:
+  """The recurrent block of Griffin on tokens whose positions begin at `first`.
 
-  Theirs lets the first token in unscaled, the token at position 0; here all
-  are at later positions.
+  Theirs lets the token at position 0 in unscaled.
   """
   from transformers.models.recurrent_gemma import modeling_recurrent_gemma as hf
 
@@ -182,11 +177,13 @@ def rg_lru() -> Pair:
   )
   theirs = hf.RecurrentGemmaRecurrentBlock(config, layer_idx=0).eval()
   w = randomize(theirs, **{'rg_lru.recurrent_param': -2.0})
-  for linear in (theirs.linear_x, theirs.linear_y, theirs.linear_out):
-    linear.bias.data.zero_()
-  ours = build('rg_lru', expand=1, chunk_size=16)
-  put(ours.value.weight, w['linear_x.weight'].T)
-  put(ours.gate.weight, w['linear_y.weight'].T)
+  ours = build('rg_lru', expand=1, chunk_size=16, **options)
+  for name, layer in (('x', ours.value), ('y', ours.gate), ('out', ours.out)):
+    put(layer.weight, w[f'linear_{name}.weight'].T)
+    if layer.bias is None:
+      getattr(theirs, f'linear_{name}').bias.data.zero_()
+    else:
+      put(layer.bias, w[f'linear_{name}.bias'])
   put(ours.conv.weight, w['conv_1d.weight'][:, 0].T)
   put(ours.conv.bias, w['conv_1d.bias'])
   for gate, name in (
@@ -196,17 +193,28 @@ def rg_lru() -> Pair:
     put(gate.weight, w[f'rg_lru.{name}_weight'])
     put(gate.bias, w[f'rg_lru.{name}_bias'])
   put(ours.rate, w['rg_lru.recurrent_param'])
-  put(ours.out.weight, w['linear_out.weight'].T)
 
   def run(x, cache=None):
-    positions = torch.ones(x.shape[:2], dtype=int)
+    start = first if cache is None else cache.pop()
+    positions = start + torch.arange(x.shape[1])[None]
+    if cache is not None:
+      cache.append(start + x.shape[1])
     return theirs(x, positions, None, use_cache=cache is not None)[0]
 
-  def new_cache():  # which they keep in the module
+  def new_cache():  # the state is in the module
     theirs._setup_cache(1, 'cpu', torch.float32)
-    return True
+    return [first]
 
   return Pair(ours, run, new_cache)
+
+
+def rg_lru() -> Pair:
+  """The paper's equations: no biases in the projections of the block."""
+  return recurrent_block(1)
+
+
+def recurrent_gemma() -> Pair:
+  return recurrent_block(0, in_bias=True, out_bias=True, scale_first=False)
 
 
 def mlstm_layer() -> Pair:
@@ -275,6 +283,7 @@ BLOCKS = {
     lightning,
     rwkv4,
     rg_lru,
+    recurrent_gemma,
     mlstm_layer,
   )
 }

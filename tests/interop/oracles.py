@@ -47,6 +47,7 @@ BLOCKS = {
   'minicpm3': Oracle('mla', HF, 'MiniCPM3Attention'),
   'mlstm_layer': Oracle('mlstm', HF, 'xLSTMLayer', 'op'),
   'qwen3_next': Oracle('attention', HF, 'Qwen3NextAttention'),
+  'recurrent_gemma': Oracle('rg_lru', HF, 'RecurrentGemmaRecurrentBlock'),
   'rg_lru': Oracle('rg_lru', HF, 'RecurrentGemmaRecurrentBlock'),
   'rwkv4': Oracle('rwkv4', HF, 'RwkvSelfAttention'),
 }

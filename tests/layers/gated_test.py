@@ -346,6 +346,34 @@ def test_mamba2_refuses(options, words):
     build('mamba2', **options)
 
 
+@pytest.mark.parametrize('name', ['deltanet', 'gated_deltanet', 'kda'])
+def test_a_shared_key_head_is_copies_of_it(name):
+  widths = dict(key_dim=6, value_dim=10, chunk_size=4)
+  copies, shared = make(name, **widths), make(name, key_heads=2, **widths)
+  graphdef, params = nnx.split(copies)
+  params = jax.tree.map(
+    lambda a, b: jnp.repeat(b, 2, a.ndim - 2) if a.shape != b.shape else b,
+    params,
+    nnx.state(shared),
+  )
+  x = np.random.default_rng(1).standard_normal((B, T, D)).astype(np.float32)
+  run = jax.jit(lambda m, x: m(x)[0])
+  expected = run(nnx.merge(graphdef, params), x)
+  np.testing.assert_allclose(run(shared, x), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  'name,key_heads,words',
+  [
+    ('gated_deltanet', 3, 'key_heads=3 does not divide num_heads=4'),
+    ('comba', 2, 'key_heads=2 is not possible for comba'),
+  ],
+)
+def test_key_heads_that_are_refused(name, key_heads, words):
+  with pytest.raises(ConfigError, match=words):
+    build(name, key_heads=key_heads)
+
+
 def test_comba_of_earlier_runs():
   mixer = make('comba', chunk_size=4, **formats.IMPLIED[2]['comba'])
   x = np.random.default_rng(1).standard_normal((B, T, D)).astype(np.float32)

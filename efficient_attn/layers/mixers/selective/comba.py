@@ -57,6 +57,11 @@ class Comba(GatedDeltaNet):
     **options,
   ):
     self.output_gate = output_gate
+    if options.get('key_heads', num_heads) not in (0, num_heads):
+      raise ConfigError(
+        f'key_heads={options["key_heads"]} is not possible for comba, whose'
+        ' corrections are one for each head; use key_heads=0'
+      )
     super().__init__(d_model=d_model, num_heads=num_heads, rngs=rngs, **options)
     if rule == 'comba' and self.largest_beta > 1:
       raise ConfigError(

@@ -12,16 +12,26 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from efficient_attn.config import ConfigError
 from efficient_attn.layers.conv import conv_taps
 from efficient_attn.layers.norm import l2_normalize
 from efficient_attn.layers.param import Projection
 from efficient_attn.layers.qkv import QKV
-from efficient_attn.layers.recurrence import DELTA, NormedOutput, Recurrent
+from efficient_attn.layers.recurrence import (
+  DELTA,
+  NormedOutput,
+  Recurrent,
+  with_key_heads,
+)
 from efficient_attn.values import ChunkSize, NonNegative, PositiveFloat
 
 
 class DeltaNet(Recurrent):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring.
+
+  `key_dim` and `value_dim`, the widths of heads, are expand_k and expand_v
+  times D / num_heads by default. With `key_heads` below num_heads several value
+  heads share a query and a key, as in Qwen3-Next.
 
   The other delta rules override what differs: `recurrence`, `output`, `decay`
   and `arrays`.
@@ -39,17 +49,27 @@ class DeltaNet(Recurrent):
     rngs: nnx.Rngs,
     expand_k: PositiveFloat = 1.0,
     expand_v: PositiveFloat = 1.0,
+    key_dim: NonNegative = 0,
+    value_dim: NonNegative = 0,
+    key_heads: NonNegative = 0,
     negative_eigenvalues: bool = False,
     conv_width: NonNegative | None = None,
     norm_eps: PositiveFloat = 1e-5,
     chunk_size: ChunkSize = 64,
   ):
-    key_dim = int(expand_k * d_model / num_heads)
-    value_dim = int(expand_v * d_model / num_heads)
+    key_dim = key_dim or int(expand_k * d_model / num_heads)
+    value_dim = value_dim or int(expand_v * d_model / num_heads)
+    key_heads = key_heads or num_heads
+    if num_heads % key_heads:
+      raise ConfigError(
+        f'key_heads={key_heads} does not divide num_heads={num_heads}'
+      )
+    if key_heads < num_heads:
+      self.recurrence = with_key_heads(self.recurrence, key_heads)
     self.qkv = QKV(
       d_model,
-      query=(num_heads, key_dim),
-      key=(num_heads, key_dim),
+      query=(key_heads, key_dim),
+      key=(key_heads, key_dim),
       value=(num_heads, value_dim),
       conv_width=conv_taps(conv_width, causal),
       rngs=rngs,

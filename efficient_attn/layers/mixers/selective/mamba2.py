@@ -11,7 +11,6 @@ Falcon-H1 (2507.22448) normalises before the gate or not at all, and multiplies
 z, x, B, C and dt by constants.
 """
 
-import functools
 from typing import Annotated
 
 import jax
@@ -23,7 +22,7 @@ from efficient_attn.layers.conv import ShortConv, convolve
 from efficient_attn.layers.decay import time_step_bias
 from efficient_attn.layers.head_norm import JointRMSNorm
 from efficient_attn.layers.param import Projection, param, value_of
-from efficient_attn.layers.recurrence import LINEAR, Recurrence, Recurrent
+from efficient_attn.layers.recurrence import LINEAR, Recurrent, with_key_heads
 from efficient_attn.values import (
   ChunkSize,
   NonNegative,
@@ -41,7 +40,7 @@ class Mamba2(Recurrent):
   `multipliers` are those of z, x, B, C and dt, () for none.
   """
 
-  # The one head of q and k is on every device; groups are not, see `_grouped`.
+  # The one head of q and k is on every device.
   recurrence = LINEAR.taking(q='BTGH', k='BTGH', log_decay='BTN')
 
   def __init__(
@@ -78,7 +77,7 @@ class Mamba2(Recurrent):
     if dt_max is not None and dt_max < dt_min:
       raise ConfigError(f'dt_max={dt_max} is below dt_min={dt_min}')
     if groups > 1:
-      self.recurrence = _grouped(self.recurrence)
+      self.recurrence = with_key_heads(self.recurrence, groups)
     inputs = {'embed': d_model}
     heads = {'heads': num_heads, 'head_dim': head_dim}
     state = {'state': 2 * groups * state_dim}  # B of all groups, C of all
@@ -152,9 +151,3 @@ class Mamba2(Recurrent):
     """Returns zeros."""
     convs = self.x_conv, self.bc_conv
     return tuple(conv.init_state(batch, dtype) for conv in convs)
-
-
-@functools.cache  # equal modules have the same one
-def _grouped(recurrence: Recurrence) -> Recurrence:
-  """Returns the same for q and k with heads of their own."""
-  return recurrence.taking(q='BTNH', k='BTNH')
