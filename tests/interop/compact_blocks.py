@@ -49,14 +49,16 @@ def attention_pair(ours, theirs, config, rotary) -> Pair:
   return Pair(ours, run, lambda: DynamicCache(config=config))
 
 
-def latent(hf, layer, interleaved=False, **options) -> Pair:
+def latent(
+  hf, layer, interleaved=False, q_rank=12, position='rotary', **options
+) -> Pair:
   """MLA; theirs may rotate neighbouring channels, ours the two halves."""
-  nope, rope, value, q_rank, kv_rank = 8, 4, 10, 12, 14
+  nope, rope, value, kv_rank = 8, 4, 10, 14
   prefix = layer.__name__.removesuffix('Attention')
   config = getattr(hf, f'{prefix}Config')(
     **COMMON,
     num_key_value_heads=N,
-    q_lora_rank=q_rank,
+    q_lora_rank=q_rank or None,
     kv_lora_rank=kv_rank,
     qk_nope_head_dim=nope,
     qk_rope_head_dim=rope,
@@ -72,6 +74,7 @@ def latent(hf, layer, interleaved=False, **options) -> Pair:
     value_dim=value,
     q_rank=q_rank,
     kv_rank=kv_rank,
+    position=position,
   )
 
   def halves(rows):  # the even channels, then the odd ones
@@ -80,9 +83,11 @@ def latent(hf, layer, interleaved=False, **options) -> Pair:
       order = order.reshape(-1, 2).T.reshape(-1)
     return rows[..., order, :]
 
-  put(ours.query_down.weight, w['q_a_proj.weight'].T)
-  put(ours.query_norm.scale, w['q_a_layernorm.weight'])
-  q = w['q_b_proj.weight'].reshape(N, nope + rope, q_rank)
+  if q_rank:
+    put(ours.query_down.weight, w['q_a_proj.weight'].T)
+    put(ours.query_norm.scale, w['q_a_layernorm.weight'])
+  q = w['q_b_proj.weight' if q_rank else 'q_proj.weight']
+  q = q.reshape(N, nope + rope, -1)
   q = np.concatenate([q[:, :nope], halves(q[:, nope:])], axis=1)
   put(ours.query_up.weight, into(q))
   down, rotary_key = np.split(w['kv_a_proj_with_mqa.weight'], [kv_rank])
@@ -93,8 +98,26 @@ def latent(hf, layer, interleaved=False, **options) -> Pair:
   put(ours.key_up.weight, into(up[:, :nope]))
   put(ours.value_up.weight, into(up[:, nope:]))
   put(ours.out.weight, w['o_proj.weight'].T)
-  rotary = getattr(hf, f'{prefix}RotaryEmbedding')(config)
+  rotary = none
+  if position == 'rotary':
+    rotary = getattr(hf, f'{prefix}RotaryEmbedding')(config)
   return attention_pair(ours, theirs, config, rotary)
+
+
+def none(x, positions):
+  """The angles of a model without positions."""
+
+
+def kimi_mla() -> Pair:
+  hf = modeling('kimi_linear')
+
+  return latent(
+    hf,
+    hf.KimiLinearAttention,
+    q_rank=0,
+    position='none',
+    layer_types=['full_attention'],
+  )
 
 
 def deepseek_v2() -> Pair:
@@ -227,6 +250,7 @@ BLOCKS = {
     deepseek_v3,
     diffllama,
     gpt_oss,
+    kimi_mla,
     mfa,
     minicpm3,
     qwen3_next,

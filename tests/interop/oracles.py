@@ -38,6 +38,7 @@ BLOCKS = {
   'gpt_oss': Oracle('attention', HF, 'GptOssAttention'),
   'jamba': Oracle('mamba', HF, 'JambaMambaMixer'),
   'kda': Oracle('kda', HF, 'KimiLinearDeltaAttention'),
+  'kimi_mla': Oracle('mla', HF, 'KimiLinearAttention'),
   'lightning': Oracle('lightning', HF, 'MiniMaxLightningAttention'),
   'mamba': Oracle('mamba', HF, 'MambaMixer'),
   'mamba2': Oracle('mamba2', HF, 'Mamba2Mixer'),

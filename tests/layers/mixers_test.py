@@ -79,6 +79,7 @@ MORE = [
   ('bigbird', dict(block_size=4, num_random=1, num_global=2)),
   ('neighborhood', dict(window=3)),
   ('mla', dict(absorbed=True)),
+  ('mla', dict(position='none')),
   ('differential', dict(num_kv_heads=2, gate='head', qk_norm=True)),
   ('window', dict(window=1)),
   ('path', dict(chunk_size=8, forget_gate=True)),

@@ -15,6 +15,8 @@ is attention to one head, shared by all, of width kv_rank + rope_dim: more work
 a pair of tokens, but no expansion of the past.
 """
 
+from typing import Annotated
+
 import jax.numpy as jnp
 from flax import nnx
 
@@ -25,7 +27,7 @@ from efficient_attn.layers.param import Projection
 from efficient_attn.ops import masks
 from efficient_attn.ops.positions import rotary
 from efficient_attn.ops.softmax.attention import attention
-from efficient_attn.values import NonNegative, PositiveFloat
+from efficient_attn.values import NonNegative, OneOf, PositiveFloat
 
 
 class MLA(Compact):
@@ -35,6 +37,7 @@ class MLA(Compact):
   positions has H = nope_dim channels: kv_rank 4 H, rope_dim H / 2, value_dim H,
   and q_rank 0.3 D; with q_rank=0 queries are not compressed. `absorbed=None`
   takes the form with fewer operations: expanded to train, absorbed to decode.
+  With position='none', as in Kimi Linear, the rotary parts do not rotate.
   """
 
   def __init__(
@@ -49,6 +52,7 @@ class MLA(Compact):
     nope_dim: NonNegative = 0,
     rope_dim: NonNegative = 0,
     value_dim: NonNegative = 0,
+    position: Annotated[str, OneOf(('rotary', 'none'))] = 'rotary',
     rotary_base: PositiveFloat = 10_000.0,
     absorbed: bool | None = None,
     implementation: str | None = None,
@@ -77,7 +81,7 @@ class MLA(Compact):
     self.out = Projection(values, embed, rngs=rngs)
     self.causal = causal
     self.widths = dict(latent=(kv_rank,), rotary_key=(rope_dim,))
-    self.rotary_base = rotary_base
+    self.rotary_base = rotary_base if position == 'rotary' else None
     self.absorbed = absorbed
     self.options = dict(
       scale=(nope_dim + rope_dim) ** -0.5, implementation=implementation
@@ -89,12 +93,14 @@ class MLA(Compact):
     if self.query_down is not None:
       query = self.query_norm(self.query_down(x))
     query = self.query_up(query)
-    nope, rope = jnp.split(query, [self.key_up.weight.shape[-1]], axis=-1)
-    rope = rotary(rope, positions, base=self.rotary_base)
-    key = self.rotary_key(x)[:, :, None]  # one head
-    key = rotary(key, positions, base=self.rotary_base)[:, :, 0]
-    memory = dict(latent=self.kv_norm(self.kv_down(x)), rotary_key=key)
-    return jnp.concatenate([nope, rope], axis=-1), memory
+    key = self.rotary_key(x)
+    if self.rotary_base is not None:
+      nope, rope = jnp.split(query, [self.key_up.weight.shape[-1]], axis=-1)
+      rope = rotary(rope, positions, base=self.rotary_base)
+      query = jnp.concatenate([nope, rope], axis=-1)
+      key = key[:, :, None]  # one head
+      key = rotary(key, positions, base=self.rotary_base)[:, :, 0]
+    return query, dict(latent=self.kv_norm(self.kv_down(x)), rotary_key=key)
 
   def attend(self, query, memory, mask):
     """Attends to the latent, or to the keys and values made of it."""
