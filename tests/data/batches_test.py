@@ -156,6 +156,7 @@ def test_epochs_are_shuffled_anew():
   assert (first['label'] != second['label']).any()
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize('name', ['jsonl', 'mixture', 'cache'])
 def test_workers_prepare_batches(tmp_path, name):
   config = _written(CONFIGS[name], tmp_path)

@@ -207,6 +207,7 @@ def test_a_killed_run_continues(corpus, tmp_path, monkeypatch, where):
   assert new == 0
 
 
+@pytest.mark.in_turn
 def test_processes_write_the_same(corpus, tmp_path):
   config = _config(corpus, tokenizer='words.json')
   _write(config, tmp_path / 'one', shard_bytes=5000)

@@ -72,6 +72,7 @@ def logits_of(name):
   return jax.jit(run)(plain(), TOKENS)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize('name', NAMES)
 def test_a_budget_of_everything_is_plain_decoding(name):
   np.testing.assert_allclose(
@@ -321,6 +322,7 @@ def test_leaves_the_model_as_it_was():
   assert jax.tree.structure(model) == before
 
 
+@pytest.mark.in_turn
 def test_sample_script(monkeypatch, capsys):
   def run(pattern, *flags):
     flags = ('--temperature=0', *flags)

@@ -146,6 +146,7 @@ def test_a_row_starts_again_while_others_go_on(pattern, scan):
   np.testing.assert_array_equal(found[0, 3:], alone(new)[0, :5])
 
 
+@pytest.mark.in_turn
 def test_sampled_equals_uncached():
   model = model_of('gla', 'attention')
   key, length = jax.random.key(5), 12

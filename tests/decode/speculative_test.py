@@ -103,6 +103,7 @@ def test_a_prompt_of_one_token():
   np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize(
   'options',
   [

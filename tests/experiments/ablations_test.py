@@ -202,6 +202,7 @@ def test_sizes_are_counted_and_matched(config):
     matched(config, batch, 'params', {'params': 10})
 
 
+@pytest.mark.in_turn
 def test_the_ffn_brings_parameters_within_two_percent(config):
   plain = of_gla(config)
   config = dataclasses.replace(
@@ -220,6 +221,7 @@ def test_the_ffn_brings_parameters_within_two_percent(config):
   assert matched(config, batch, 'params', counted) == config
 
 
+@pytest.mark.in_turn
 def test_equal_state_has_equal_parameters_too(config):
   plain = of_gla(config)
   config = dataclasses.replace(

@@ -159,6 +159,7 @@ FAKE = {
 }
 
 
+@pytest.mark.in_turn
 def test_a_failing_claim_stops_nothing_and_is_tried_again(tmp_path):
   record = run.measure(FAKE, tmp_path)
   assert run.verdicts(ONE, record['claims']['R97']) == [HOLDS, RESTATED]

@@ -67,6 +67,7 @@ def test_only_some_layers_tap_a_name():
   assert found['key'][0].shape == (2, 6, 2, 4)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize('remat', ['none', 'full'])
 def test_gradients_of_captured_values(remat):
   """A loss on hidden states, as in distillation."""

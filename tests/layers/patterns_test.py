@@ -242,6 +242,7 @@ def test_duo_gates_mix_full_and_streaming():
   assert (gradient != 0).all()  # also of the one that is clipped
 
 
+@pytest.mark.in_turn
 def test_duo_as_deployed():
   options = dict(window=5, num_sinks=3, num_kv_heads=4)
   mixer = make('duo', full_heads=2, **options)

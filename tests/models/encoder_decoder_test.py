@@ -147,6 +147,7 @@ def test_nothing_leaves_the_padding_of_a_memory():
   assert (gradient(y)[1][1, 4:] == 0).all()
 
 
+@pytest.mark.in_turn
 def test_packed_pairs_are_apart():
   model = build(position='learned', max_len=T)
   source_ids = jnp.array([[1, 1, 1, 2, 2, 2, 0], [1, 2, 2, 2, 2, 2, 2]])
@@ -163,6 +164,7 @@ def test_packed_pairs_are_apart():
     )
 
 
+@pytest.mark.in_turn
 def test_scanned_equals_unrolled_and_recomputed():
   base = dict(num_layers=2, pattern=('attention',), mixers={})
   scanned = build(**base)

@@ -94,6 +94,7 @@ def test_a_model_that_shares_decodes_what_it_computes():
   np.testing.assert_allclose(parts, whole, atol=1e-5)
 
 
+@pytest.mark.in_turn
 def test_scanned_unrolled_rematerialised_and_packed_agree():
   changes = dict(num_layers=4, pattern=('attention', 'attention:shared'))
   scanned = sharing(**changes)

@@ -383,6 +383,7 @@ def test_scan_and_remat_are_safe():
     np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.in_turn
 def test_sharded_is_unsharded():
   q, k, v = make_arrays(7, 7, B=2, N=8, K=4)
   ids = jnp.array([[0] * 3 + [1] * 4, [0] * 5 + [1] * 2])

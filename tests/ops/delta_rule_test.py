@@ -364,6 +364,7 @@ def test_delta_product_refuses_a_constant_gate_and_unequal_steps():
     call(x[..., 0, :], x, x[..., :2, :], x[..., :2, 0])
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize(
   'op, gate',
   [

@@ -319,6 +319,7 @@ def test_mlstm_with_queries_that_no_key_answers_is_zero():
     chex.assert_tree_all_finite(grads)
 
 
+@pytest.mark.in_turn
 @every_op
 def test_vmap_and_second_order(name):
   arrays, _ = make(name, 5)

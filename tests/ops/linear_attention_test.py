@@ -205,6 +205,7 @@ def test_affine_summary(gate, segments):
     assert_close(m[..., None] * initial + u, expected, 1e-12)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize('gate', ['scalar', 'channel'])
 def test_jvp_pairs_with_vjp_and_second_order_works(gate):
   arrays, _ = make(gate, 5, batch=1)

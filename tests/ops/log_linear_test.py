@@ -171,6 +171,7 @@ def test_state_continues_at_every_cut(form):
     close(out[:, : T - cut], expected[0][:, cut:])
 
 
+@pytest.mark.in_turn
 def test_gradients_through_the_state_and_fewer_buckets():
   T, cut = 12, 5
   arrays, ids = make(T), make_ids(T)
@@ -287,6 +288,7 @@ def test_extreme_gates_in_float32(gate):
     chex.assert_tree_all_finite(gradients)
 
 
+@pytest.mark.in_turn
 def test_the_default_form_and_bfloat16():
   arrays = make(9, dtype=np.float32)
   op = jax.jit(lambda arrays: log_linear_attention(**arrays)[0])

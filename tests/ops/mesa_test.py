@@ -258,6 +258,7 @@ def test_the_default_form_and_bfloat16():
   close(out.astype(np.float32), exact, 0.05 * np.abs(exact).max())
 
 
+@pytest.mark.in_turn
 def test_second_derivatives():
   arrays = make(5)
   loss = lambda a, form: jnp.sum(  # noqa: E731

@@ -172,6 +172,7 @@ def test_the_past_continues(form, cut):
   close(oracle.path_attention(**tail, past=seen)[0], out[:, cut:], 1e-13)
 
 
+@pytest.mark.in_turn
 def test_gradients_through_the_past():
   arrays = make(11)
   head, tail = ({n: x[:, s] for n, x in arrays.items()} for s in CUT)
@@ -200,6 +201,7 @@ def test_packed_equals_separate():
         close(gradient[:, a:b], expected[name], 1e-12)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize('form', ['blockwise', 'recurrent'])
 def test_packed_rows_continue(form):
   arrays = make(12)

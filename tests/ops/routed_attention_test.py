@@ -189,6 +189,7 @@ def test_published_chunks_of_reformer_look_ahead():
   np.testing.assert_array_equal(ours[0], ours[1])
 
 
+@pytest.mark.in_turn
 def test_queries_from_an_offset_on():
   """As with a cache: later keys are there, and are anything."""
   names = [n for n in CAUSAL if CASES[n].queries and n != 'sinkhorn']

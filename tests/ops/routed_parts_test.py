@@ -341,6 +341,7 @@ def test_wrong_calls(unchecked):
     dsa_attention(*qkv, query, query[:, :, 0], query[..., 0], top_k=0)
 
 
+@pytest.mark.in_turn
 def test_hash_attention_of_an_encoder_in_chunks():
   """With every key chosen it is attention, for many queries and few keys."""
   rng = np.random.default_rng(2)

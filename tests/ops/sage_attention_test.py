@@ -162,6 +162,7 @@ def error(name, **changes):
   return relative(run(q, k, v), attention(q, k, v))
 
 
+@pytest.mark.in_turn
 def test_smoothing_both_makes_four_bits_usable():
   for name, largest in (('sage2', 0.2), ('sage3', 0.2)):
     whole = error(name)
@@ -170,6 +171,7 @@ def test_smoothing_both_makes_four_bits_usable():
     assert whole < 0.6 * error(name, smooth_key=False)
 
 
+@pytest.mark.in_turn
 def test_more_bits_err_less():
   assert error('sage1') < 0.5 * error('sage2')
   assert error('sage2', logits='int8') < 0.5 * error('sage2')

@@ -130,6 +130,7 @@ def test_outputs_and_gradients(K, M, lists, budget, monkeypatch):
   np.testing.assert_allclose(slope, (f(1) - f(-1)) / 2, rtol=1e-6)
 
 
+@pytest.mark.in_turn
 def test_vmap_is_a_loop():
   arrays, blocks, *_ = make(2, 2, False)
   other, more, *_ = make(2, 2, False, seed=5)

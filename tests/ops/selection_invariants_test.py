@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from efficient_attn.ops import masks
 from efficient_attn.ops.selection import heads, scoring, tokens, video
@@ -76,6 +77,7 @@ def magicpig_estimates(draws=3000):
   return [np.asarray(x, np.float64) for x in (*draws, *truth)]
 
 
+@pytest.mark.in_turn
 def test_magicpig_is_unbiased_below_the_bar_and_biased_as_a_whole():
   """The survey calls the output unbiased; a ratio of unbiased sums is not."""
   totals, outs, total, out = magicpig_estimates()
@@ -94,6 +96,7 @@ def test_magicpig_is_unbiased_below_the_bar_and_biased_as_a_whole():
   assert 0.005 < relative < 0.2
 
 
+@pytest.mark.in_turn
 def test_retrieval_is_the_merge_of_two_devices():
   q, k, v = arrays()
   options = dict(sinks=2, window=8)

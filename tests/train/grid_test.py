@@ -96,6 +96,7 @@ def test_a_diverging_run_does_not_touch_the_others():
   assert both.skipped[0] == 0 < both.skipped[1]
 
 
+@pytest.mark.in_turn
 def test_tests_with_other_options():
   grid = Grid(CONFIG, RUNS[:1], jax.devices()[:1])
   longer = dataclasses.replace(

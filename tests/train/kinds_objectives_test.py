@@ -126,6 +126,7 @@ def test_classes_of_sequences(model):
   assert sums['weight'] == 1 and sums['tokens_read'] == B * S
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize(
   'kind,objective,options',
   [

@@ -152,6 +152,7 @@ def stop_after(monkeypatch, step):
   monkeypatch.setattr(watch.StopSignal, 'requested', requested)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize('changes', [LORA, FROZEN, AVERAGE], ids=str)
 def test_a_stopped_run_goes_on_as_it_was(changes, tmp_path, monkeypatch):
   run(tmp_path / 'whole', **changes)
@@ -255,6 +256,7 @@ def test_differences_have_to_be_named(key, other):
     check(tiny(**changes))
 
 
+@pytest.mark.in_turn
 def test_a_run_with_adapters_is_begun_from(tmp_path):
   """Its adapters are merged; the new run may have others."""
   run(tmp_path / 'a', **LORA)
@@ -393,6 +395,7 @@ def test_the_config_of_a_run_names_its_groups(tmp_path):
     assert getattr(saved, key) == getattr(config, key)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize('changes', [LORA, AVERAGE, FROZEN], ids=str)
 def test_a_mesh_changes_nothing(changes):
   """Frozen parts, adapters and averages are laid out as parameters are."""

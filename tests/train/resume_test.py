@@ -31,6 +31,7 @@ def stop_after(monkeypatch, step):
   monkeypatch.setattr(watch.StopSignal, 'requested', requested)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize('step', [2, 3, 6])
 def test_a_stopped_run_has_the_same_rows(step, tmp_path, monkeypatch, whole):
   """Also where it stops at a validation, or between two rows."""

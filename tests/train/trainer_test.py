@@ -95,6 +95,7 @@ def test_learns(tmp_path):
   assert losses(tmp_path)[-1] < losses(tmp_path)[0] - 1.5
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize(
   'mesh',
   [
@@ -226,6 +227,7 @@ def test_divergence_stops_with_what_is_needed(tmp_path):
     run(config, tmp_path, jax.devices()[:1])
 
 
+@pytest.mark.in_turn
 def test_divergence_can_be_skipped(tmp_path):
   config = tiny(
     **{
@@ -280,6 +282,7 @@ def test_saved_config_relaunches(one_device):
   assert config.data == tiny().data and check(config).config == config
 
 
+@pytest.mark.in_turn
 def test_each_source_of_a_mixture_is_validated(tmp_path):
   """And the whole is the mean over all of their tokens."""
   for name, text in ('a', 'ab'), ('b', 'xyz'):
