@@ -43,7 +43,17 @@ class ModelConfig(Group):
   norm: str = 'rmsnorm'  # layers.NORMS
   # Options of the norms of blocks and of the last one: {'eps': 1e-5}.
   norms: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  norm_position: Annotated[str, OneOf(('pre', 'post'))] = 'pre'
+  # Where the norms of a block are, see layers.block.
+  norm_position: Annotated[
+    str, OneOf(('pre', 'post', 'sandwich', 'branch', 'normed'))
+  ] = 'pre'
+  # Mixer and ffn read the same stream, with a norm each or the mixer's.
+  parallel: Annotated[str, OneOf(('none', 'own_norms', 'shared_norm'))] = 'none'
+  # Factors of residual connections, by the name of the mixer or ffn:
+  # {'lightning': {'skip': 3.5, 'branch': 1.0}}.
+  residuals: Mapping[str, Mapping[str, Any]] = dataclasses.field(
+    default_factory=dict
+  )
   dropout: BelowOne = 0.0
   scan_layers: bool = True  # compile one period of the pattern, not all layers
   remat: str = 'none'  # layers.REMAT_POLICIES
@@ -63,6 +73,17 @@ class ModelConfig(Group):
       )
     if not self.pattern:
       raise ConfigError('model.pattern=() must name at least one mixer')
+    positions = {
+      'none': ('pre', 'post', 'sandwich', 'branch', 'normed'),
+      'own_norms': ('pre', 'sandwich', 'branch'),
+      'shared_norm': ('pre', 'sandwich'),
+    }[self.parallel]
+    if self.norm_position not in positions:
+      raise ConfigError(
+        f'model.parallel={self.parallel!r} is not possible with '
+        f'model.norm_position={self.norm_position!r}; use '
+        f'{" or ".join(map(repr, positions))}'
+      )
 
   @property
   def patterns(self) -> dict[str, tuple[str, ...]]:

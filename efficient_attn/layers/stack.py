@@ -1,4 +1,4 @@
-"""Blocks and their stack: a pattern of mixers repeated over depth.
+"""The stack of blocks: a pattern of mixers repeated over depth.
 
 With `scan_layers` the repetitions of the pattern are one `jax.lax.scan`, so
 that compile time does not grow with depth; parameters and caches then carry a
@@ -17,16 +17,12 @@ from flax import nnx
 
 from efficient_attn.config import ConfigError, ModelConfig, choose
 from efficient_attn.layers import capture
-from efficient_attn.layers.capture import tap
+from efficient_attn.layers.block import Block, row_of
 from efficient_attn.layers.context import Context
-from efficient_attn.layers.cross_attention import CrossAttention, CrossCache
-from efficient_attn.layers.dropout import dropout
-from efficient_attn.layers.ffn import ACTIVATIONS, FFNS
+from efficient_attn.layers.ffn import FFNS
 from efficient_attn.layers.mixer import Penalized, SharesKeys
-from efficient_attn.layers.mixers import build_mixer, choose_mixer, read_options
-from efficient_attn.layers.norm import norm_of
+from efficient_attn.layers.mixers import MIXERS, choose_mixer, read_options
 from efficient_attn.ops.per_platform import KEPT
-from efficient_attn.values import under
 
 _policies = jax.checkpoint_policies
 _kernels = _policies.save_only_these_names(KEPT)
@@ -44,123 +40,6 @@ REMAT_POLICIES = {
     _policies.dots_saveable, _kernels
   ),
 }
-
-
-def row_of(name: str) -> str:
-  """The row of a name in a pattern: 'window:far' is a 'window' of its own."""
-  return name.partition(':')[0]
-
-
-class Block(nnx.Module):
-  """Mixer and ffn, each with a norm and a residual connection.
-
-  pre:  x + f(norm(x))      post:  norm(x + f(x))
-
-  With `cross` there is cross-attention to a memory between the two.
-  """
-
-  def __init__(
-    self,
-    config: ModelConfig,
-    mixer: str,
-    causal: bool,
-    *,
-    cross: bool = False,
-    rngs: nnx.Rngs,
-  ):
-    self.mixer = build_mixer(
-      row_of(mixer),
-      d_model=config.d_model,
-      causal=causal,
-      rngs=rngs,
-      **{'num_heads': config.num_heads, **config.mixers.get(mixer, {})},
-    )
-    ffn = choose('model.ffn', config.ffn, FFNS)
-    activation = choose('model.activation', config.activation, ACTIVATIONS)
-    norm = norm_of(config)
-    self.mixer_norm = norm(config.d_model)
-    if ffn is None:
-      self.ffn = self.ffn_norm = None
-    else:
-      self.ffn = ffn(
-        config.d_model,
-        config.ffn_dim,
-        activation,
-        bias=config.ffn_bias,
-        rngs=rngs,
-      )
-      self.ffn_norm = norm(config.d_model)
-    if cross:
-      self.cross = CrossAttention(config.d_model, config.num_heads, rngs=rngs)
-      self.cross_norm = norm(config.d_model)
-    else:
-      self.cross = self.cross_norm = None
-    self.name, self.row = mixer, row_of(mixer)  # in the pattern, the table
-    self.norm_first = config.norm_position == 'pre'
-    self.dropout = config.dropout
-    self.shares = False  # whether it takes part in `share`
-    modules = (module for _, module in nnx.iter_modules(self.mixer))
-    self.penalized = any(isinstance(m, Penalized) for m in modules)
-
-  def __call__(self, x, context, cache, key, shared):
-    """Returns x [B, T, D], the cache and `shared`, all for what comes next."""
-    keys = [None] * 3 if key is None else jax.random.split(key, 3)
-    memory = None
-    if self.cross is not None and cache is not None:
-      cache, memory = cache.mixer, cache.memory
-
-    def mix(x):
-      nonlocal cache, shared
-      with under(f'model.mixers.{self.name}'):
-        if self.shares:
-          x = self.mixer.ready(x, context, cache)
-          y, cache, shared = self.mixer.mix_sharing(x, context, cache, shared)
-        else:
-          y, cache = self.mixer(x, context, cache)
-      return tap('mixer', y)
-
-    with jax.named_scope('mixer'):
-      x = self.residual(x, self.mixer_norm, mix, keys[0])
-    if self.cross is not None:
-      x = self.read(x, context, memory, keys[2])
-    if memory is not None:
-      cache = CrossCache(mixer=cache, memory=memory)
-    return tap('block', self.feed_forward(x, keys[1])), cache, shared
-
-  def read(self, x, context, memory, key):
-    """The part of the block that reads a memory, that of the context if None.
-
-    The memory stays as it is.
-    """
-
-    def cross(x):
-      return tap('cross', self.cross(x, context, memory)[0])
-
-    with jax.named_scope('cross'):
-      return self.residual(x, self.cross_norm, cross, key)
-
-  def feed_forward(self, x, key):
-    """The block's second half, if it has one."""
-    if self.ffn is None:
-      return x
-
-    def feed(x):
-      return tap('ffn', self.ffn(x))
-
-    with jax.named_scope('ffn'):
-      return self.residual(x, self.ffn_norm, feed, key)
-
-  def residual(self, x, norm, f, key):
-    """Adds f of x to x, with dropout, and with the norm before or behind."""
-    x = x + dropout(f(norm(x) if self.norm_first else x), self.dropout, key)
-    return x if self.norm_first else norm(x)
-
-  def init_cache(self, batch: int, max_len: int, dtype, context: Context):
-    """Returns the cache before the first token, with the context's memory."""
-    cache = self.mixer.init_cache(batch, max_len, dtype)
-    if self.cross is None:
-      return cache
-    return CrossCache(mixer=cache, memory=self.cross.remember(context))
 
 
 class Period(nnx.Module):
@@ -253,6 +132,8 @@ class Stack(nnx.Module):
     for name, options in config.mixers.items():  # the pattern has some of them
       choose_mixer('model.mixers', row_of(name))
       read_options(row_of(name), options, f'model.mixers.{name}')
+    for name in config.residuals:
+      choose('model.residuals', row_of(name), MIXERS | FFNS)
     pattern = config.pattern
     self.repeats, rest = divmod(config.num_layers, len(pattern))
     self.tied = tied

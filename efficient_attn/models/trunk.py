@@ -71,10 +71,10 @@ class Trunk(nnx.Module):
     else:
       self.widen = None
     self.stack = Stack(config, causal, cross=cross, tied=tied, rngs=rngs)
-    if config.norm_position == 'pre':
-      self.norm = norm_of(config)(config.d_model)
-    else:  # the last block has normalised already
+    if config.norm_position == 'post':  # the last block has normalised already
       self.norm = None
+    else:
+      self.norm = norm_of(config)(config.d_model)
     self.dropout = config.dropout
     self.dtype = jnp.dtype(config.dtype or 'float32')
 

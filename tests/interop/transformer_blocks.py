@@ -11,8 +11,8 @@ import torch
 from flax import nnx
 
 from efficient_attn.config import ViTConfig
+from efficient_attn.layers.block import Block
 from efficient_attn.layers.context import Context
-from efficient_attn.layers.stack import Block
 from tests.interop.pairs import D, N, Pair, put, randomize
 
 EPS = 1e-6

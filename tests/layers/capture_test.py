@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from efficient_attn.config import LMConfig
-from efficient_attn.layers import capture, stack
+from efficient_attn.layers import block, capture
 from efficient_attn.layers.capture import captured, passing, tap
 from efficient_attn.layers.context import Context
 from efficient_attn.layers.stack import Stack
@@ -35,9 +35,9 @@ def stack_of(**changes):
 def by_hand(stack, x):
   """What each layer adds, and the stream behind it."""
   found = {name: [] for name in NAMES}
-  for block in stack.layers():
-    y, _ = block.mixer(block.mixer_norm(x), Context())
-    z = block.ffn(block.ffn_norm(x + y))
+  for layer in stack.layers():
+    y, _ = layer.mixer(layer.mixer_norm(x), Context())
+    z = layer.ffn(layer.ffn_norm(x + y))
     x = x + y + z
     for name, value in zip(NAMES, (y, z, x), strict=True):
       found[name].append(value)
@@ -110,7 +110,7 @@ def test_a_model_that_is_not_captured_is_the_same_program(
   before = equation(run, X)
   asked = equation(lambda x: captured(made, 'ffn')(x)[1], X)
   assert equation(run, X) == before != asked
-  monkeypatch.setattr(stack, 'tap', lambda name, x: x)
+  monkeypatch.setattr(block, 'tap', lambda name, x: x)
   monkeypatch.setattr(capture, 'scan', jax.lax.scan)
   monkeypatch.setattr(capture, 'passing', lambda transform, f: transform(f))
   assert equation(run, X) == before
