@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -36,6 +37,16 @@ class ModelConfig(Group):
     default_factory=dict
   )
   ffn: str = 'glu'  # layers.FFNS
+  # Layer i has ffn_pattern[i % its length], () is (ffn,); the first layers have
+  # first_ffns instead: one dense, then experts is ('glu',) before ('moe',).
+  ffn_pattern: tuple[str, ...] = ()
+  first_ffns: tuple[str, ...] = ()
+  # Options by ffn, as of mixers: {'moe': {'top_k': 2}, 'glu:dense': {'ffn_dim':
+  # 512}}. Each row also reads ffn_dim, activation and bias, which else are
+  # those of the model.
+  ffns: Mapping[str, Mapping[str, Any]] = dataclasses.field(
+    default_factory=dict
+  )
   ffn_dim: NonNegative = 0  # 0: 8/3 d_model for glu, 4 d_model for mlp
   ffn_bias: bool = False  # on its projections
   # layers.ACTIVATIONS; silu with glu is SwiGLU, gelu_tanh Gemma's GEGLU.
@@ -73,6 +84,11 @@ class ModelConfig(Group):
       )
     if not self.pattern:
       raise ConfigError('model.pattern=() must name at least one mixer')
+    if len(self.first_ffns) > self.num_layers:
+      raise ConfigError(
+        f'model.first_ffns={self.first_ffns} are more than '
+        f'model.num_layers={self.num_layers}'
+      )
     positions = {
       'none': ('pre', 'post', 'sandwich', 'branch', 'normed'),
       'own_norms': ('pre', 'sandwich', 'branch'),
@@ -84,6 +100,23 @@ class ModelConfig(Group):
         f'model.norm_position={self.norm_position!r}; use '
         f'{" or ".join(map(repr, positions))}'
       )
+
+  @property
+  def period(self) -> int:
+    """The number of layers after which mixers and ffns repeat."""
+    return math.lcm(len(self.pattern), len(self.ffn_pattern) or 1)
+
+  @property
+  def layers(self) -> tuple[tuple[str, str], ...]:
+    """The mixer and the ffn of each layer, by name."""
+    ffns, first = self.ffn_pattern or (self.ffn,), self.first_ffns
+    return tuple(
+      (
+        self.pattern[i % len(self.pattern)],
+        first[i] if i < len(first) else ffns[i % len(ffns)],
+      )
+      for i in range(self.num_layers)
+    )
 
   @property
   def patterns(self) -> dict[str, tuple[str, ...]]:
@@ -179,10 +212,15 @@ class EncoderConfig(LMConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    if self.share_layers and self.num_layers % len(self.pattern):
+    if self.share_layers and self.first_ffns:
+      raise ConfigError(
+        f'model.share_layers=True: model.first_ffns={self.first_ffns} would not'
+        ' be shared; leave one of them out'
+      )
+    if self.share_layers and self.num_layers % self.period:
       raise ConfigError(
         f'model.share_layers=True: model.num_layers={self.num_layers} is not a '
-        f'multiple of the {len(self.pattern)} layers of model.pattern'
+        f'multiple of the {self.period} layers of model.pattern'
       )
 
 

@@ -34,10 +34,10 @@ def apart(model: nnx.Module, cache: LMCache, batch: int) -> LMCache:
 
     return leaf
 
-  periods, rest = cache.layers
+  first, periods, rest = cache.layers
   periods = jax.tree.map(split(int(model.stack.scan)), periods)
-  rest, cursor = jax.tree.map(split(0), (rest, cache.cursor))
-  return LMCache(layers=(periods, rest), cursor=cursor)
+  first, rest, cursor = jax.tree.map(split(0), (first, rest, cache.cursor))
+  return LMCache(layers=(first, periods, rest), cursor=cursor)
 
 
 def insert(rows: LMCache, row: int, cache: LMCache) -> LMCache:

@@ -17,7 +17,7 @@ from efficient_attn.config import (
 )
 from efficient_attn.interop.table import Row
 from efficient_attn.interop.words import IGNORED, Ours, Part, Words, expand
-from efficient_attn.layers.ffn import FFNS
+from efficient_attn.layers.ffns import FFNS
 from efficient_attn.layers.mixers import mixer_options, read_options
 from efficient_attn.layers.norm import norm_options
 from efficient_attn.layers.stack import row_of

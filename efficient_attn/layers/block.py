@@ -20,7 +20,7 @@ from efficient_attn.layers.capture import tap
 from efficient_attn.layers.context import Context
 from efficient_attn.layers.cross_attention import CrossAttention, CrossCache
 from efficient_attn.layers.dropout import dropout
-from efficient_attn.layers.ffn import ACTIVATIONS, FFNS
+from efficient_attn.layers.ffns import build_ffn
 from efficient_attn.layers.mixer import Penalized
 from efficient_attn.layers.mixers import build_mixer
 from efficient_attn.layers.norm import norm_of
@@ -43,7 +43,8 @@ class Residual:
 class Block(nnx.Module):
   """Mixer and ffn, each with its norms and a residual connection.
 
-  With `cross` there is cross-attention to a memory between the two.
+  With `cross` there is cross-attention to a memory between the two. `mixer` and
+  `ffn` are names in the patterns of the config, '' its `ffn`.
   """
 
   def __init__(
@@ -52,9 +53,11 @@ class Block(nnx.Module):
     mixer: str,
     causal: bool,
     *,
+    ffn: str = '',
     cross: bool = False,
     rngs: nnx.Rngs,
   ):
+    ffn = ffn or config.ffn
     self.mixer = build_mixer(
       row_of(mixer),
       d_model=config.d_model,
@@ -62,18 +65,9 @@ class Block(nnx.Module):
       rngs=rngs,
       **{'num_heads': config.num_heads, **config.mixers.get(mixer, {})},
     )
-    ffn = choose('model.ffn', config.ffn, FFNS)
-    activation = choose('model.activation', config.activation, ACTIVATIONS)
-    if ffn is None:
-      self.ffn = None
-    else:
-      self.ffn = ffn(
-        config.d_model,
-        config.ffn_dim,
-        activation,
-        bias=config.ffn_bias,
-        rngs=rngs,
-      )
+    with under(f'model.ffns.{ffn}'):
+      options = config.ffns.get(ffn, {})
+      self.ffn = build_ffn(row_of(ffn), config, options, rngs=rngs)
     if cross:
       self.cross = CrossAttention(config.d_model, config.num_heads, rngs=rngs)
     else:
@@ -87,7 +81,7 @@ class Block(nnx.Module):
     for half in ('mixer', 'ffn', 'cross'):
       self._add_norms(half, config)
     self.mixer_residual = residual_of(config, mixer)
-    self.ffn_residual = residual_of(config, config.ffn)
+    self.ffn_residual = residual_of(config, ffn)
     self.cross_residual = Residual()
     self.name, self.row = mixer, row_of(mixer)  # in the pattern, the table
     self.dropout = config.dropout
@@ -130,7 +124,7 @@ class Block(nnx.Module):
     if memory is not None:
       cache = CrossCache(mixer=cache, memory=memory)
     source = None if self.parallel == 'none' else start
-    x = self.feed_forward(x, keys[1], source)
+    x = self.feed_forward(x, context, keys[1], source)
     return tap('block', x), cache, shared
 
   def read(self, x, context, memory, key):
@@ -145,13 +139,13 @@ class Block(nnx.Module):
     with jax.named_scope('cross'):
       return self.residual('cross', x, cross, key)
 
-  def feed_forward(self, x, key, source=None):
+  def feed_forward(self, x, context, key, source=None):
     """The block's second half, if it has one; see `residual`."""
     if self.ffn is None:
       return x
 
     def feed(x):
-      return tap('ffn', self.ffn(x))
+      return tap('ffn', self.ffn(x, context))
 
     with jax.named_scope('ffn'):
       return self.residual('ffn', x, feed, key, source)

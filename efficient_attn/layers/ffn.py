@@ -1,9 +1,12 @@
 """Feed-forward layers: the plain MLP and the gated linear unit."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
+from efficient_attn.layers.context import Context
 from efficient_attn.layers.param import Projection
+from efficient_attn.values import NonNegativeFloat
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -16,11 +19,23 @@ def gelu_tanh(x: jax.Array) -> jax.Array:
   return jax.nn.gelu(x, approximate=True)
 
 
+def quick_gelu(x: jax.Array) -> jax.Array:
+  """Returns the approximation x sigmoid(1.702 x) of gelu, as in CLIP."""
+  return x * jax.nn.sigmoid(1.702 * x)
+
+
+def relu2(x: jax.Array) -> jax.Array:
+  """Returns relu(x)^2 (Primer, 2109.08668)."""
+  return jnp.square(jax.nn.relu(x))
+
+
 ACTIVATIONS = {
   'silu': jax.nn.silu,
   'gelu': gelu,
   'gelu_tanh': gelu_tanh,
   'relu': jax.nn.relu,
+  'relu2': relu2,
+  'quick_gelu': quick_gelu,
   'sigmoid': jax.nn.sigmoid,
 }
 
@@ -36,8 +51,9 @@ class MLP(nnx.Module):
     self.down = Projection(ffn, embed, bias=bias, rngs=rngs)
     self.activation = activation
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, context: Context | None = None) -> jax.Array:
     """Maps [B, T, D] to [B, T, D]."""
+    del context
     return self.down(self.activation(self.up(x)))
 
 
@@ -45,24 +61,54 @@ class GLU(nnx.Module):
   """y = W_down (act(W_gate x) * W_up x) (Shazeer, 2002.05202).
 
   SwiGLU with silu, GEGLU with gelu. The default width, 8/3 D rounded up to a
-  multiple of 32, gives it the parameters of an MLP of width 4 D. `bias` puts
-  one on each projection.
+  multiple of 32, gives it the parameters of an MLP of width 4 D.
+
+  Args:
+    d_model: D.
+    ffn_dim: the width between; 0: the default.
+    activation: act above.
+    bias: whether each projection has one.
+    limit: the largest gate, and the largest absolute value of what it
+      multiplies; 0: none. gpt-oss has 7.
+    offset: added to what the gate multiplies; gpt-oss has 1.
+    rngs: of the parameters.
   """
 
   def __init__(
-    self, d_model: int, ffn_dim: int, activation, *, bias: bool = False, rngs
+    self,
+    d_model: int,
+    ffn_dim: int,
+    activation,
+    *,
+    bias: bool = False,
+    limit: NonNegativeFloat = 0.0,
+    offset: float = 0.0,
+    rngs,
   ):
-    ffn_dim = ffn_dim or -(-8 * d_model // 96) * 32
+    ffn_dim = ffn_dim or glu_width(d_model)
     embed, ffn = {'embed': d_model}, {'ffn': ffn_dim}
     self.gate = Projection(embed, ffn, bias=bias, rngs=rngs)
     self.up = Projection(embed, ffn, bias=bias, rngs=rngs)
     self.down = Projection(ffn, embed, bias=bias, rngs=rngs)
     self.activation = activation
+    self.limit, self.offset = limit, offset
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, context: Context | None = None) -> jax.Array:
     """Maps [B, T, D] to [B, T, D]."""
-    return self.down(self.activation(self.gate(x)) * self.up(x))
+    del context
+    gate, up = self.gate(x), self.up(x)
+    return self.down(gated(gate, up, self.activation, self.limit, self.offset))
 
 
-# None: a block is a mixer alone, as in Mamba.
-FFNS = {'glu': GLU, 'mlp': MLP, 'none': None}
+def glu_width(d_model: int) -> int:
+  """Returns the default width of a GLU, 8/3 D up to a multiple of 32."""
+  return -(-8 * d_model // 96) * 32
+
+
+def gated(
+  gate: jax.Array, up: jax.Array, activation, limit: float, offset: float
+) -> jax.Array:
+  """Returns act(gate) * (up + offset), clamped to `limit` unless that is 0."""
+  if limit:
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+  return activation(gate) * (up + offset if offset else up)

@@ -1,8 +1,9 @@
 """Renames the parameters of stacks, between their layout and single layers.
 
 Parameters are flat: a dict of arrays by dotted path. A stack of blocks holds
-layer i = r P + j, block j of repetition r of a pattern of P blocks, as
+layer i = F + r P + j, block j of repetition r of a pattern of P blocks, as
 
+  <stack>.first.blocks.<i>.<rest>        the first F layers, before the pattern
   <stack>.periods.blocks.<j>.<rest>      scanned: arrays [repetitions, ...]
   <stack>.periods.<r>.blocks.<j>.<rest>  unrolled
   <stack>.rest.blocks.<j>.<rest>         behind the last full repetition
@@ -23,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 _STACKED = re.compile(
-  r'(?P<stack>|.*?\.)(?:rest|(?P<periods>periods)(?:\.(?P<repeat>\d+))?)'
+  r'(?P<stack>|.*?\.)'
+  r'(?:(?P<first>first)|rest|(?P<periods>periods)(?:\.(?P<repeat>\d+))?)'
   r'\.blocks\.(?P<block>\d+)\.(?P<rest>.+)'
 )
 
@@ -96,7 +98,11 @@ def layers_of(params) -> dict[str, str | list[str]]:
   """Returns the single name of each parameter, or those of its repetitions."""
   places = {name: _STACKED.fullmatch(name) for name in params}
   sizes = {}  # by stack, the repetitions and the blocks of its pattern
+  firsts = {}  # by stack, the layers before
   for name, place in places.items():
+    if place and place['first']:
+      count = max(firsts.get(place['stack'], 0), int(place['block']) + 1)
+      firsts[place['stack']] = count
     if place and place['periods']:
       repeats, blocks = sizes.get(place['stack'], (0, 0))
       count = int(place['repeat'] or params[name].shape[0] - 1) + 1
@@ -116,9 +122,12 @@ def layers_of(params) -> dict[str, str | list[str]]:
 
     def layer(r, place=place, blocks=blocks):
       i = r * blocks + int(place['block'])
+      i += 0 if place['first'] else firsts.get(place['stack'], 0)
       return f'{place["stack"]}layers.{i}.{place["rest"]}'
 
-    if place['periods'] and not place['repeat']:
+    if place['first']:
+      found[name] = layer(0)
+    elif place['periods'] and not place['repeat']:
       found[name] = [layer(r) for r in range(repeats)]
     elif place['periods']:
       found[name] = layer(int(place['repeat']))

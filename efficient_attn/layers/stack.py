@@ -1,15 +1,17 @@
-"""The stack of blocks: a pattern of mixers repeated over depth.
+"""The stack of blocks: patterns of mixers and ffns repeated over depth.
 
-With `scan_layers` the repetitions of the pattern are one `jax.lax.scan`, so
+With `scan_layers` the repetitions of the patterns are one `jax.lax.scan`, so
 that compile time does not grow with depth; parameters and caches then carry a
-leading axis of repetitions. Layers left over after the last full repetition are
-unrolled behind it. A `tied` stack has the parameters of one repetition, which
-runs again and again.
+leading axis of repetitions. First layers with ffns of their own are unrolled in
+front of it, and layers left over after the last full repetition behind. A
+`tied` stack has the parameters of one repetition, which runs again and again.
 
 Layers of one repetition may share keys and values: see `share`.
 """
 
 import functools
+import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,7 @@ from efficient_attn.config import ConfigError, ModelConfig, choose
 from efficient_attn.layers import capture
 from efficient_attn.layers.block import Block, row_of
 from efficient_attn.layers.context import Context
-from efficient_attn.layers.ffn import FFNS
+from efficient_attn.layers.ffns import FFNS, read_ffn_options
 from efficient_attn.layers.mixer import Penalized, SharesKeys
 from efficient_attn.layers.mixers import MIXERS, choose_mixer, read_options
 from efficient_attn.ops.per_platform import KEPT
@@ -43,21 +45,22 @@ REMAT_POLICIES = {
 
 
 class Period(nnx.Module):
-  """One repetition of the pattern."""
+  """One repetition of the patterns, each layer a mixer and an ffn by name."""
 
   def __init__(
     self,
     config: ModelConfig,
-    pattern: tuple[str, ...],
+    layers: Sequence[tuple[str, str]],
     causal: bool,
     *,
     cross: bool = False,
     rngs: nnx.Rngs,
   ):
     self.blocks = nnx.List(
-      Block(config, mixer, causal, cross=cross, rngs=rngs) for mixer in pattern
+      Block(config, mixer, causal, ffn=ffn, cross=cross, rngs=rngs)
+      for mixer, ffn in layers
     )
-    share(pattern, self.blocks)
+    share(tuple(mixer for mixer, _ in layers), self.blocks)
     self.policy = None
     if config.remat != 'none':
       self.policy = choose('model.remat', config.remat, REMAT_POLICIES)
@@ -118,7 +121,7 @@ def share(pattern, blocks) -> None:
 
 
 class Stack(nnx.Module):
-  """`config.num_layers` blocks in the order of `config.pattern`."""
+  """`config.num_layers` blocks, those of `config.layers` in order."""
 
   def __init__(
     self,
@@ -134,27 +137,42 @@ class Stack(nnx.Module):
       read_options(row_of(name), options, f'model.mixers.{name}')
     for name in config.residuals:
       choose('model.residuals', row_of(name), MIXERS | FFNS)
-    pattern = config.pattern
-    self.repeats, rest = divmod(config.num_layers, len(pattern))
+    for key in ('ffn_pattern', 'first_ffns', 'ffns'):
+      for name in getattr(config, key):
+        choose(f'model.{key}', row_of(name), FFNS)
+    for name, options in config.ffns.items():
+      read_ffn_options(row_of(name), options, f'model.ffns.{name}')
+    lead, period = len(config.first_ffns), config.period
+    self.repeats, rest = divmod(config.num_layers - lead, period)
     self.tied = tied
     self.scan = config.scan_layers and self.repeats > 1 and not tied
     make = functools.partial(Period, config, causal=causal, cross=cross)
+    first, layers = config.layers[:lead], config.layers[lead:]
+    self.first = make(first, rngs=rngs) if lead else None
     if self.scan:
       keys = jax.random.split(rngs.params(), self.repeats)
-      self.periods = jax.vmap(lambda k: make(pattern, rngs=nnx.Rngs(k)))(keys)
+      self.periods = jax.vmap(
+        lambda key: make(layers[:period], rngs=nnx.Rngs(key))
+      )(keys)
     else:
       self.periods = nnx.List(
-        make(pattern, rngs=rngs) for _ in range(1 if tied else self.repeats)
+        make(layers[:period], rngs=rngs)
+        for _ in range(1 if tied else self.repeats)
       )
-    self.rest = make(pattern[:rest], rngs=rngs) if rest else None
+    self.rest = make(layers[:rest], rngs=rngs) if rest else None
 
   def __call__(self, x, context: Context | None = None, cache=None, key=None):
     """Maps x [B, T, D] to the same shape, and the cache to the next one."""
     context = Context() if context is None else context
     x = context.without_padding(x)
     run = functools.partial(Period.__call__, context=context)
+    first, periods, rest = (None,) * 3 if cache is None else cache
+    if self.first is not None:
+      own = None
+      if key is not None:
+        key, own = jax.random.split(key)
+      x, first = run(self.first, x, first, own)
     keys = None if key is None else jax.random.split(key, self.repeats + 1)
-    periods, rest = (None, None) if cache is None else cache
     if self.scan or self.tied:
 
       def body(x, inputs):
@@ -171,13 +189,14 @@ class Stack(nnx.Module):
         x, periods[i] = run(period, x, periods[i], period_key)
     if self.rest is not None:
       x, rest = run(self.rest, x, rest, None if keys is None else keys[-1])
-    return x, None if cache is None else (periods, rest)
+    return x, None if cache is None else (first, periods, rest)
 
   def blocks(self):
     """Iterates over the blocks; those of a scan are one, of stacked arrays."""
     periods = [self.periods] if self.scan else list(self.periods)
-    for period in periods + [self.rest] * (self.rest is not None):
-      yield from period.blocks
+    for period in (self.first, *periods, self.rest):
+      if period is not None:
+        yield from period.blocks
 
   def layers(self):
     """Iterates over all layers in order, each a block of arrays of its own.
@@ -192,10 +211,9 @@ class Stack(nnx.Module):
       )
     if self.tied:
       periods = [self.periods[0]] * self.repeats
-    for period in periods:
-      yield from period.blocks
-    if self.rest is not None:
-      yield from self.rest.blocks
+    for period in itertools.chain([self.first], periods, [self.rest]):
+      if period is not None:
+        yield from period.blocks
 
   def penalty(self):
     """What the mixers add to the mean objective of a step, a scalar."""
@@ -212,4 +230,5 @@ class Stack(nnx.Module):
       periods = jax.vmap(lambda p: p.init_cache(*args))(self.periods)
     else:
       periods = [period.init_cache(*args) for period in self.periods]
-    return periods, self.rest and self.rest.init_cache(*args)
+    first, rest = (x and x.init_cache(*args) for x in (self.first, self.rest))
+    return first, periods, rest
