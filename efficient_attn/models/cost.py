@@ -78,6 +78,8 @@ def array_bytes(tree: Any) -> int:
   )
 
 
+PRODUCTS = {'dot_general', 'ragged_dot_general', 'conv_general_dilated'}
+
 # What only names, moves or makes up elements.
 MOVES = {
   'broadcast_in_dim', 'concatenate', 'convert_element_type', 'copy',
@@ -122,6 +124,14 @@ def _flops(eqn) -> float:
     (contract, _), _ = eqn.params['dimension_numbers']
     lhs = eqn.invars[0].aval.shape
     return 2 * size * math.prod(lhs[axis] for axis in contract)
+  if eqn.primitive.name == 'ragged_dot_general':
+    ragged = eqn.params['ragged_dot_dimension_numbers']
+    (contract, _), _ = ragged.dot_dimension_numbers
+    lhs = eqn.invars[0].aval.shape
+    size *= math.prod(lhs[axis] for axis in contract)
+    if not ragged.rhs_group_dimensions:  # each group contracts its own rows
+      size //= eqn.outvars[0].aval.shape[0]
+    return 2 * size
   if eqn.primitive.name == 'conv_general_dilated':
     kernel = eqn.invars[1].aval.shape
     outputs = eqn.params['dimension_numbers'].rhs_spec[0]
@@ -131,7 +141,7 @@ def _flops(eqn) -> float:
 
 def _operations(eqn) -> float:
   name = eqn.primitive.name
-  if name in ('dot_general', 'conv_general_dilated'):
+  if name in PRODUCTS:
     return _flops(eqn)
   if name in MOVES:
     return 0
