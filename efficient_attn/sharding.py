@@ -25,6 +25,7 @@ RULES = {
   'embed': ('fsdp',),
   'heads': ('tensor',),
   'ffn': ('tensor',),
+  'experts': ('fsdp',),
 }
 
 
@@ -199,3 +200,39 @@ def local_op(op: Callable, inputs: tuple, outputs, **named: str) -> Callable:
     return jax.shard_map(run, out_specs=out_specs, check_vma=False)(*args)
 
   return wrapped
+
+
+def over_experts(
+  op: Callable,
+  tokens: tuple[jax.Array, ...],
+  weights: dict[str, jax.Array],
+  axes: dict[str, tuple[str | None, ...]],
+) -> jax.Array:
+  """Runs op(tokens, weights, first) where each device has some experts.
+
+  Args:
+    op: sees its experts, of which the first has the number `first`, and the
+      tokens of all devices that have the others; returns what its experts and
+      its part of the ffn add to each token, [B, T, D].
+    tokens: arrays [B, T, ...].
+    weights: arrays of experts [E, ...].
+    axes: their logical axes.
+  """
+  if off_mesh():
+    return op(tokens, weights, 0)
+  (axis,), (partial,) = RULES['experts'], RULES['ffn']
+  rows = activation_spec(('batch', None, None))
+  weights = {
+    name: jax.sharding.reshard(w, param_spec(axes[name]))
+    for name, w in weights.items()
+  }
+  tokens = [jax.sharding.reshard(x, rows) for x in tokens]
+
+  def run(tokens, weights):
+    (count,) = {len(w) for w in weights.values()}
+    tokens = [jax.lax.all_gather(x, axis, axis=0, tiled=True) for x in tokens]
+    y = op(tokens, weights, jax.lax.axis_index(axis) * count)
+    y = jax.lax.psum(y, partial)
+    return jax.lax.psum_scatter(y, axis, scatter_dimension=0, tiled=True)
+
+  return jax.shard_map(run, out_specs=rows, check_vma=False)(tokens, weights)

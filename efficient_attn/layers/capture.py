@@ -13,7 +13,8 @@ without taps. A value leaves a transformation of JAX as one more output:
 
 Blocks tap `mixer` and `ffn`, what is added to the residual stream, and `block`,
 the stream behind; softmax attention its heads: `query`, `key` and `value` as
-they enter the logits, and `raw_key`, not yet normalised nor rotated.
+they enter the logits, and `raw_key`, not yet normalised nor rotated; a mixture
+of experts its `penalty` and `expert_load`.
 """
 
 import contextvars

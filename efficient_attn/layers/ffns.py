@@ -15,10 +15,11 @@ from flax import nnx
 from efficient_attn.config import ConfigError, ModelConfig, choose
 from efficient_attn.layers.ffn import ACTIVATIONS, GLU, MLP
 from efficient_attn.layers.mixers.composed import own_options
+from efficient_attn.layers.moe import MoE
 from efficient_attn.values import NonNegative, OneOf, read_arguments
 
 # None: a block is a mixer alone, as in Mamba.
-FFNS = {'glu': GLU, 'mlp': MLP, 'none': None}
+FFNS = {'glu': GLU, 'mlp': MLP, 'moe': MoE, 'none': None}
 
 # Options of every row, for which the model has a value: its key.
 OF_THE_MODEL = {
