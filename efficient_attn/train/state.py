@@ -22,6 +22,7 @@ from efficient_attn.config import (
 )
 from efficient_attn.layers.adapter import adapt
 from efficient_attn.models import build, jit_init
+from efficient_attn.train.balance import balance_rates
 from efficient_attn.train.groups import FROZEN, group_of_each
 from efficient_attn.train.optimizer import make_optimizer
 
@@ -69,6 +70,7 @@ class Architecture:
   ):
     self.config, self.lora = config, lora or LoraConfig()
     model = nnx.eval_shape(lambda: self._build(nnx.Rngs(0)))
+    self.balance_rates = balance_rates(model)
     self.graphdef, self._params = nnx.split(model)
     self.groups = group_of_each(
       self.sizes(), optimizer or OptimizerConfig(), bool(self.lora.rank)
@@ -148,7 +150,7 @@ class Architecture:
     def matrix(_, p):
       if not p.inputs:
         return None
-      stacked = p.ndim - len(p.axes)
+      stacked = p.ndim - len(p.axes) + p.axes.count('experts')
       middle = stacked + p.inputs
       return MuonDimensionNumbers(
         tuple(range(stacked, middle)), tuple(range(middle, p.ndim))

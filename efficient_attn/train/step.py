@@ -10,6 +10,7 @@ import optax
 from efficient_attn import sharding
 from efficient_attn.config import Config
 from efficient_attn.models import penalty
+from efficient_attn.train.balance import rebalanced, without_excess
 from efficient_attn.train.objectives.sums import means
 from efficient_attn.train.optimizer import eval_params
 from efficient_attn.train.state import (
@@ -53,7 +54,8 @@ def make_train_step(
     def summed(params, batch, key):
       model = architecture.merge(params, state.frozen)
       sums = objective(model, batch, key, guide)
-      return sums['objective'] + sums['weight'] * penalty(model), sums
+      total = sums['objective'] + sums['weight'] * penalty(model)
+      return total + sums.get('penalty', 0), sums
 
     return summed
 
@@ -85,6 +87,8 @@ def make_train_step(
     grads, sums = gradients(summed, state.params, batch, dropout_key)
     weight = jnp.maximum(sums['weight'], 1)
     grads = jax.tree.map(lambda g: g / weight, grads)
+    rates = architecture.balance_rates
+    grads, excess = without_excess(grads, rates)
 
     def mean_objective(params):
       total, sums = summed(params, batch, dropout_key)
@@ -94,6 +98,7 @@ def make_train_step(
       grads, state.opt_state, state.params, obj_fn=mean_objective
     )
     params = optax.apply_updates(state.params, updates)
+    params = rebalanced(params, excess, rates)
     new = dataclasses.replace(
       state, params=params, opt_state=opt_state, **averages(state, params)
     )

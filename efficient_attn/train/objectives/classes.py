@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from efficient_attn.config import Config
+from efficient_attn.train.objectives.experts import routed, routing_sums
 from efficient_attn.train.objectives.sums import prediction_sums
 from efficient_attn.train.objectives.tokens import hides_padding
 
@@ -25,8 +26,9 @@ def classification(config: Config, token_bytes) -> Callable:
   def objective(model, batch, key, teacher=None):
     labels, weights = batch['label'], batch['weight']
     inputs = unpack(batch)
+    logits, taps = routed(model, model, **inputs, key=key)
     sums = prediction_sums(
-      model(**inputs, key=key),
+      logits,
       labels,
       weights,
       None if teacher is None else teacher(**inputs),
@@ -35,6 +37,7 @@ def classification(config: Config, token_bytes) -> Callable:
     )
     # Images, or tokens.
     size = inputs['tokens'].size if 'tokens' in inputs else weights.size
+    sums |= routing_sums(taps, sums['weight'])
     return sums | {'tokens_read': jnp.float32(size)}
 
   return objective

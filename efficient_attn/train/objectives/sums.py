@@ -15,6 +15,7 @@ from efficient_attn.train.objectives.cross_entropy import (
   cross_entropy,
   divergence,
 )
+from efficient_attn.train.objectives.experts import routing_means
 
 
 def prediction_sums(
@@ -65,4 +66,4 @@ def means(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
   if 'bytes' in sums:
     nats_per_byte = sums['loss'] / jnp.maximum(sums['bytes'], 1)
     found['bits_per_byte'] = nats_per_byte / math.log(2)
-  return found
+  return found | routing_means(sums)

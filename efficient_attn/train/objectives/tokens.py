@@ -14,6 +14,7 @@ from efficient_attn.data import tasks
 from efficient_attn.layers.mixers import MIXERS
 from efficient_attn.layers.stack import row_of
 from efficient_attn.train.objectives.chunked import sum_over_tokens
+from efficient_attn.train.objectives.experts import routed, routing_sums
 from efficient_attn.train.objectives.sums import prediction_sums
 
 
@@ -146,7 +147,8 @@ def _of_tokens(config, unpack, *, select=None, by_class=False) -> Callable:
 
   def objective(model, batch, key, teacher=None):
     inputs, targets = unpack(batch)
-    hidden = [model.hidden(**inputs, key=key)[0]]
+    (hidden, _), taps = routed(model, model.hidden, **inputs, key=key)
+    hidden = [hidden]
     if teacher is not None:
       hidden.append(jax.lax.stop_gradient(teacher.hidden(**inputs)[0]))
     tokens_read = targets['weights'].size  # answered or not
@@ -154,6 +156,7 @@ def _of_tokens(config, unpack, *, select=None, by_class=False) -> Callable:
       hidden, targets = select(hidden, targets)
     guide = None if teacher is None else (teacher.head, hidden[1])
     sums = sum_over_tokens(loss, model.head, hidden[0], targets, guide)
+    sums |= routing_sums(taps, sums['weight'])
     return sums | {'tokens_read': jnp.float32(tokens_read)}
 
   return objective
