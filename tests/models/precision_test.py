@@ -44,6 +44,9 @@ CASES = [
   for objective in row.objectives.values()
 ] + [
   ('lm', 'next_token', dict(remat='all_dots', tie_embeddings=False)),
+  ('lm', 'next_token', dict(ffn='moe', ffns=dict(
+    moe=dict(bias=True, shared_dim=8, shared_gate=True)
+  ))),
   ('lm', 'next_token', dict(pattern=('attention', 'attention:shared'), mixers={
     'attention:shared': dict(shared_kv=True)
   })),
