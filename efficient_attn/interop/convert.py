@@ -7,6 +7,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,17 +42,15 @@ class Weights:
 
   Args:
     directory: with config.json and safetensors files.
-    said: what named it, for errors.
 
   Attributes:
     config: of a run that begins with them.
   """
 
-  def __init__(self, directory: str | os.PathLike, said: str = ''):
+  def __init__(self, directory: str | os.PathLike):
     self.directory = path = pathlib.Path(directory).expanduser()
-    self._said = said or str(path)
     if not path.is_dir():
-      raise ConfigError(f'{self._said}: there is no such directory')
+      raise ConfigError(f'{path}: there is no such directory')
     words = files.read_json(path / 'config.json')
     with under(f'{path / "config.json"}'):
       self.family, model = read_words(words)
@@ -104,6 +103,13 @@ class Weights:
     return traverse_util.unflatten_dict(
       {self._flat[name][0]: x for name, x in params.items()}
     )
+
+  def identity(self) -> str:
+    """Returns what differs from other weights."""
+    crc = zlib.crc32((self.directory / 'config.json').read_bytes())
+    paths = {tensor.path for tensor in self._tensors.values()}
+    sizes = sorted((path.name, path.stat().st_size) for path in paths)
+    return json.dumps([crc, sizes])
 
   def model(self, mesh=None) -> nnx.Module:
     """Reads the model."""

@@ -121,11 +121,11 @@ class Word:
   def read(self, words: Words) -> dict[str, Any]:
     """Returns ours of theirs."""
     value = word(words, self.name, self.default)
-    if self.strict and value not in self.values:
+    plain = isinstance(value, (str, int, float, type(None)))
+    if self.strict and not (plain and value in self.values):
       valid = nearest(str(value), map(str, self.values))
       raise ConfigError(f'{self.theirs[0]}={value!r} is not supported; {valid}')
-    if isinstance(value, (str, int, float, type(None))):
-      value = self.values.get(value, value)
+    value = self.values.get(value, value) if plain else value
     if isinstance(value, (int, float)):
       value = self.convert(value)
     names = (self.ours,) if isinstance(self.ours, str) else self.ours
