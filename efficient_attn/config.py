@@ -161,7 +161,8 @@ class InitConfig(Group):
   another pattern or `scan_layers` keeps what both models have.
   """
 
-  run: str = ''  # its workdir; '': initial values
+  # Its workdir, or a directory of weights (see interop); '': initial values.
+  run: str = ''
   new: tuple[str, ...] = ()  # that this model alone has: initial values
   unused: tuple[str, ...] = ()  # that the run alone has
   # Of another shape: what both have room for is taken over, as the rows of a

@@ -35,7 +35,7 @@ MAY_IMPORT = {
   'layers': {'values', 'formats', 'config', 'sharding', 'ops'},
   'models': MODELS,
   'decode': MODELS,
-  'train': MODELS | {'config_files', 'data', 'decode'},
+  'train': MODELS | {'config_files', 'data', 'decode', 'interop'},
   'compress': MODELS,
   'interop': MODELS,
 }

@@ -1,4 +1,4 @@
-"""Opening a trained run: its config and its model."""
+"""Opening a trained run, or a directory of weights in the role of one."""
 
 import json
 import pathlib
@@ -6,10 +6,13 @@ import zlib
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 
 from efficient_attn import sharding
 from efficient_attn.config import Config, ConfigError
+from efficient_attn.interop.convert import Weights
+from efficient_attn.interop.files import is_weights
 from efficient_attn.layers.adapter import merge_adapters
 from efficient_attn.train import frozen
 from efficient_attn.train import workdir as folder
@@ -34,6 +37,7 @@ class Run(NamedTuple):
     trained: the architecture of its model, with adapters and what is frozen.
     architecture: that without adapters.
     said: what named it, for errors.
+    weights: the directory in place of a run; None: it is one.
   """
 
   workdir: pathlib.Path
@@ -41,6 +45,7 @@ class Run(NamedTuple):
   trained: Architecture
   architecture: Architecture
   said: str
+  weights: Weights | None = None
 
   def params(self, mesh: jax.sharding.Mesh) -> Params:
     """Returns its newest parameters, laid out on a mesh.
@@ -48,6 +53,8 @@ class Run(NamedTuple):
     They are the averaged ones where the run keeps an average. The run may be
     going on; nothing is written in its folder.
     """
+    if self.weights is not None:
+      return self.weights.params(mesh, np.dtype(np.float32))
     config = self.config
     optimizer = self.trained.optimizer(config)
     abstract = self.trained.abstract_state(config, optimizer, mesh)
@@ -65,6 +72,8 @@ class Run(NamedTuple):
 
   def identity(self) -> str:
     """Returns what changes with its newest checkpoint."""
+    if self.weights is not None:
+      return self.weights.identity()
     steps = folder.checkpoint_steps(self.workdir)
     if not steps:
       raise ConfigError(f'{self.said}: the run has no checkpoint')
@@ -74,14 +83,18 @@ class Run(NamedTuple):
 
 
 def open_run(workdir: str | pathlib.Path, key: str = '--workdir') -> Run:
-  """Reads the config of a run.
+  """Reads the config of a run, or of a directory of weights.
 
   Args:
-    workdir: of the run.
+    workdir: of the run, or that directory.
     key: the flag or the key of a config that names it, for errors.
   """
-  path = folder.resolve(workdir)
-  config, said = folder.read_config(path), f'{key}={str(workdir)!r}'
+  path, said = folder.resolve(workdir), f'{key}={str(workdir)!r}'
+  if is_weights(path):
+    weights = Weights(path)
+    plain = Architecture(weights.config.model)
+    return Run(path, weights.config, plain, plain, said, weights)
+  config = folder.read_config(path)
   if config is None:
     raise ConfigError(f'{said}: no run there (config.json)')
   trained = Architecture(config.model, config.lora, config.optimizer)
