@@ -114,10 +114,11 @@ def complete(config: ModelConfig) -> dict[str, Any]:
     defaults = {k: p.default for k, p in mixer_options(row).items()}
     mixers[name] = options = as_dict(defaults | given)
     options.pop('implementation', None)
+    heads = options['num_heads'] = options.get('num_heads') or config.num_heads
     if not options.get('num_kv_heads', 1):
-      options['num_kv_heads'] = config.num_heads
+      options['num_kv_heads'] = heads
     if not options.get('head_dim', 1):
-      options['head_dim'] = config.d_model // config.num_heads
+      options['head_dim'] = config.d_model // heads
     if options.get('position') != 'rotary':
       options.pop('rotary', None)
   defaults = {k: p.default for k, p in norm_options(config.norm).items()}

@@ -83,8 +83,10 @@ class Plan:
     """Adds the tensors that hold a parameter, unless they are there."""
     row, layer, ours = self._row(name)
     experts = range(self._shapes[name][0]) if '{e}' in row.theirs else [None]
-    letters = {k: v[layer] for k, v in self._indices.items() if ours != name}
-    block = '' if layer is None else self._family.block
+    letters, block = {}, ''
+    if layer is not None:
+      letters = {k: v[layer] for k, v in self._indices.items()}
+      block = self._family.block
     for e in experts:
       if Piece(name, e) in self.places:
         continue

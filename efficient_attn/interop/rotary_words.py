@@ -160,7 +160,10 @@ class Rope:
   def _written(self, ours, mixer):
     rotary = f'mixers.{mixer}.rotary'
     scaling = ours.get(f'{rotary}.scaling') or {'type': 'default'}
-    found = {'rope_theta': ours.get(f'{rotary}.base')}
+    base = ours.get(f'{rotary}.base')
+    if base is None:  # no layer is rotated
+      return {'rope_type': 'default', 'rope_theta': self.base}
+    found = {'rope_theta': base}
     fraction = ours.get(f'{rotary}.fraction', 1.0)
     if fraction != 1 or self.fraction != 1:
       found['partial_rotary_factor'] = fraction

@@ -180,6 +180,21 @@ class Only:
 
 
 @dataclasses.dataclass(frozen=True)
+class Choice:
+  """Words that decide together.
+
+  Attributes:
+    theirs: the words.
+    read: from all words to ours.
+    write: from ours to these words.
+  """
+
+  theirs: tuple[str, ...]
+  read: Callable[[Words], dict[str, Any]]
+  write: Callable[[Ours], dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Layers:
   """The mixer of each layer.
 
