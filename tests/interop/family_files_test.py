@@ -108,6 +108,81 @@ PUBLISHED = {
       num_key_value_heads=4,
     ),
   ),
+  'google/gemma-2-9b': (
+    9_241_705_984,
+    dict(
+      model_type='gemma2',
+      vocab_size=256000,
+      hidden_size=3584,
+      intermediate_size=14336,
+      num_hidden_layers=42,
+      num_attention_heads=16,
+      num_key_value_heads=8,
+      head_dim=256,
+    ),
+  ),
+  # The Hub counts 27_432_406_640: 416_866_032 more are the vision tower's and
+  # 6_194_304 the projector's.
+  'google/gemma-3-27b-pt, text': (
+    27_432_406_640 - 416_866_032 - 6_194_304,
+    dict(
+      model_type='gemma3_text',
+      vocab_size=262208,
+      hidden_size=5376,
+      intermediate_size=21504,
+      num_hidden_layers=62,
+      num_attention_heads=32,
+      num_key_value_heads=16,
+      head_dim=128,
+      query_pre_attn_scalar=168,
+      sliding_window=1024,
+      rope_scaling=dict(rope_type='linear', factor=8.0),
+    ),
+  ),
+  'allenai/OLMo-2-1124-7B': (
+    7_298_617_344,
+    dict(
+      model_type='olmo2',
+      vocab_size=100352,
+      hidden_size=4096,
+      intermediate_size=11008,
+      num_hidden_layers=32,
+      num_attention_heads=32,
+      num_key_value_heads=32,
+    ),
+  ),
+  'EleutherAI/pythia-6.9b': (
+    6_857_302_016,
+    dict(
+      model_type='gpt_neox',
+      vocab_size=50432,
+      hidden_size=4096,
+      intermediate_size=16384,
+      num_hidden_layers=32,
+      num_attention_heads=32,
+    ),
+  ),
+  # The file of transformers 5 leaves out lm_head, which is tied.
+  'tiiuae/falcon-7b': (
+    6_921_720_704,
+    dict(
+      model_type='falcon',
+      vocab_size=65024,
+      hidden_size=4544,
+      num_hidden_layers=32,
+      num_attention_heads=71,
+    ),
+  ),
+  'bigscience/bloom-7b1': (
+    7_069_016_064,
+    dict(
+      model_type='bloom',
+      vocab_size=250880,
+      hidden_size=4096,
+      n_layer=30,
+      n_head=32,
+    ),
+  ),
   'openai-community/gpt2': (
     124_439_808,
     dict(

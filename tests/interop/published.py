@@ -39,6 +39,39 @@ GPT2 = dict(
   bos_token_id=None,
   eos_token_id=None,
 )
+GEMMA = TINY | dict(
+  head_dim=16, query_pre_attn_scalar=24, sliding_window=7, pad_token_id=0
+)
+NEOX = dict(
+  vocab_size=V,
+  hidden_size=32,
+  intermediate_size=40,
+  num_hidden_layers=3,
+  num_attention_heads=2,
+  max_position_embeddings=64,
+  layer_norm_eps=1e-3,
+  bos_token_id=None,
+  eos_token_id=None,
+)
+FALCON = dict(
+  vocab_size=V,
+  hidden_size=32,
+  num_hidden_layers=3,
+  num_attention_heads=4,
+  ffn_hidden_size=40,
+  layer_norm_epsilon=1e-3,
+  bos_token_id=None,
+  eos_token_id=None,
+)
+BLOOM = dict(
+  vocab_size=V,
+  hidden_size=36,
+  n_layer=3,
+  n_head=4,
+  layer_norm_epsilon=1e-3,
+  bos_token_id=None,
+  eos_token_id=None,
+)
 
 # Name of a case, which begins with its model_type -> words of its config.
 CASES = {
@@ -85,6 +118,48 @@ CASES = {
     sliding_window=7,
     tie_word_embeddings=False,
   ),
+  'gemma2': GEMMA
+  | dict(attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+  'gemma3_text': GEMMA
+  | dict(
+    layer_types=['sliding_attention', 'full_attention', 'sliding_attention'],
+    rope_parameters=dict(
+      sliding_attention=dict(rope_type='default', rope_theta=1e3),
+      full_attention=dict(rope_type='linear', rope_theta=1e4, factor=8.0),
+    ),
+  ),
+  'olmo2': TINY,
+  'olmo3': TINY
+  | dict(
+    num_hidden_layers=5,
+    sliding_window=7,
+    rope_parameters=dict(
+      sliding_attention=dict(rope_type='default', rope_theta=1e3),
+      full_attention=dict(
+        rope_type='yarn',
+        rope_theta=1e4,
+        factor=4.0,
+        original_max_position_embeddings=16,
+      ),
+    ),
+  ),
+  'gpt_neox': NEOX,
+  'gpt_neox-sequential': NEOX
+  | dict(use_parallel_residual=False, attention_bias=False),
+  'falcon-7b': FALCON,
+  'falcon-40b': FALCON | dict(new_decoder_architecture=True, num_kv_heads=2),
+  'falcon-one_norm': FALCON
+  | dict(
+    new_decoder_architecture=True,
+    num_kv_heads=2,
+    num_ln_in_parallel_attn=1,
+    bias=True,
+  ),
+  'falcon-rw': FALCON
+  | dict(multi_query=False, parallel_attn=False, alibi=True, bias=True),
+  'bloom': BLOOM,
+  'bloom-normed': BLOOM
+  | dict(apply_residual_connection_post_layernorm=True, n_head=6),
 }
 
 
@@ -94,7 +169,9 @@ def make(case: str) -> torch.nn.Module:
   config = transformers.AutoConfig.for_model(
     case.partition('-')[0], **CASES[case]
   )
-  config._attn_implementation = 'sdpa'
+  # Eager code adds the ALiBi of Falcon twice.
+  eager = not case.startswith('falcon')
+  config._attn_implementation = 'eager' if eager else 'sdpa'
   model = transformers.AutoModelForCausalLM.from_config(config).eval()
   with torch.no_grad():
     for p in model.parameters():
