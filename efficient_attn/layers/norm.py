@@ -16,7 +16,8 @@ from efficient_attn.values import NonNegativeFloat, read_arguments
 class RMSNorm(nnx.Module):
   """y = x / sqrt(mean(x^2) + eps) * scale (Zhang and Sennrich, 1910.07467).
 
-  With `zero_centered` the parameter is scale - 1, as in Gemma.
+  With `zero_centered` the parameter is scale - 1, as in Gemma; without
+  `learned` there is none.
   """
 
   def __init__(
@@ -25,9 +26,10 @@ class RMSNorm(nnx.Module):
     *,
     eps: NonNegativeFloat = 1e-6,
     zero_centered: bool = False,
+    learned: bool = True,
   ):
     start = jnp.zeros(dim) if zero_centered else jnp.ones(dim)
-    self.scale = param(start, (None,))
+    self.scale = param(start, (None,)) if learned else None
     self.eps, self.zero_centered = eps, zero_centered
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -35,6 +37,8 @@ class RMSNorm(nnx.Module):
     x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
     y = x32 * jax.lax.rsqrt(mean_square + self.eps)
+    if self.scale is None:
+      return y.astype(x.dtype)
     scale = self.scale[...]
     if self.zero_centered:  # 1 + scale has no room for scale in bfloat16
       scale = 1 + scale.astype(y.dtype)

@@ -10,6 +10,7 @@ H: with as many heads, as many parameters, operations and cached numbers as
 softmax attention (the paper takes half the heads, of twice the width). Heads
 share lambda. The paper's lambda_init is 0.8 - 0.6 exp(-0.3 (l - 1)) in layer l;
 a mixer does not know its layer, so that it is an option, by default the limit.
+DiffLlama's norm has no scale (`norm_scale=False`).
 """
 
 import jax
@@ -19,7 +20,7 @@ from efficient_attn.config import ConfigError
 from efficient_attn.layers.mixers.softmax.weights import Softmax
 from efficient_attn.layers.norm import RMSNorm
 from efficient_attn.layers.param import param
-from efficient_attn.values import Fraction
+from efficient_attn.values import Fraction, NonNegativeFloat
 
 
 class Differential(Softmax):
@@ -27,7 +28,14 @@ class Differential(Softmax):
 
   parts_of_a_head = 2
 
-  def __init__(self, *, lambda_init: Fraction = 0.8, **told):
+  def __init__(
+    self,
+    *,
+    lambda_init: Fraction = 0.8,
+    norm_eps: NonNegativeFloat = 1e-5,
+    norm_scale: bool = True,
+    **told,
+  ):
     super().__init__(**told)
     head_dim = told['heads'].dim
     if head_dim % 2:
@@ -39,7 +47,7 @@ class Differential(Softmax):
       param(0.1 * jax.random.normal(key, (head_dim // 2,)), (None,))
       for key in keys
     )
-    self.norm = RMSNorm(head_dim, eps=1e-5)
+    self.norm = RMSNorm(head_dim, eps=norm_eps, learned=norm_scale)
     self.lambda_init = lambda_init
 
   def __call__(self, *arguments):
