@@ -157,6 +157,9 @@ CASES = {
   ),
   'falcon-rw': FALCON
   | dict(multi_query=False, parallel_attn=False, alibi=True, bias=True),
+  'diffllama': TINY,
+  'diffllama-bias': TINY
+  | dict(attention_bias=True, num_key_value_heads=4, head_dim=16),
   'bloom': BLOOM,
   'bloom-normed': BLOOM
   | dict(apply_residual_connection_post_layernorm=True, n_head=6),

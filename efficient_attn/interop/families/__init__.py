@@ -2,6 +2,7 @@
 
 from efficient_attn.interop.families import (
   bloom,
+  diffllama,
   falcon,
   gemma,
   gpt2,
@@ -27,4 +28,5 @@ FAMILIES = {
   'gpt_neox': gpt_neox.GPT_NEOX,
   'falcon': falcon.FALCON,
   'bloom': bloom.BLOOM,
+  'diffllama': diffllama.DIFFLLAMA,
 }
