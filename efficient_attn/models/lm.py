@@ -35,9 +35,8 @@ class LM(Trunk):
     else:
       self.unembed = Embed(config.vocab_size, width, rngs=rngs)
     self.logits = config.logits
-    self.logit_bias = None
-    if config.logits.bias:
-      self.logit_bias = param(jnp.zeros(config.vocab_size), ('vocab',))
+    bias = param(jnp.zeros(config.vocab_size), ('vocab',))
+    self.logit_bias = bias if config.logits.bias else None
 
   def __call__(self, *args, **options):
     """Returns float32 logits [B, T, vocab] and the next cache; see `hidden`."""
