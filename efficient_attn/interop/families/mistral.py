@@ -12,13 +12,17 @@ def _layers(words):
   return ['attention' if window is None else 'window'] * words[COUNT]
 
 
+def _words(layers):
+  return {} if 'window' in layers else {'sliding_window': None}
+
+
 MISTRAL = dataclasses.replace(
   LLAMA,
   architecture='MistralForCausalLM',
   words=(
     *COMMON,
-    Layers(('sliding_window',), _layers, lambda _: {}),
-    Word('sliding_window', 'mixers.window.window', None),
+    Word('sliding_window', 'mixers.window.window', 4096),
+    Layers(('sliding_window',), _layers, _words),
     Rope(),
   ),
 )
