@@ -12,12 +12,16 @@ from efficient_attn.config import (
   LMConfig,
   ModelConfig,
   as_dict,
-  choose,
   resolve,
 )
 from efficient_attn.interop.table import Row
 from efficient_attn.interop.words import IGNORED, Ours, Part, Words, expand
-from efficient_attn.layers.ffns import FFNS
+from efficient_attn.layers.ffns import (
+  FFNS,
+  OF_THE_MODEL,
+  ffn_options,
+  read_ffn_options,
+)
 from efficient_attn.layers.mixers import mixer_options, read_options
 from efficient_attn.layers.norm import norm_options
 from efficient_attn.layers.stack import row_of
@@ -25,6 +29,8 @@ from efficient_attn.values import nearest
 
 # Keys of ours that say how a model runs, not which function it is.
 RUNS = ('dropout', 'remat', 'scan_layers', 'dtype')
+# And of experts, how they are trained.
+TRAINS = ('.balance_weight', '.balance_rate', '.z_weight')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,13 +129,29 @@ def complete(config: ModelConfig) -> dict[str, Any]:
       options.pop('rotary', None)
   defaults = {k: p.default for k, p in norm_options(config.norm).items()}
   values |= {'mixers': mixers, 'norms': defaults | dict(config.norms)}
-  ffn = choose('model.ffn', config.ffn, FFNS)
-  if ffn is not None and not config.ffn_dim:
+  del values['ffn'], values['first_ffns']
+  names = tuple(ffn for _, ffn in config.layers)
+  ffns = {name: _ffn_values(config, name) for name in names}
+  values |= {'ffn_pattern': names, 'ffns': ffns}
+  width = _ffn_values(config, config.ffn).get('ffn_dim')
+  return _flat(values | {'ffn_dim': width or config.ffn_dim})
+
+
+def _ffn_values(config, name):
+  """Returns every option of an ffn."""
+  row = row_of(name)
+  options = read_ffn_options(row, config.ffns.get(name, {}), f'ffns.{name}')
+  if FFNS[row] is None:
+    return options
+  defaults = {k: p.default for k, p in ffn_options(row).items()}
+  defaults |= {k: getattr(config, key) for k, key in OF_THE_MODEL.items()}
+  options = as_dict(defaults | options)
+  if not options['ffn_dim']:
     made = nnx.eval_shape(
-      lambda: ffn(config.d_model, 0, jnp.abs, rngs=nnx.Rngs(0))
+      lambda: FFNS[row](config.d_model, 0, jnp.abs, rngs=nnx.Rngs(0))
     )
-    values['ffn_dim'] = made.down.weight.shape[0]
-  return _flat(values)
+    options['ffn_dim'] = made.up.weight.shape[-1]
+  return options
 
 
 def differences(first: ModelConfig, second: ModelConfig) -> dict[str, tuple]:
@@ -139,10 +161,12 @@ def differences(first: ModelConfig, second: ModelConfig) -> dict[str, tuple]:
   found = {key: tuple(values.get(key) for values in both) for key in keys}
   if first.position != 'learned':
     del found['max_len']
+  for key in OF_THE_MODEL.values():  # each ffn has its own
+    del found[key]
   return {
     key: values
     for key, values in found.items()
-    if len({*map(repr, values)}) > 1
+    if len({*map(repr, values)}) > 1 and not key.endswith(TRAINS)
   }
 
 

@@ -106,9 +106,8 @@ class Plan:
     found, layer, base = self._ends.get(name), None, ''
     if place := _LAYER.fullmatch(name):
       base, layer, rest = place[1], int(place[2]), place[3]
-      pattern = self._config.pattern
-      kind = row_of(pattern[layer % len(pattern)])
-      own = re.sub('^mixer(?=[.])', kind, rest)
+      part, _, tail = rest.partition('.')
+      own = f'{self._kinds(layer).get(part, part)}.{tail}'
       found = self._blocks.get(own) or self._blocks.get(rest)
     if found is None:
       raise ConfigError(
@@ -117,8 +116,14 @@ class Plan:
       )
     ours = found.ours
     if place and own in found.ours:
-      ours = (re.sub(f'^{kind}(?=[.])', 'mixer', x) for x in ours)
+      kind = own.partition('.')[0]
+      ours = (re.sub(f'^{kind}(?=[.])', part, x) for x in ours)
     return found, layer, tuple(base + x for x in ours)
+
+  def _kinds(self, layer):
+    """Returns the rows of the mixer and the ffn of a layer."""
+    mixer, ffn = self._config.layers[layer]
+    return {'mixer': row_of(mixer), 'ffn': row_of(ffn)}
 
   def find(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the tensor of each transfer, by the first of its names.

@@ -8,8 +8,9 @@ class Row:
   """One bijection; see `rules` for `rule`.
 
   Attributes:
-    ours: names of parameters, of a block those inside it. A part 'mixer' may
-      be a row of MIXERS in its place, for layers of that one alone.
+    ours: names of parameters, of a block those inside it. A part 'mixer' or
+      'ffn' may be a row of MIXERS or FFNS in its place, for layers of that one
+      alone.
     theirs: name of the tensor; names by which it went before follow a '|'.
       {i} is the layer, {e} an index of the first axis of ours, as of experts,
       which have a tensor each; other letters are those of `Family.indices`.

@@ -58,6 +58,7 @@ class Ours:
   def __init__(self, values: Mapping[str, Any]):
     self._values = values
     self.pattern = values['pattern']
+    self.ffns = values['ffn_pattern']  # of each layer
 
   @property
   def layers(self) -> tuple[str, ...]:
@@ -215,6 +216,40 @@ class Layers:
   def write(self, ours: Ours) -> dict[str, Any]:
     """Returns the words of the layers."""
     return self.words(ours.layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ffns:
+  """The ffn of each layer.
+
+  Attributes:
+    theirs: the words that it reads.
+    names: from the words to the ffns, one a layer.
+    words: from the ffns to the words.
+  """
+
+  theirs: tuple[str, ...]
+  names: Callable[[Words], Sequence[str]]
+  words: Callable[[Sequence[str]], dict[str, Any]]
+
+  def read(self, words: Words) -> dict[str, Any]:
+    """Returns the fewest first ffns and the shortest pattern behind them."""
+    names = tuple(self.names(words))
+    splits = (
+      (lead, size - lead)
+      for size in range(1, len(names) + 1)
+      for lead in range(size)
+    )
+    for lead, size in splits:
+      cycle = {i % size: names[i] for i in range(lead, lead + size)}
+      if all(names[i] == cycle[i % size] for i in range(lead, len(names))):
+        pattern = tuple(cycle[i] for i in range(size))
+        return {'first_ffns': names[:lead], 'ffn_pattern': pattern}
+    raise ConfigError(f'{COUNT}={len(names)} must be positive')
+
+  def write(self, ours: Ours) -> dict[str, Any]:
+    """Returns the words of the layers."""
+    return self.words(ours.ffns)
 
 
 def period(layers: Sequence[str]) -> tuple[str, ...]:
