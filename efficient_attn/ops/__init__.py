@@ -40,7 +40,10 @@ from efficient_attn.ops.softmax.attention_merge import (
   merge_attention,
   split_attention,
 )
-from efficient_attn.ops.softmax.paged_attention import paged_attention
+from efficient_attn.ops.softmax.paged_attention import (
+  explain_paged_attention,
+  paged_attention,
+)
 from efficient_attn.ops.softmax.path_attention import path_attention
 from efficient_attn.ops.softmax.sage_attention import sage_attention
 
@@ -55,6 +58,7 @@ __all__ = [
   'explain_attention',
   'explain_delta_rule',
   'explain_linear_attention',
+  'explain_paged_attention',
   'explain_selective_scan',
   'fast_weights',
   'large_chunk_fast_weights',

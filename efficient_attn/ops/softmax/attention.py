@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from efficient_attn.ops import dispatch, masks, scores
 from efficient_attn.ops.shapes import Scalar, Shaped
-from efficient_attn.ops.softmax import attention_kernels
+from efficient_attn.ops.softmax import attention_decode, attention_kernels
 from efficient_attn.ops.softmax.attention_blockwise import attention_blockwise
 from efficient_attn.ops.softmax.attention_reference import attention_reference
 from efficient_attn.ops.softmax.attention_tiles import choose_tiles
@@ -139,9 +139,18 @@ def _kernels(name, implementation, request):
     if reason is not None:
       raise NotImplementedError(reason)
     return {None: name}
-  if implementation is not None or name != 'blockwise':
+  if implementation is not None or not _takes_kernel(name, request):
     return {}
   return dispatch.choose(KERNELS, None, op='attention', **request)
+
+
+def _takes_kernel(name, request):
+  """Whether a kernel is better than `name`, where there is one."""
+  query, value = request['query'], request['value']
+  return name == 'blockwise' or (
+    attention_decode.serves(query, value)
+    and value.shape[1] >= attention_decode.LEAST_KEYS
+  )
 
 
 def explain_attention(
@@ -188,7 +197,7 @@ def explain_attention(
     answer = f'{name}: {why}' + ''.join(refused)
     if name == 'blockwise':
       answer += _tiles(query, key, mask)
-    if implementation is None and name == 'blockwise':
+    if implementation is None and _takes_kernel(name, request):
       answer += ''.join(
         f'; on {platform} {kernel}' for platform, kernel in rows.items()
       )

@@ -15,7 +15,13 @@ from efficient_attn.ops import dispatch, masks, scores
 from efficient_attn.ops.per_platform import differentiable, per_platform
 from efficient_attn.ops.shapes import Scalar, Shaped, fold_scale
 from efficient_attn.ops.softmax import attention_blockwise as blockwise
+from efficient_attn.ops.softmax import attention_decode
 from efficient_attn.ops.softmax.attention_blockwise_tile import make_options
+from efficient_attn.ops.softmax.attention_kernel_terms import (
+  MOST_TILES,
+  may_admit,
+  to_term,
+)
 from efficient_attn.ops.softmax.attention_reference import attention_reference
 from efficient_attn.ops.softmax.attention_tiles import (
   KernelTiles,
@@ -24,9 +30,6 @@ from efficient_attn.ops.softmax.attention_tiles import (
 )
 from efficient_attn.ops.softmax.hidden import may_hide
 from efficient_attn.ops.softmax.stats import Stats, exp_below
-
-# Tiles whose lists fit the scalar memory.
-MOST_TILES = 2**16
 
 
 def attend(
@@ -54,6 +57,18 @@ def attend(
     logits_soft_cap: a number, or None.
     sinks: sinks.
   """
+  if attention_decode.serves(query, key):
+    return attention_decode.attend(
+      query,
+      key,
+      value,
+      rows=rows,
+      mask=mask,
+      bias=bias,
+      scale=scale,
+      logits_soft_cap=logits_soft_cap,
+      sinks=sinks,
+    )
   query, scale = fold_scale(
     query, query.shape[-1] ** -0.5 if scale is None else scale
   )
@@ -121,11 +136,11 @@ def _refuses(
   soft_cap: Scalar | None,
 ) -> str | None:
   """Why the kernel cannot serve a call, or None."""
+  if attention_decode.serves(query, value):
+    return attention_decode.refuses(query=query, value=value, soft_cap=soft_cap)
   T, S = query.shape[1], value.shape[1]
   if query.dtype not in (jnp.bfloat16, jnp.float32):
     return f'the query is {query.dtype}, it takes bfloat16 and float32'
-  if T == 1:
-    return 'T = 1, one query row has nothing to tile'
   for axis, size in (('H', query.shape[-1]), ('V', value.shape[-1])):
     if not 16 <= size <= 256:
       return f'{axis} = {size}, it takes 16 to 256'
@@ -184,43 +199,6 @@ def _nothing(tree):
   return jax.tree.map(lambda _: None, tree)
 
 
-@dataclasses.dataclass(frozen=True)
-class _InTile:
-  """An expression as a function of a kernel: see `kernels.attention.terms`."""
-
-  tree: Any  # a treedef, which has a hash
-  flags: tuple[bool, ...]  # which arrays hold truth values
-
-  def __call__(self, query, key, arrays):
-    shape = jnp.broadcast_shapes(query.shape, key.shape)
-    arrays = [
-      jnp.broadcast_to(x, shape) != 0 if flag else x
-      for x, flag in zip(arrays, self.flags, strict=True)
-    ]
-    return self.tree.unflatten(arrays).in_tile(query, key)
-
-
-def _term(expression, learned=()):
-  """A mask or bias as the kernels take it: (term, arrays)."""
-  from efficient_attn.kernels.attention.terms import Term
-
-  if expression is None:
-    return None, ()
-  leaves, tree = jax.tree.flatten(expression)
-  axes = jax.tree.leaves(masks.letters(expression))
-  arrays = []
-  for x, letters in zip(leaves, axes, strict=True):
-    x = jnp.asarray(x)
-    kept = [i for i, a in enumerate(letters) if a != '_']
-    arrays.append(x.reshape([x.shape[i] for i in kept]))
-  term = Term(
-    function=_InTile(tree, tuple(x.dtype == bool for x in arrays)),
-    axes=tuple(a.replace('_', '') for a in axes),
-    learned=tuple(i for i, learns in enumerate(learned) if learns),
-  )
-  return term, tuple(arrays)
-
-
 def _prepare(query, key, value, mask, bias, *, known, scale, soft_cap, device,
              interpret, backward):  # fmt: skip
   """The static options of a call, and the arrays of its mask and bias."""
@@ -245,11 +223,11 @@ def _prepare(query, key, value, mask, bias, *, known, scale, soft_cap, device,
     _fit(S, tiles.cols),
     _span(tiles, query, value, backward=backward),
   )
-  some = _may_admit(mask, schedule)
-  mask_term, mask_arrays = _term(
+  some = may_admit(mask, schedule)
+  mask_term, mask_arrays = to_term(
     None if mask is None else mask.elementwise(T, S)
   )
-  bias_term, bias_arrays = _term(bias, known.learned)
+  bias_term, bias_arrays = to_term(bias, known.learned)
   options = Options(
     schedule=schedule,
     scale=scale,
@@ -275,59 +253,6 @@ def _span(tiles: KernelTiles, query, value, *, backward: bool) -> int:
   bytes_each = 2 * query.dtype.itemsize * (1 + backward) + 4 * backward
   cols = min(tiles.cols, _fit(value.shape[1], tiles.cols))
   return max(1, tiles.keys // (cols * widths * bytes_each))
-
-
-def _may_admit(mask, schedule):
-  """Whether each tile may admit a pair, [#B, #N, tiles], or None: all may."""
-  T, S = schedule.length, schedule.keys
-  R, C = min(schedule.rows, T), min(schedule.cols, S)
-  corner = jnp.arange(R), jnp.arange(C)
-  if mask is None or mask.maybe(*corner) is True:
-    return None
-  i = schedule.array('blocks')
-  spans = np.diff(schedule.array('starts').reshape(-1, 5)).sum(1)
-  p = np.repeat(np.arange(len(spans)), spans) // schedule.num_blocks
-  j = p * schedule.span + schedule.array('tiles')
-  rows = jnp.asarray(np.minimum(i * schedule.rows, T - R))
-  cols = jnp.asarray(np.minimum(j * schedule.cols, S - C))
-
-  def of_tile(mask, row, col):
-    return mask.maybe(row + corner[0], col + corner[1])
-
-  def of_tiles(mask):
-    found = jax.vmap(functools.partial(of_tile, mask))(rows, cols)
-    return found.astype(jnp.int32)
-
-  def over(letter, function):
-    """Maps a function of a mask over an axis of its arrays."""
-
-    def run(mask):
-      leaves, tree = jax.tree.flatten(mask)
-      axes = [
-        a.find(letter) if letter in a else None
-        for a in jax.tree.leaves(masks.letters(mask))
-      ]
-      if all(axis is None for axis in axes):
-        return function(mask)[None]
-
-      def one(*leaves):
-        return function(
-          tree.unflatten(
-            [
-              x if axis is None else jnp.expand_dims(x, axis)
-              for x, axis in zip(leaves, axes, strict=True)
-            ]
-          )
-        )
-
-      return jax.vmap(one, in_axes=axes)(*leaves)
-
-    return run
-
-  found = over('B', over('N', of_tiles))(mask)
-  if found.size > MOST_TILES:
-    found = jnp.max(found, axis=(0, 1), keepdims=True)
-  return found
 
 
 def _call(query, key, value, mask, bias, sinks, **statics):
