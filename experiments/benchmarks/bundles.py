@@ -241,10 +241,11 @@ def _largest(count, found, number):
   weights = _multiplied(
     count, found, lambda x: 1 if x.kind == 'grid' else x.turns or 1
   )
-  held = [x for x in found if x.kind == 'condition' and not _guard(x, found)]
+  held = [x for x in found if x.kind == 'condition']
   # The largest asks if there is a program at all in this turn of the grid.
   if held and any(x.kind == 'grid' for x in found):
     held.remove(max(held, key=lambda x: x.end - x.begin))
+  held = [x for x in held if not _guard(x, found)]
   held.sort(key=lambda x: sum(weights[x.begin : x.end]), reverse=True)
   return sorted(held[:number])
 

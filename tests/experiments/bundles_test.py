@@ -106,3 +106,16 @@ def test_equal_kernels_share_a_dump(folder):
   assert found == bundles.read_kernel(folder, 'gate.1', GATE)
   with pytest.raises(FileNotFoundError, match='ate'):
     bundles.read_kernel(folder, 'ate', GATE)
+
+
+def test_the_condition_of_the_grid_may_hold_little_but_a_loop():
+  region = bundles.Region
+  found = [
+    region(0, 1000, 10, 'grid'),
+    region(10, 990, None, 'condition'),
+    region(20, 980, 4, 'loop'),
+    region(25, 300, None, 'condition'),
+    region(300, 970, None, 'condition'),
+    region(981, 985, None, 'condition'),
+  ]
+  assert bundles._largest(1000, found, 2) == found[3:5]
