@@ -24,7 +24,7 @@ from jax.experimental.layout import Format, Layout
 
 from efficient_attn.config import choose
 from experiments.benchmarks import bundles, grids, schedule
-from experiments.benchmarks.static_ops import FLOAT32, OPS, PASSES, SIZES
+from experiments.benchmarks.static_ops import FLOAT32, INT32, OPS, SIZES
 from experiments.benchmarks.static_report import write_report
 
 
@@ -66,7 +66,7 @@ def measure(topology: str, rows: tuple[str, ...]) -> dict[str, float]:
   cases = [
     Case(op, which, implementation)
     for op in rows
-    for which in PASSES
+    for which in OPS[op].passes
     for implementation in (*OPS[op].implementations, *OPS[op].peers)
   ]
   figures = {}
@@ -77,7 +77,7 @@ def measure(topology: str, rows: tuple[str, ...]) -> dict[str, float]:
     print('/'.join(case), f'{found["ms"]:.2f} ms', flush=True)
     figures |= {'/'.join((*case, what)): x for what, x in found.items()}
   for op in rows:
-    for which in PASSES:
+    for which in OPS[op].passes:
       ideal = 1e3 * roofline(OPS[op], which, chip)
       figures[f'{op}/{which}/roofline/ms'] = ideal
   return figures
@@ -122,7 +122,11 @@ def _traced(mesh, row, call, which):
   arrays = {
     name: jax.ShapeDtypeStruct(
       [SIZES[axis] for axis in axes],
-      jnp.float32 if name in FLOAT32 else jnp.bfloat16,
+      jnp.float32
+      if name in FLOAT32
+      else jnp.int32
+      if name in INT32
+      else jnp.bfloat16,
     )
     for name, axes in row.arrays.items()
   }
@@ -212,11 +216,12 @@ def worsened(record: dict, case: Case, found: dict[str, float]) -> list[str]:
 def roofline(row, which: str, chip: Chip) -> float:
   """The least seconds of an op: every array moved once."""
   sizes = {
-    name: math.prod(SIZES[x] for x in axes) * (4 if name in FLOAT32 else 2)
-    for name, axes in (row.arrays | {'out': 'BTNH'}).items()
+    name: math.prod(SIZES[x] for x in axes)
+    * (4 if name in FLOAT32 | INT32 else 2)
+    for name, axes in (row.arrays | {'out': row.out}).items()
   }
   moved = sum(sizes.values())
-  flops = row.flops * math.prod(SIZES[x] for x in 'BTN')
+  flops = row.flops * math.prod(SIZES[x] for x in row.out[:3])
   if which == 'both':  # the arguments and the cotangent again, and gradients
     moved += 2 * sum(sizes.values()) - sizes['out']
     flops *= 3.5

@@ -18,24 +18,32 @@ from experiments.benchmarks.static_peers import (
 )
 
 # The training shape: batch, tokens, heads, channels (values have as many), and
-# the states of a channel of Mamba-1, slots and levels.
-SIZES = dict(B=8, T=4096, N=16, H=128, S=16, M=64, L=8)
+# the states of a channel of Mamba-1, slots and levels. Of a decoder: a query,
+# heads of keys, a short and a long cache, pages of 16 tokens and those of the
+# short one.
+SIZES = dict(
+  B=8, T=4096, N=16, H=128, S=16, M=64, L=8, Q=1, K=4, P=4096, X=32768,
+  G=16, I=256, J=2048,
+)  # fmt: skip
 PASSES = ('forward', 'both')  # both: with all gradients
 C, H, T = 64, SIZES['H'], SIZES['T']
 
 
 class Op(NamedTuple):
-  """An op at the training shape.
+  """An op at the training shape, or at that of a decoder.
 
   Attributes:
     call: maps arrays by name and the options of an implementation to the
       output.
-    arrays: axes of the arguments by name; those in `FLOAT32` are in float32.
+    arrays: axes of the arguments by name; those in `FLOAT32` are in float32,
+      those in `INT32` whole numbers.
     flops: of a forward pass per token and head.
     implementations: options of `call` by the name of the implementation; 'xla'
       is the form that the others are compared with.
     peers: kernels of other libraries, by name: functions of the same arrays.
     conditions: of kernels by name, see `bundles.read_kernel`.
+    out: axes of the output.
+    passes: that are measured.
   """
 
   call: Callable
@@ -44,12 +52,15 @@ class Op(NamedTuple):
   implementations: dict[str, dict] = {'xla': {}}
   peers: dict[str, Peer] = {}
   conditions: dict[str, tuple[float, ...]] = {}
+  out: str = 'BTNH'
+  passes: tuple[str, ...] = PASSES
 
 
 FLOAT32 = {
   'log_decay', 'beta', 'input_gate', 'log_forget', 'dt', 'A', 'bonus', 'right',
   'level_scales', 'recurrent',
 }  # fmt: skip
+INT32 = {'length', 'lengths', 'table'}
 QKV = dict(q='BTNH', k='BTNH', v='BTNH')
 XLA = {'xla': dict(implementation='xla')}
 KERNEL = XLA | {'pallas_tpu': dict(implementation='pallas_tpu')}
@@ -62,6 +73,26 @@ def _first(op, **statics):
 
 def _attention(mask):
   return lambda q, k, v, **statics: ops.attention(q, k, v, mask=mask, **statics)
+
+
+def _decode(keys):
+  """One step over a full cache, whose length the program does not know."""
+
+  def call(q, k, v, length, **statics):
+    mask = masks.Causal(length - 1)
+    return ops.attention(q, k, v, mask=mask, **statics)
+
+  # Of the pieces of 1024 keys, the last has room that nothing sees.
+  last = 1024 / SIZES[keys]
+  return Op(
+    call,
+    dict(q='BQNH', k=f'B{keys}KH', v=f'B{keys}KH', length=''),
+    4 * SIZES[keys] * H,
+    KERNEL,
+    conditions=dict(attention_decode=(1 - last, last)),
+    out='BQNH',
+    passes=('forward',),
+  )
 
 
 # A query reads half of the tokens; within a window, all but those that a short
@@ -104,6 +135,19 @@ OPS = {
     4 * WINDOWED * H,
     KERNEL,
     {'splash': SPLASH_WINDOW},
+  ),
+  'attention decode': _decode('P'),
+  'attention decode long': _decode('X'),
+  'attention decode paged': Op(
+    lambda q, k, v, table, lengths, **statics: ops.paged_attention(
+      q, k, v, table, lengths, **statics
+    ),
+    dict(q='BQNH', k='JGKH', v='JGKH', table='BI', lengths='B'),
+    4 * SIZES['P'] * H,
+    KERNEL,
+    conditions=dict(attention_decode=(1 - 1 / 16, 1 / 16)),
+    out='BQNH',
+    passes=('forward',),
   ),
   'linear constant': Op(
     linear, QKV | dict(log_decay='N'), ADDITIVE, KERNEL, conditions=STATE

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from experiments import page
-from experiments.benchmarks.static_ops import OPS, PASSES
+from experiments.benchmarks.static_ops import OPS
 
 TITLES = {'forward': 'forward', 'both': 'forward and backward'}
 HEAD = """\
 # Ops on TPUs, by the schedule of their compiler
 
-Milliseconds of one chip at B8 T4096 N16 H128 in bfloat16; no TPU ran. A kernel
+Milliseconds of one chip at B8 T4096 N16 H128 in bfloat16, decoding at B8 N16 K4
+H128 with a full cache of 4096 or (long) 32768 keys; no TPU ran. A kernel
 takes max(cycles / clock, memory traffic / bandwidth): see
 [static.py](../../static.py) for what is counted. In brackets the kernels alone,
 without the operations around them, which the compiler estimates too slow where
@@ -44,7 +45,7 @@ class Row(NamedTuple):
 def rows_of(record: dict) -> Iterator[Row]:
   """Yields the passes of all ops of a record, in the order of `OPS`."""
   for op in OPS:
-    for which in PASSES:
+    for which in OPS[op].passes:
       found = {}
       for key, value in record['figures'].items():
         if key.startswith(f'{op}/{which}/'):
@@ -84,7 +85,7 @@ def _cells(row, topology):
   return [
     row.op,
     TITLES[row.which],
-    f'{xla["ms"]:.1f}' if xla else '',
+    f'{xla["ms"]:.{1 if xla["ms"] > 1 else 2}f}' if xla else '',
     f'{kernel["ms"]:.2f} ({kernel["kernels ms"]:.2f})' if kernel else '',
     f'{ideal:.2f}',
     f'{ideal / kernel["ms"]:.0%}' if kernel else '',

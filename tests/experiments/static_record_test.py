@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from experiments.benchmarks import static
-from experiments.benchmarks.static_ops import OPS, PASSES
+from experiments.benchmarks.static_ops import OPS
 
 RECORDS = {
   path.stem: json.loads(path.read_text())
@@ -21,7 +21,7 @@ CASES = [
   for op in dict.fromkeys(key.split('/')[0] for key in record['figures'])
   for implementation in OPS[op].implementations
   if implementation != 'xla'
-  for which in PASSES
+  for which in OPS[op].passes
 ]
 
 
