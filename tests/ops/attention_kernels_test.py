@@ -22,6 +22,11 @@ RNG = np.random.default_rng(0)
 IDS = np.repeat([4, 1, 2, 4], [100, 156, 44, 100])[None].repeat(2, 0)
 IDS[1] = np.sort(IDS[1])
 DENSE = RNG.random((2, 1, 400, 300)) < 0.01
+AMONG = RNG.random((300,)) < 0.9
+BIAS = RNG.standard_normal((2, 4, 300, 400)).astype(np.float32)
+MANY = -RNG.exponential(0.3, (2, 600, 4)).astype(np.float32)
+GATES = np.where(RNG.random((2, 300, 4)) < 0.05, -1000, MANY[:, :300])
+GATES[:, 255:257] = -np.inf
 
 
 def packed(mask=None):
@@ -57,6 +62,43 @@ CASES = {
     {},
   ),
   'offset': (300, 260, lambda: masks.Causal(jnp.asarray([-9, -270])), {}),
+  # Hard gates too, also where a tile ends.
+  'forget': (
+    300,
+    300,
+    lambda: masks.Causal() & masks.Dense(AMONG),
+    dict(bias=lambda: scores.Forget(jnp.asarray(GATES, jnp.float32))),
+  ),
+  'forget_behind': (
+    280,
+    600,
+    lambda: masks.Causal(jnp.int32(310)),
+    dict(
+      bias=lambda: (
+        scores.Forget(jnp.asarray(MANY), jnp.int32(310))
+        + scores.Dense(jnp.asarray(MANY[:1].transpose(0, 2, 1)[:, :, None]))
+      ),
+      logits_soft_cap=lambda: 2.0,
+    ),
+  ),
+  'bias_of_keys': (
+    300,
+    400,
+    lambda: None,
+    dict(bias=lambda: scores.Dense(jnp.asarray(BIAS[:, :, :1]))),
+  ),
+  'bias_of_queries': (
+    300,
+    400,
+    lambda: masks.Window(90, 3),
+    dict(bias=lambda: scores.Dense(jnp.asarray(BIAS[:1, :, :300, :1]))),
+  ),
+  'constant_bias': (
+    300,
+    400,
+    lambda: masks.Causal(100),
+    dict(constant=lambda: scores.Dense(BIAS)),
+  ),
   'blocks': (
     512,
     512,
@@ -76,6 +118,8 @@ def run(op, arrays, mask, options, cotangents):
   """(out, lse) with the gradients of arrays, bias and sinks."""
   learned = {k: options[k] for k in ('bias', 'sinks') if k in options}
   rest = {k: x for k, x in options.items() if k not in learned}
+  if 'constant' in rest:
+    rest['bias'] = rest.pop('constant')
 
   def call(arrays, learned):
     out, lse = op(*arrays, mask=mask, **learned, **rest)
@@ -96,6 +140,7 @@ def errors(found, expected):
     for x, y in zip(
       jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
     )
+    if x.dtype != jax.dtypes.float0
   ]
 
 
@@ -143,12 +188,13 @@ def test_bfloat16(name):
 
 
 @pytest.mark.in_turn
-def test_keys_that_do_not_fit_come_in_spans(monkeypatch):
+@pytest.mark.parametrize('name', ['packed_all', 'forget_behind'])
+def test_keys_that_do_not_fit_come_in_spans(monkeypatch, name):
   tiles = attention_tiles.KernelTiles(256, 256, 1, 0)
   monkeypatch.setattr(attention_tiles, 'KERNEL_TILES', {
     (None, 'float32'): tiles,
   })  # fmt: skip
-  check('packed_all')
+  check(name)
 
 
 def call(arrays, mask):
@@ -235,7 +281,19 @@ REFUSED = {
   'wide': (shape(600, V=512), {}, 'V = 512'),
   'half': (shape(600, dtype=np.float16), {}, 'float16'),
   'cap': (shape(600), dict(logits_soft_cap=jnp.ones(())), 'logits_soft_cap'),
-  'bias': (shape(600), dict(bias=jnp.ones((600, 600))), 'scores.Dense'),
+  'bias': (
+    shape(600),
+    dict(bias=jnp.ones((600, 600))),
+    'scores.Dense has no gradient of a whole matrix',
+  ),
+  'sum of biases': (
+    shape(600),
+    dict(
+      bias=scores.Alibi(jnp.ones(4))
+      + scores.Swin(jnp.ones((49**2, 4)), (25, 25))
+    ),
+    'scores.Sum has Swin, which has no rule',
+  ),
   'long': (shape(2**18), {}, 'tiles, it takes'),
 }
 

@@ -30,7 +30,7 @@ from efficient_attn.kernels.attention.layout import (
   dot,
   rows_of,
 )
-from efficient_attn.kernels.attention.terms import LANES, column
+from efficient_attn.kernels.attention.terms import LANES, column, row
 from efficient_attn.kernels.attention.tiles import FULL
 
 
@@ -51,7 +51,7 @@ def backward(
     operands: see `forward`.
     options: what is static.
   """
-  s = options.schedule
+  s, bias = options.schedule, options.bias
   stats = jnp.stack([rows_of(x, s) for x in (top, share, delta)], axis=3)
   T, S = s.padded
   arrays = [
@@ -60,13 +60,37 @@ def backward(
   ]  # fmt: skip
   run = functools.partial(_call, arrays, operands, options)
   if s.num_spans == 1:
-    d_q, d_k, d_v, *learned = run(('query', 'key'))
+    d_q, d_k, d_v, *found = run(('query', 'key'))
   else:
-    d_q, *_ = run(('query',))
-    d_k, d_v, *learned = run(('key',))
-  learned = [jnp.sum(x[..., 0], axis=2) for x in learned]
+    d_q, *found = run(('query',))
+    d_k, d_v, *more = run(('key',))
+    found += more
+  order = [*_learned(options, ('query',)), *_learned(options, ('key',))]
+  found = dict(zip(order, found, strict=True))
+  learned = []
+  for which in bias.learned if bias else ():
+    x, axis = found[which], _axis(bias, which)
+    x = x.reshape(*x.shape[:2], -1)
+    if axis:
+      learned.append(x[..., : {'T': s.length, 'S': s.keys}[axis]])
+    else:
+      learned.append(jnp.sum(x[..., ::LANES], axis=2))
   lengths = query.shape[1], key.shape[1], key.shape[1]
   return *map(by_token, (d_q, d_k, d_v), lengths), learned
+
+
+def _axis(bias, which):
+  """T or S, or nothing, whichever an array of the bias has."""
+  return ''.join(a for a in bias.axes[which] if a in 'TS')
+
+
+def _learned(options, wanted):
+  """The arrays whose gradients a kernel makes: of rows, then of others."""
+  bias = options.bias
+  whichs = bias.learned if bias else ()
+  rows = [which for which in whichs if _axis(bias, which) == 'T']
+  others = [which for which in whichs if which not in rows]
+  return rows * ('query' in wanted) + others * ('key' in wanted)
 
 
 def _call(arrays, operands, options, wanted):
@@ -105,15 +129,27 @@ def _call(arrays, operands, options, wanted):
   if 'key' in wanted:
     outputs += [(x.shape, x.dtype, keys(x.shape[-1])) for x in (k, v)]
     scratch += [pltpu.VMEM((span * C, width), jnp.float32) for width in (H, V)]
-    for _ in options.bias.learned if options.bias else ():
-      index = lambda b, kv, n, i, p: (b, n, p, 0, 0)  # noqa: E731
-      outputs.append((
-        (B, N, s.num_spans, 1, LANES),
-        jnp.float32,
-        spec((1, 1, 1, 1, LANES), index),
-      ))  # fmt: skip
+  learned = _learned(options, wanted)
+  for which in learned:
+    # Blocks, how many of them a program has, and what is in each.
+    shape, many, index = {
+      'T': ((s.num_blocks, 1, R), 1, lambda b, kv, n, i, p: (b, n, i, 0, 0)),
+      'S': (
+        (s.num_spans * span, 1, C),
+        span,
+        lambda b, kv, n, i, p: (b, n, p, 0, 0),
+      ),
+      '': (
+        (s.num_spans, 1, LANES), 1, lambda b, kv, n, i, p: (b, n, p, 0, 0),
+      ),
+    }[_axis(options.bias, which)]  # fmt: skip
+    outputs.append((
+      (B, N, *shape), jnp.float32, spec((1, 1, many, *shape[1:]), index),
+    ))  # fmt: skip
+    if _axis(options.bias, which) == 'S':
+      scratch.append(pltpu.VMEM((span * C, LANES), jnp.float32))
   tiles = len(s.tiles) // 4 * R * C * B * N
-  found = call(
+  return call(
     functools.partial(_backward, options=options, wanted=wanted, grid=grid),
     options,
     place,
@@ -127,10 +163,6 @@ def _call(arrays, operands, options, wanted):
     (tiles * (H + V + ('query' in wanted) * H + ('key' in wanted) * (H + V)),
      tiles),
   )  # fmt: skip
-  extra = outputs[('query' in wanted) + 2 * ('key' in wanted) :]
-  if not extra:
-    return found
-  return *found[: -len(extra)], *(x[:, :, :, 0] for x in found[-len(extra) :])
 
 
 def _backward(
@@ -144,10 +176,16 @@ def _backward(
   )
   dk_out = dv_out = dk_ref = dv_ref = None
   if 'key' in wanted:
-    dk_out, dv_out, *learned = outputs
-    dk_ref, dv_ref = scratch
-  else:
-    learned = []
+    dk_out, dv_out, *outputs = outputs
+    dk_ref, dv_ref, *scratch = scratch
+  learned = {
+    which: (_axis(options.bias, which), ref)
+    for which, ref in zip(_learned(options, wanted), outputs, strict=True)
+  }
+  # Of an array of keys, sums of lanes, which wait until the end.
+  by_key = {
+    which: scratch.pop(0) for which, (axis, _) in learned.items() if axis == 'S'
+  }
   schedule = options.schedule
   C = schedule.cols
   *_, i, p = place
@@ -170,18 +208,26 @@ def _backward(
 
     @pl.when(keys_begin)
     def _():
-      each_tile(lambda at: _fill(at, dk_ref, dv_ref))
-
-    @pl.when(i == 0)
-    def _():
-      for ref in learned:
-        ref[...] = jnp.zeros_like(ref)
+      each_tile(functools.partial(_fill, refs=(dk_ref, dv_ref)))
 
   if 'query' in wanted:
 
     @pl.when((p == 0) | ('key' in wanted))
     def _():
       dq_ref[...] = jnp.zeros_like(dq_ref)
+
+  for axis, ref in learned.values():
+
+    @pl.when(True if axis == 'T' and 'key' in wanted else
+             p == 0 if axis == 'T' else i == 0)  # fmt: skip
+    def _(ref=ref):
+      ref[...] = jnp.zeros_like(ref)
+
+  for ref in by_key.values():
+
+    @pl.when(i == 0)
+    def _(ref=ref):
+      each_tile(functools.partial(_fill, refs=(ref,)))
 
   tiles = Tiles(options, scalars, masks, biases, place, turned=True)
 
@@ -215,11 +261,19 @@ def _backward(
       # Not above 0, though products round otherwise than in the forward pass.
       p = jnp.exp(jnp.minimum(s - top, 0)) * share
       ds = p * (dp - delta)
-      if learned:
-        for ref, grad in zip(
-          learned, _learned(tiles.bias, ds, tile, rows, cols), strict=True
-        ):
-          ref[...] += grad
+      for which, (axis, ref) in learned.items():
+        grad = ds * _slope(tiles.bias, which, tile, rows, cols)
+        if axis == 'S':
+          by_key[which][pl.ds(tile * C + cols.start, grad.shape[0])] += sum(
+            grad[:, x : x + LANES] for x in range(0, grad.shape[1], LANES)
+          )
+          continue
+        grad = jnp.sum(grad, axis=0, keepdims=True)
+        if axis == 'T':
+          ref[0, 0, 0, :, rows] += grad
+        else:
+          total = jnp.sum(grad, axis=1, keepdims=True)
+          ref[...] += total.reshape(1, 1, 1, 1, 1)
       weights.append(p)
       slopes.append(ds if slope is None else ds * slope)
     for (rows, _), (at, q, k, do), p, ds in zip(
@@ -246,33 +300,33 @@ def _backward(
     def _():
       each_tile(finish)
 
+  for which, ref in by_key.items():
 
-def _fill(at, *refs):
+    @pl.when(i == grid[4] - 1)
+    def _(which=which, ref=ref):
+      for tile in range(schedule.span):
+        total = jnp.sum(ref[tile * C : (tile + 1) * C], axis=1, keepdims=True)
+        learned[which][1][0, 0, tile] = row(total)
+
+
+def _fill(at, refs):
   for ref in refs:
     ref[at] = jnp.zeros_like(ref[at])
 
 
-def _learned(bias, ds, tile, rows, cols):
-  """The gradients of scalars, [1, 1, 1, 1, 1] each."""
+def _slope(bias, which, tile, rows, cols):
+  """The derivative of a tile by one of its arrays.
+
+  In forward mode: the sum over a tile that reverse mode ends with goes along
+  one axis at a time in a kernel.
+  """
   query, key = bias.positions(tile, rows, cols)
   arrays = bias.arrays(tile, rows, cols)
 
-  def of(*scalars):
+  def of(array):
     found = list(arrays)
-    for place, scalar in zip(bias.term.learned, scalars, strict=True):
-      found[place] = scalar
+    found[which] = array
     return bias.term.function(query, key, found)
 
-  # Forward mode: the sum over a tile that reverse mode ends with goes along one
-  # axis at a time in a kernel.
-  scalars = [arrays[place] for place in bias.term.learned]
-  grads = []
-  for which, scalar in enumerate(scalars):
-    one = jnp.ones_like(scalar)
-    zeros = [jnp.zeros_like(x) for x in scalars]
-    zeros[which] = one
-    _, slope = jax.jvp(of, tuple(scalars), tuple(zeros))
-    total = jnp.sum(ds * slope, axis=0, keepdims=True)
-    total = jnp.sum(total, axis=1, keepdims=True)
-    grads.append(total.reshape(1, 1, 1, 1, 1))
-  return grads
+  one = arrays[which]
+  return jax.jvp(of, (one,), (jnp.ones_like(one),))[1]

@@ -27,7 +27,7 @@ class Term:
     function: maps query and key positions and a list of arrays to a tile.
     axes: of each array, in the order BNTS; those that an array lacks are
       broadcast.
-    learned: which arrays have a gradient; none of them has T or S.
+    learned: which arrays have a gradient; none of them has T and S.
   """
 
   function: Callable[..., jax.Array]
@@ -54,9 +54,9 @@ def lay_out(
   lead = sizes.get('B', 1), sizes.get('N', 1)
   if x.dtype == bool:
     x = x.astype(jnp.int8 if axes[-2:] == 'TS' else jnp.int32)
-  x = jnp.pad(x, pad)
   if 'T' not in axes and 'S' not in axes:
     return x.reshape(lead), pl.BlockSpec(memory_space=pltpu.SMEM)
+  x = jnp.pad(x, pad)
 
   def spec(block, *rest):
     def index(*ids):
@@ -130,8 +130,9 @@ class Reader:
     if 'S' in axes and 'T' in axes:
       start = pl.multiple_of(tile * self.schedule.cols + cols.start, LANES)
       found = ref[0, 0, rows, pl.ds(start, cols.stop - cols.start)]
-      if found.dtype == jnp.int8:
-        found = found.astype(jnp.int32)
+      if found.dtype.itemsize < 4:
+        whole = jnp.issubdtype(found.dtype, jnp.integer)
+        found = found.astype(jnp.int32 if whole else jnp.float32)
       return found.T if self.turned else found
     if 'T' in axes:
       if self.turned:
@@ -161,3 +162,8 @@ def _indices(part, axis):
 def column(row: jax.Array) -> jax.Array:
   """[1, X] to [X, 1]."""
   return jnp.broadcast_to(row, (LANES, row.shape[1])).T[:, :1]
+
+
+def row(column: jax.Array) -> jax.Array:
+  """[X, 1] to [1, X]."""
+  return jnp.broadcast_to(column, (column.shape[0], LANES)).T[:1]

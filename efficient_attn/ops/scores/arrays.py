@@ -53,6 +53,13 @@ class Dense(Score):
   array: Float[Array | np.ndarray, '...']
   axes = {'array': 'BNTS'}
 
+  @property
+  def kernel_lacks(self):
+    whole = self.array.ndim > 1 and min(self.array.shape[-2:]) > 1
+    if whole and not isinstance(self.array, np.ndarray):
+      return 'no gradient of a whole matrix in kernels; pass a numpy array'
+    return None
+
   def in_tile(self, query, key):
     return self.array
 

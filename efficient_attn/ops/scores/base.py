@@ -14,11 +14,20 @@ class Score:
   """Base of score modifiers; a subclass needs only `tile` or `in_tile`.
 
   Attributes:
-    elementwise: whether it has an `in_tile` of elementwise operations, for
-      kernels, whose learned arrays lack T and S.
+    kernel_lacks: why kernels, which take `in_kernel`, cannot evaluate it; None
+      where they can.
+    fixed: names of arrays of floats that are not learned.
   """
 
-  elementwise = False
+  kernel_lacks: str | None = 'no rule for one tile of a kernel'
+  fixed: frozenset[str] = frozenset()
+
+  def in_kernel(self, T: int, S: int) -> Score:
+    """The same with an `in_tile` of elementwise operations.
+
+    No learned array of it has both T and S.
+    """
+    return self
 
   def in_tile(
     self, query: Int[Array, '*#tile'], key: Int[Array, '*#tile']
@@ -89,8 +98,14 @@ class Sum(Score):
   right: Score
 
   @property
-  def elementwise(self):
-    return self.left.elementwise and self.right.elementwise
+  def kernel_lacks(self):
+    for part in (self.left, self.right):
+      if part.kernel_lacks:
+        return f'{type(part).__name__}, which has {part.kernel_lacks}'
+    return None
+
+  def in_kernel(self, T, S):
+    return Sum(self.left.in_kernel(T, S), self.right.in_kernel(T, S))
 
   def in_tile(self, query, key):
     return self.left.in_tile(query, key) + self.right.in_tile(query, key)

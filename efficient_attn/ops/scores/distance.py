@@ -45,7 +45,7 @@ class Alibi(Score):
   slopes: Num[Array | np.ndarray, 'N']
   offset: masks.Offset = 0
   axes = {'slopes': 'N', 'offset': 'B'}
-  elementwise = True
+  kernel_lacks = None
 
   def in_tile(self, query, key):
     # Distances are not exact in bfloat16 past 256.

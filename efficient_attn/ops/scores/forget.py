@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -12,6 +13,9 @@ from efficient_attn.ops.scores.base import Score
 
 # Below any sum of logits, and far above the most negative float32.
 HARDEST = -1e30
+# Of a gate in a kernel: below any logit that it meets there, and so large that
+# sums of many have an error of less than 1e-5 in two numbers.
+STEEPEST = -1e5
 
 
 @masks.expression
@@ -27,6 +31,16 @@ class Forget(Score):
   log_forget: Float[Array, 'B S N']
   offset: masks.Offset = 0
   axes = {'log_forget': 'BSN', 'offset': 'B'}
+  kernel_lacks = None
+
+  def in_kernel(self, T, S):
+    high, low = sum_in_two(self.log_forget.astype(jnp.float32))
+    high, low = high.swapaxes(1, 2), low.swapaxes(1, 2)
+
+    def of_queries(x):
+      return lax.dynamic_slice_in_dim(x, self.offset, T, axis=2)
+
+    return Spans(of_queries(high), of_queries(low), high, low, self.offset)
 
   def tile(self, rows, cols):
     gates = self.log_forget
@@ -67,3 +81,65 @@ class Forget(Score):
         f' [B, S, N] with S = {S}, one gate per key and head.'
       )
     return super().dense(T, S)
+
+
+@masks.expression
+class Spans(Score):
+  """`Forget` by sums of all gates up to a token, each of two numbers.
+
+  The difference of sums in one number would lose the small gates behind a hard
+  one. The gradient is that of the first.
+  """
+
+  query_high: Float[Array, '#B N T']
+  query_low: Float[Array, '#B N T']
+  key_high: Float[Array, '#B N S']
+  key_low: Float[Array, '#B N S']
+  offset: masks.Offset
+  axes = {
+    'query_high': 'BNT',
+    'query_low': 'BNT',
+    'key_high': 'BNS',
+    'key_low': 'BNS',
+    'offset': 'B',
+  }
+  fixed = frozenset({'query_low', 'key_low'})
+  kernel_lacks = None
+
+  def in_tile(self, query, key):
+    high = self.query_high - self.key_high
+    low = self.query_low - self.key_low
+    return jnp.where(key <= query + self.offset, high + low, 0)
+
+
+@jax.custom_jvp
+def sum_in_two(x: Float[Array, 'B S N']) -> tuple[Array, Array]:
+  """Sums of all numbers of x [B, S, N] up to each, nearly as in float64.
+
+  Numbers below `STEEPEST` count as that. The sum of both results is the sum;
+  the first has its gradient.
+  """
+  high = jnp.maximum(x, STEEPEST)
+  low = jnp.zeros_like(x)
+  step = 1
+  while step < x.shape[1]:
+    before = [
+      jnp.pad(part[:, :-step], [(0, 0), (step, 0), (0, 0)])
+      for part in (high, low)
+    ]
+    total = high + before[0]
+    # What the addition has rounded away (Knuth).
+    other = total - high
+    lost = (high - (total - other)) + (before[0] - other)
+    lost = lost + low + before[1]
+    high = total + lost
+    low = lost - (high - total)
+    step *= 2
+  return high, low
+
+
+@sum_in_two.defjvp
+def _sum_in_two_jvp(primals, tangents):
+  (x,), (dx,) = primals, tangents
+  total = jnp.cumsum(jnp.where(x > STEEPEST, dx, 0), axis=1)
+  return sum_in_two(x), (total, jnp.zeros_like(total))

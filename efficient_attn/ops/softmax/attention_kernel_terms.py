@@ -31,6 +31,33 @@ class _InTile:
     return self.tree.unflatten(arrays).in_tile(query, key)
 
 
+def learned_arrays(
+  form: Any, expression: Any, learned: Sequence[bool]
+) -> tuple[bool, ...]:
+  """Which arrays of a kernel's form of an expression have a gradient.
+
+  Args:
+    form: what `in_kernel` gave, maybe of the arrays of the expression.
+    expression: as it was passed.
+    learned: which arrays of `expression`, in order, may have one.
+  """
+  known = {
+    id(x): flag
+    for x, flag in zip(jax.tree.leaves(expression), learned, strict=True)
+  }
+
+  def learns(path, x):
+    owner = form
+    for key in path[:-1]:
+      owner = getattr(owner, key.name)
+    inexact = jnp.issubdtype(x.dtype, jnp.inexact)
+    return path[-1].name not in owner.fixed and known.get(id(x), inexact)
+
+  return tuple(
+    learns(*leaf) for leaf in jax.tree_util.tree_leaves_with_path(form)
+  )
+
+
 def to_term(expression: Any, learned: Sequence[bool] = ()) -> tuple:
   """A mask or a bias as the kernels take it: (term, arrays).
 

@@ -19,6 +19,7 @@ from efficient_attn.ops.softmax import attention_decode
 from efficient_attn.ops.softmax.attention_blockwise_tile import make_options
 from efficient_attn.ops.softmax.attention_kernel_terms import (
   MOST_TILES,
+  learned_arrays,
   may_admit,
   to_term,
 )
@@ -146,8 +147,8 @@ def _refuses(
       return f'{axis} = {size}, it takes 16 to 256'
   if not isinstance(soft_cap, (float, int, type(None))):
     return 'logits_soft_cap is an array, it takes a number'
-  if bias is not None and not bias.elementwise:
-    return f'the bias is scores.{type(bias).__name__}, it takes scores.Alibi'
+  if bias is not None and bias.kernel_lacks:
+    return f'scores.{type(bias).__name__} has {bias.kernel_lacks}'
   tiles = kernel_tiles(device_here(), query.dtype)
   total = math.ceil(T / tiles.rows) * math.ceil(S / tiles.cols)
   if total > MOST_TILES:
@@ -207,6 +208,7 @@ def _prepare(query, key, value, mask, bias, *, known, scale, soft_cap, device,
   from efficient_attn.kernels.attention.tiles import make_schedule
 
   T, S = query.shape[1], key.shape[1]
+  form, learned = _in_kernel(bias, known, T, S)
   tiles = kernel_tiles(device, query.dtype)
 
   def block_map(rows, cols):
@@ -221,13 +223,13 @@ def _prepare(query, key, value, mask, bias, *, known, scale, soft_cap, device,
     S,
     _fit(T, tiles.rows),
     _fit(S, tiles.cols),
-    _span(tiles, query, value, backward=backward),
+    _span(tiles, query, value, form, backward=backward),
   )
   some = may_admit(mask, schedule)
   mask_term, mask_arrays = to_term(
     None if mask is None else mask.elementwise(T, S)
   )
-  bias_term, bias_arrays = to_term(bias, known.learned)
+  bias_term, bias_arrays = to_term(form, learned)
   options = Options(
     schedule=schedule,
     scale=scale,
@@ -246,13 +248,27 @@ def _fit(length, block):
   return min(block, -(-length // 256) * 256)
 
 
-def _span(tiles: KernelTiles, query, value, *, backward: bool) -> int:
+def _in_kernel(bias, known, T, S):
+  """The form of a bias that kernels take, and which of its arrays learn."""
+  form = None if bias is None else bias.in_kernel(T, S)
+  return form, learned_arrays(form, bias, known.learned)
+
+
+def _span(tiles: KernelTiles, query, value, bias, *, backward: bool) -> int:
   """How many tiles of keys stand in the VMEM at once."""
   widths = sum(-(-x.shape[-1] // 128) * 128 for x in (query, value))
   # Two buffers of each operand and result, and sums in float32.
   bytes_each = 2 * query.dtype.itemsize * (1 + backward) + 4 * backward
+  bytes_each *= widths
+  for x, axes in zip(
+    jax.tree.leaves(bias), jax.tree.leaves(masks.letters(bias)), strict=True
+  ):
+    if 'T' in axes and 'S' in axes:
+      bytes_each += 2 * x.dtype.itemsize * tiles.rows
+    elif 'S' in axes:  # sums of lanes, of its gradient
+      bytes_each += 4 * 128 * backward
   cols = min(tiles.cols, _fit(value.shape[1], tiles.cols))
-  return max(1, tiles.keys // (cols * widths * bytes_each))
+  return max(1, tiles.keys // (cols * bytes_each))
 
 
 def _call(query, key, value, mask, bias, sinks, **statics):
@@ -291,18 +307,38 @@ def _backward(args, residuals, cotangents, *, known, **statics):
   if sinks is not None:
     p = share * exp_below(sinks.astype(jnp.float32), top)
     d_sinks = -jnp.sum(p * delta, axis=(0, 1)).astype(sinks.dtype)
-  leaves, tree = jax.tree.flatten(bias)
-  axes = jax.tree.leaves(masks.letters(bias))
-  learned = iter(learned)
-  d_bias = []
-  for x, letters, learns in zip(leaves, axes, known.learned, strict=True):
+  d_bias = None
+  if bias is not None:
+    d_bias = _pull(bias, known, learned, query.shape[1], key.shape[1])
+  return d_q, d_k, d_v, _nothing(mask), d_bias, d_sinks
+
+
+def _pull(bias, known, found, T, S):
+  """The cotangent of a bias, of those of its form in kernels.
+
+  Args:
+    bias: the bias.
+    known: of the call.
+    found: cotangents of what learns of the form, [B, N], or with T or S.
+    T: number of queries.
+    S: number of keys.
+  """
+  form, learned = _in_kernel(bias, known, T, S)
+  leaves, tree = jax.tree.flatten(form)
+  axes = jax.tree.leaves(masks.letters(form))
+  found, cotangents = iter(found), []
+  for x, letters, learns in zip(leaves, axes, learned, strict=True):
     if learns:
-      grad = next(learned)  # [B, N]
+      grad = next(found)
       summed = [i for i, a in enumerate('BN') if a not in letters]
-      d_bias.append(jnp.sum(grad, summed).reshape(x.shape).astype(x.dtype))
+      grad = jnp.sum(grad, summed).reshape(x.shape).astype(x.dtype)
+    elif jnp.issubdtype(x.dtype, jnp.inexact):
+      grad = jnp.zeros(x.shape, x.dtype)
     else:
-      d_bias.append(None)
-  return d_q, d_k, d_v, _nothing(mask), tree.unflatten(d_bias), d_sinks
+      grad = np.zeros(x.shape, jax.dtypes.float0)
+    cotangents.append(grad)
+  _, pull = jax.vjp(lambda bias: bias.in_kernel(T, S), bias)
+  return known.only_learned(pull(tree.unflatten(cotangents))[0])
 
 
 KERNELS = {
