@@ -36,7 +36,17 @@ from efficient_attn.kernels.attention.tiles import FULL
 
 @functools.partial(jax.jit, static_argnames='options')
 def backward(
-  query, key, value, d_out, top, share, delta, operands, *, options: Options
+  query,
+  key,
+  value,
+  out,
+  d_out,
+  top,
+  share,
+  more,
+  operands,
+  *,
+  options: Options,
 ):
   """The cotangents of query, key, value, and of what is learned of the bias.
 
@@ -44,19 +54,20 @@ def backward(
     query: [B, T, N, H].
     key: [B, S, K, H].
     value: [B, S, K, V].
+    out: [B, T, N, V].
     d_out: [B, T, N, V].
     top: the largest logits, [B, T, N].
     share: 1 / l, 0 for a row without keys, [B, T, N].
-    delta: d, [B, T, N].
+    more: l dl, [B, T, N].
     operands: see `forward`.
     options: what is static.
   """
   s, bias = options.schedule, options.bias
-  stats = jnp.stack([rows_of(x, s) for x in (top, share, delta)], axis=3)
+  stats = jnp.stack([rows_of(x, s) for x in (top, share, more)], axis=3)
   T, S = s.padded
   arrays = [
-    by_head(query, T), by_head(d_out, T), by_head(key, S), by_head(value, S),
-    stats,
+    by_head(query, T), by_head(out, T), by_head(d_out, T), by_head(key, S),
+    by_head(value, S), stats,
   ]  # fmt: skip
   run = functools.partial(_call, arrays, operands, options)
   if s.num_spans == 1:
@@ -94,7 +105,7 @@ def _learned(options, wanted):
 
 
 def _call(arrays, operands, options, wanted):
-  q, _, k, v, _ = arrays
+  q, _, _, k, v, _ = arrays
   s = options.schedule
   R, C, span = s.rows, s.cols, s.span
   (B, N, _, H), (_, K, _, V) = q.shape, v.shape
@@ -121,8 +132,8 @@ def _call(arrays, operands, options, wanted):
     return spec((1, 1, span * C, width), lambda b, kv, n, i, p: (b, kv, p, 0))
 
   rows = spec((1, 1, 1, 3, R), lambda b, kv, n, i, p: (b, n, i, 0, 0))
-  specs = [queries(H), queries(V), keys(H), keys(V), rows]
-  outputs, scratch = [], []
+  specs = [queries(H), queries(V), queries(V), keys(H), keys(V), rows]
+  outputs, scratch = [], [pltpu.VMEM((1, R), jnp.float32)]
   if 'query' in wanted:
     outputs.append((q.shape, q.dtype, queries(H)))
     scratch.append(pltpu.VMEM((R, H), jnp.float32))
@@ -169,8 +180,9 @@ def _backward(
   scalars, place, masks, biases, inputs, outputs, scratch,
   *, options, wanted, grid,
 ):  # fmt: skip
-  q_ref, do_ref, k_ref, v_ref, stats_ref = inputs
-  outputs, scratch = list(outputs), list(scratch)
+  q_ref, out_ref, do_ref, k_ref, v_ref, stats_ref = inputs
+  delta_ref, *scratch = scratch
+  outputs = list(outputs)
   dq_out, dq_ref = (
     (outputs.pop(0), scratch.pop(0)) if 'query' in wanted else (None, None)
   )
@@ -209,6 +221,12 @@ def _backward(
     @pl.when(keys_begin)
     def _():
       each_tile(functools.partial(_fill, refs=(dk_ref, dv_ref)))
+
+  @pl.when((p == 0) | ('key' in wanted))
+  def _():
+    product = out_ref[0, 0].astype(jnp.float32) * do_ref[0, 0]
+    delta = row(jnp.sum(product, axis=1, keepdims=True))
+    delta_ref[...] = delta - stats_ref[0, 0, 0, 2:]
 
   if 'query' in wanted:
 
@@ -255,12 +273,10 @@ def _backward(
     for (rows, cols), (s, slope), dp in zip(
       pieces, logits, gradients, strict=True
     ):
-      top, share, delta = (
-        stats_ref[0, 0, 0, r : r + 1, rows] for r in range(3)
-      )
+      top, share = (stats_ref[0, 0, 0, r : r + 1, rows] for r in range(2))
       # Not above 0, though products round otherwise than in the forward pass.
       p = jnp.exp(jnp.minimum(s - top, 0)) * share
-      ds = p * (dp - delta)
+      ds = p * (dp - delta_ref[:, rows])
       for which, (axis, ref) in learned.items():
         grad = ds * _slope(tiles.bias, which, tile, rows, cols)
         if axis == 'S':

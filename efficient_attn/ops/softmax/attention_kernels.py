@@ -295,18 +295,18 @@ def _backward(args, residuals, cotangents, *, known, **statics):
   options, operands = _prepare(
     query, key, value, mask, bias, backward=True, known=known, **statics
   )
-  delta = jnp.einsum(
-    'btnv,btnv->btn', d_out, out, preferred_element_type=jnp.float32
-  )
-  delta = delta - total * d_total
   share = jnp.where(total == 0, 0, 1 / total)
+  more = total * d_total
   d_q, d_k, d_v, learned = backward(
-    query, key, value, d_out, top, share, delta, operands, options=options
+    query, key, value, out, d_out, top, share, more, operands, options=options
   )
   d_sinks = None
   if sinks is not None:
+    delta = jnp.einsum(
+      'btnv,btnv->btn', d_out, out, preferred_element_type=jnp.float32
+    )
     p = share * exp_below(sinks.astype(jnp.float32), top)
-    d_sinks = -jnp.sum(p * delta, axis=(0, 1)).astype(sinks.dtype)
+    d_sinks = -jnp.sum(p * (delta - more), axis=(0, 1)).astype(sinks.dtype)
   d_bias = None
   if bias is not None:
     d_bias = _pull(bias, known, learned, query.shape[1], key.shape[1])
