@@ -13,7 +13,7 @@ computed again. Accelerators run many chunks at once, see `passes`.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -140,6 +140,30 @@ def per_accelerator(
     *args,
     partitionable=dict.fromkeys(ACCELERATORS, accelerated),
   )
+
+
+def by_kernel(
+  xla: Sequence[Passes],
+  definition: Callable,
+  wrap: Passes,
+  kernels: Sequence[Mapping],
+) -> Callable:
+  """The recurrence by a kernel where there is one, with its gradient.
+
+  Args:
+    xla: what `passes` returns, in general and of `ACCELERATORS`.
+    definition: what it returns besides.
+    wrap: functions that give the passes of `xla`, and the definition, the
+      arguments and results of the kernels.
+    kernels: by platform, for each of the passes, see `dispatch.kernels`.
+  """
+  chosen = (
+    functools.partial(per_accelerator, *map(wrapped, both), kernels=table)
+    for wrapped, both, table in zip(
+      wrap, zip(*xla, strict=True), kernels, strict=True
+    )
+  )
+  return differentiable(*chosen, wrap.call(definition))
 
 
 def recur(

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from efficient_attn.ops import chunks, dispatch, shapes
-from efficient_attn.ops.per_platform import differentiable
 from efficient_attn.ops.recurrent import chunk_states, forms, gates
 
 SPAN = 128  # tokens between two states that the forward pass keeps
@@ -179,17 +178,15 @@ def _by_kernel(
 
     return run
 
-  def chosen(wrap, stage, **statics):
-    functions = (wrap(getattr(passes, stage)) for passes in xla)
-    return functools.partial(
-      forms.per_accelerator, *functions, kernels=kernels(stage, **statics)
-    )
-
-  function = differentiable(
-    chosen(call, 'call', dtype=dtype),
-    chosen(forward, 'forward', dtype=dtype),
-    chosen(backward, 'backward'),
-    call(definition),
+  function = forms.by_kernel(
+    xla,
+    definition,
+    forms.Passes(call, forward, backward),
+    (
+      kernels('call', dtype=dtype),
+      kernels('forward', dtype=dtype),
+      kernels('backward'),
+    ),
   )
   return function(tokens, state, segment_ids)
 

@@ -1,6 +1,5 @@
 """The kernel of selective_scan, and which calls it serves."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,7 +7,6 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from efficient_attn.ops import dispatch
-from efficient_attn.ops.per_platform import differentiable
 from efficient_attn.ops.recurrent import chunk_states, forms
 
 NAME = 'selective_scan'
@@ -100,19 +98,11 @@ def recur(
 
     return run
 
-  def chosen(wrap, stage):
-    functions = (wrap(getattr(passes, stage)) for passes in xla)
-    return functools.partial(
-      forms.per_accelerator,
-      *functions,
-      kernels=dispatch.kernels(KERNELS, rows, stage),
-    )
-
-  function = differentiable(
-    chosen(call, 'call'),
-    chosen(forward, 'forward'),
-    chosen(backward, 'backward'),
-    call(definition),
+  function = forms.by_kernel(
+    xla,
+    definition,
+    forms.Passes(call, forward, backward),
+    [dispatch.kernels(KERNELS, rows, stage) for stage in forms.Passes._fields],
   )
   return function(tokens, state, A)
 
