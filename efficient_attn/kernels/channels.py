@@ -38,6 +38,15 @@ def gate_cotangent(d_gate, log_decay, starts, sizes):
   return d_gate.astype(log_decay.dtype)
 
 
+def past_starts(q, starts):
+  """Queries of the state before their token's gate, or their gradient.
+
+  That gate therefore cannot close the past of a segment's first token. Its
+  query is zero instead.
+  """
+  return q if starts is None else jnp.where(starts[..., None, None], 0, q)
+
+
 def by_key(starts, sizes):
   """[B, T] to [B, 1, chunks * CHUNK, 1]."""
   missing = sizes.chunks * CHUNK - sizes.length
@@ -54,9 +63,9 @@ def marked_reads(starts, blocks):
   return [(reads.reshape(cuts.shape), blocks.tokens_of_row())]
 
 
-def split_refs(refs, segments):
-  """Splits off the reference of `marked_reads`, or None."""
-  return (refs[0], refs[1:]) if segments else (None, refs)
+def split_refs(refs, there):
+  """Splits off a reference that there may be, or None."""
+  return (refs[0], refs[1:]) if there else (None, refs)
 
 
 def kept(state, total, segments):
@@ -68,6 +77,16 @@ def kept(state, total, segments):
 def reading(past, reads_ref):
   """Keeps what tokens read of the state, zero where it is of another segment.
 
-  The decay is zero there, and the state may be anything.
+  The decay is zero there, and the state may be anything. Rows are those of a
+  chunk, or of several sets of queries below each other.
   """
-  return past if reads_ref is None else jnp.where(reads_ref[0, 0] > 0, past, 0)
+  if reads_ref is None:
+    return past
+  rows = past.reshape(-1, CHUNK, past.shape[-1])
+  return jnp.where(reads_ref[0, 0] > 0, rows, 0).reshape(past.shape)
+
+
+def row_products(x, y):
+  """The products of the rows of x and y, [C, 1]."""
+  x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+  return jnp.sum(x * y, 1, keepdims=True)

@@ -2,10 +2,12 @@
 
 A pair of tokens i > j is of the level s, the highest bit in which i and j
 differ: they stand in the second and the first half of one block of 2 s tokens,
-and the decay of the span (j, i] is what follows j in its half times what
-precedes i in the other,
+and the decay of the tokens between them is what follows j in its half times
+what precedes i in the other,
 
-  a_(j, i] = before_s[i] after_s[j].
+  a_(j, i) = before_s[i] after_s[j];
+
+a query that comes after the gate of its token has that among its factors.
 
 So the scores of a level are one matrix product, and the levels 1, 2, 4, ...
 cover the triangle. From level to level a half that lengthens is multiplied by
@@ -78,12 +80,11 @@ def _of_sibling(x, size):
   )
 
 
-def build(decay, inclusive):
-  """The tree of decays [C, H].
+def build(decay):
+  """The tree of decays.
 
   Args:
-    decay: of every token, in [0, 1].
-    inclusive: whether `before` has the decay of the token itself.
+    decay: of every token, [C, H], in [0, 1].
 
   Returns:
     levels: block size -> (before, after), [C / 8, 8, H], or None for ones;
@@ -91,8 +92,7 @@ def build(decay, inclusive):
     total: the decay of the chunk, [1, H].
   """
   total = tiles(decay)
-  after = None
-  before = total if inclusive else None
+  before = after = None
   levels = {1: (before, after)}
   size = 1
   while size < TILE:
@@ -115,29 +115,32 @@ def build(decay, inclusive):
   return levels, flat(total)[:1]
 
 
-def scores(queries, k, levels, dot, inclusive):
-  """sum_h q_ih k_jh a_h(j, i] for j < i, and q_i . k_i if inclusive: [C, C].
+def scores(queries, keys, levels, dot, own):
+  """sum_h q_ih k_jh a_h(j, i) for j < i, and own_i . k_i, of each q and k.
 
   Args:
-    queries: list of q, [C / 8, 8, H], which share the keys and the decays.
-    k: [C / 8, 8, H].
+    queries: list of q, [C / 8, 8, H], which share the decays.
+    keys: list of k, [C / 8, 8, H].
     levels: of `build`.
     dot: a matrix product.
-    inclusive: for each q.
+    own: with what each q reads its own token, or None.
+
+  Returns:
+    For each q a list over the keys, of [C, C].
   """
   differ = iota(0) ^ iota(1)
-  found = [None] * len(queries)
+  found = [[None] * len(keys) for _ in queries]
   for size in LEVELS:
-    # The columns of first halves stand in both, so that they keep their places.
-    rows, columns = _decayed(queries, k, levels, size)
+    rows, columns = _decayed(queries, keys, levels, size)
     rows = _stacked([flat(q) for q in rows])
-    level = dot(rows, _in_both(columns, size), NT)
-    for i, part in enumerate(_split(level, len(queries))):
-      if size < TILE:
-        found[i] = jnp.where(differ < 2 * size, part, found[i])
-      else:
-        found[i] = _place(part, found[i], differ, size, 1)
-  return _finished(found, iota(0) > iota(1), queries, k, inclusive)
+    level = dot(rows, _beside(columns, size, 0), NT)
+    for of_q, part in zip(found, _split(level, len(queries)), strict=True):
+      for j, x in enumerate(_apart(part, len(keys), size, 0)):
+        if size < TILE:
+          of_q[j] = jnp.where(differ < 2 * size, x, of_q[j])
+        else:
+          of_q[j] = _place(x, of_q[j], differ, size, 1)
+  return _finished(found, iota(0) > iota(1), keys, own)
 
 
 def _place(level, found, differ, size, half):
@@ -153,8 +156,16 @@ def _place(level, found, differ, size, half):
   return jnp.stack(both, 1).reshape(CHUNK, CHUNK)
 
 
-def _with_diagonal(found, strictly, q, k, inclusive):
-  if not inclusive:
+def _finished(found, strictly, keys, own):
+  """Scores with their diagonals, of which `found` has nothing."""
+  return [
+    [_with_diagonal(x, strictly, q, k) for x, k in zip(of_q, keys, strict=True)]
+    for of_q, q in zip(found, own, strict=True)
+  ]
+
+
+def _with_diagonal(found, strictly, q, k):
+  if q is None:
     return jnp.where(strictly, found, 0)
   own = jnp.sum(flat(q * k), 1, keepdims=True)
   return jnp.where(strictly, found, jnp.where(iota(0) == iota(1), own, 0))
@@ -202,9 +213,9 @@ class Adjoint:
       -1, TILE, first.shape[-1]
     )
 
-  def gate(self, inclusive):
+  def gate(self):
     """The gradient of the logarithms of the decays, [C, H]."""
-    return flat(self.before + self.total if inclusive else self.total)
+    return flat(self.total)
 
 
 def _tile_sums(x):
@@ -215,118 +226,158 @@ def _tile_sums(x):
   return x
 
 
-def turned_scores(queries, k, levels, dot, inclusive):
+def turned_scores(queries, keys, levels, dot, own):
   """The transposes of `scores`, [key, query]."""
-  found = [None] * len(queries)
+  found = [[None] * len(keys) for _ in queries]
   for size in LEVELS:
-    rows, keys = _decayed(queries, k, levels, size)
-    found = _turned_level(rows, keys, found, dot, size)
-  return _finished(found, iota(0) < iota(1), queries, k, inclusive)
+    rows, columns = _decayed(queries, keys, levels, size)
+    found = _turned_level(rows, columns, found, dot, size)
+  return _finished(found, iota(0) < iota(1), keys, own)
 
 
-def _decayed(queries, k, levels, size):
+def _decayed(queries, keys, levels, size):
   """Queries up to their half and keys from theirs, of the tokens that meet."""
   before, after = levels[size]
   if size < TILE:
-    return [times(q, before) for q in queries], times(k, after)
+    return [times(q, before) for q in queries], [times(k, after) for k in keys]
   before, after = halves(before, size)[1], halves(after, size)[0]
-  return [halves(q, size)[1] * before for q in queries], (
-    halves(k, size)[0] * after
-  )
+  return [halves(q, size)[1] * before for q in queries], [
+    halves(k, size)[0] * after for k in keys
+  ]
 
 
-def _in_both(x, size):
-  """Tokens of one half in the places of both; of all tokens, as they are."""
-  return flat(x if size < TILE else join(x, x))
+def _beside(arrays, size, half):
+  """One or two arrays of tokens of a half, as the columns of scores.
+
+  From the size of a tile on, the columns of the other half are free: they are
+  those of the second array, or the same, so that the first keeps its places.
+  """
+  if size < TILE:
+    return _stacked([flat(x) for x in arrays])
+  pair = arrays[0], arrays[-1]
+  return flat(join(*(pair[::-1] if half else pair)))
+
+
+def _apart(scores, count, size, half):
+  """The scores of the arrays of `_beside`, [rows, C] each, where they stand."""
+  if count == 1:
+    return [scores]
+  if size < TILE:
+    return [scores[:, :CHUNK], scores[:, CHUNK:]]
+  return [scores, pltpu.roll(scores, size if half else CHUNK - size, 1)]
+
+
+def _together(parts, size, half):
+  """The inverse, of scores that are zero but in the columns of the half."""
+  if len(parts) == 1:
+    return parts[0]
+  if size < TILE:
+    return jnp.concatenate(parts, 1)
+  first, second = parts
+  return first + pltpu.roll(second, CHUNK - size if half else size, 1)
 
 
 def _turned_level(rows, keys, found, dot, size):
   """Puts the transposed scores of a level over those of the levels above."""
   differ = iota(0) ^ iota(1)
-  columns = _stacked([_in_both(q, size) for q in rows])
-  level = dot(flat(keys), columns, NT)
-  both = []
-  for i, above in enumerate(found):
-    part = level[:, i * CHUNK : (i + 1) * CHUNK]
-    if size < TILE:
-      both.append(jnp.where(differ < 2 * size, part, above))
-    else:
-      both.append(_place(part, above, differ, size, 0))
-  return both
-
-
-def _finished(found, strictly, queries, k, inclusive):
+  level = dot(_stacked([flat(k) for k in keys]), _beside(rows, size, 1), NT)
+  level = [_apart(x, len(rows), size, 1) for x in _split(level, len(keys))]
   return [
-    _with_diagonal(x, strictly, q, k, own)
-    for x, q, own in zip(found, queries, inclusive, strict=True)
+    [
+      jnp.where(differ < 2 * size, x[i], above)
+      if size < TILE
+      else _place(x[i], above, differ, size, 0)
+      for x, above in zip(level, of_q, strict=True)
+    ]
+    for i, of_q in enumerate(found)
   ]
 
 
 def pull(
   queries,
-  k,
+  keys,
   levels,
   d_scores,
   d_scores_t,
   adjoint,
   dot,
   d_queries,
-  d_k,
-  inclusive,
+  d_keys,
+  own,
 ):
-  """Takes the cotangents of `scores` back to the queries, k and the gate.
+  """Takes the cotangents of `scores` back to the queries, keys and the gate.
 
   Args:
     queries: as in `scores`.
-    k: [C / 8, 8, H].
+    keys: as in `scores`.
     levels: of `build`.
-    d_scores: [C, C] for each q.
+    d_scores: as `scores` returns them.
     d_scores_t: their transposes.
     adjoint: of the whole chunk, is taken down to single tokens.
     dot: a matrix product.
     d_queries: what the whole chunk gives, [C / 8, 8, H] for each q.
-    d_k: the same of the keys.
-    inclusive: for each q.
+    d_keys: the same of the keys.
+    own: as in `scores`.
 
   Returns:
-    d_queries and d_k without the diagonal, and what `turned_scores` returns.
+    d_queries and d_keys without the diagonal, and what `turned_scores` returns.
   """
   row, column = iota(0), iota(1)
   differ = row ^ column
-  found = [None] * len(queries)
+  found = [[None] * len(keys) for _ in queries]
   for size in LEVELS:
     before, after = levels[size]
     level = (differ >= size) & (differ < 2 * size)
-    rows, keys = _decayed(queries, k, levels, size)
-    found = _turned_level(rows, keys, found, dot, size)
-    if size < TILE:
-      own, own_k = queries, k
-      parts = [jnp.where(level & (row > column), x, 0) for x in d_scores]
-      parts_t = [jnp.where(level & (row < column), x, 0) for x in d_scores_t]
+    rows, columns = _decayed(queries, keys, levels, size)
+    found = _turned_level(rows, columns, found, dot, size)
+    small = size < TILE
+    if small:
+      own_q, own_k = queries, keys
     else:
       before, after = halves(before, size)[1], halves(after, size)[0]
-      own, own_k = [halves(q, size)[1] for q in queries], halves(k, size)[0]
+      own_q = [halves(q, size)[1] for q in queries]
+      own_k = [halves(k, size)[0] for k in keys]
 
-      def part(matrix, half, level=level, size=size):
-        kept = jnp.where(level, matrix, 0)
-        return _row_halves(kept, size)[half].reshape(-1, CHUNK)
+    def part(matrix, half, level=level, size=size, small=small):
+      if small:
+        side = row > column if half else row < column
+        return jnp.where(level & side, matrix, 0)
+      kept = jnp.where(level, matrix, 0)
+      return _row_halves(kept, size)[half].reshape(-1, CHUNK)
 
-      parts = [part(x, 1) for x in d_scores]
-      parts_t = [part(x, 0) for x in d_scores_t]
-    of_q = dot(_stacked(parts), _in_both(keys, size))
+    of_q = dot(
+      _stacked(
+        [_together([part(x, 1) for x in of_q], size, 0) for of_q in d_scores]
+      ),
+      _beside(columns, size, 0),
+    )
+    of_k = dot(
+      _stacked(
+        [
+          _together([part(x, 0) for x in of_k], size, 1)
+          for of_k in zip(*d_scores_t, strict=True)
+        ]
+      ),
+      _beside(rows, size, 1),
+    )
     of_q = [
-      times(x.reshape(own_k.shape), before) for x in _split(of_q, len(queries))
+      times(x.reshape(q.shape), before)
+      for x, q in zip(_split(of_q, len(queries)), own_q, strict=True)
     ]
-    of_k = dot(_beside(parts_t), _stacked([_in_both(q, size) for q in rows]))
-    of_k = times(of_k.reshape(own_k.shape), after)
-    d_before = sum(q * x for q, x in zip(own, of_q, strict=True))
-    adjoint.descend(size, d_before, own_k * of_k)
+    of_k = [
+      times(x.reshape(k.shape), after)
+      for x, k in zip(_split(of_k, len(keys)), own_k, strict=True)
+    ]
+    adjoint.descend(
+      size,
+      sum(q * x for q, x in zip(own_q, of_q, strict=True)),
+      sum(k * x for k, x in zip(own_k, of_k, strict=True)),
+    )
     d_queries = [
       _added(d, x, size, 1) for d, x in zip(d_queries, of_q, strict=True)
     ]
-    d_k = _added(d_k, of_k, size, 0)
-  found = _finished(found, row < column, queries, k, inclusive)
-  return d_queries, d_k, found
+    d_keys = [_added(d, x, size, 0) for d, x in zip(d_keys, of_k, strict=True)]
+  return d_queries, d_keys, _finished(found, row < column, keys, own)
 
 
 def _stacked(arrays):
@@ -336,10 +387,6 @@ def _stacked(arrays):
 def _split(x, count):
   """The inverse of `_stacked`."""
   return x.reshape(count, -1, x.shape[-1]) if count > 1 else [x]
-
-
-def _beside(arrays):
-  return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, 1)
 
 
 def _added(x, part, size, half):

@@ -174,6 +174,19 @@ class Blocks:
       (1, heads, CHUNK, width), lambda b, n, j: (b, n, self._chunk(j), 0)
     )
 
+  def key_parts(self, *arrays: jax.Array) -> list[tuple]:
+    """Of gradients of keys, as outputs of `call`; see `sum_parts`."""
+    s = self.sizes
+    heads = s.programs * s.read
+    return [
+      (
+        (s.batch, heads, s.chunks * CHUNK, s.channels),
+        x.dtype if heads == s.kv_heads else jnp.float32,
+        self.tokens(s.read, s.channels),
+      )
+      for x in arrays
+    ]
+
   def tokens_of_row(self) -> pl.BlockSpec:
     """Of [B, 1, T, 1], the same for all heads."""
     return pl.BlockSpec(

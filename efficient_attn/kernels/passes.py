@@ -79,18 +79,15 @@ def backward_pass(
     marks: like gates.
     d_out: the cotangent of the outputs.
     last: that of the last state, [B, N, *matrix].
-    d_gates: pairs (shape, block specification).
+    d_gates: triples (shape, dtype, block specification).
     **options: of `call`.
 
   Returns:
-    The cotangents of q, k and v, those of the gates, in float32 and as
-    `d_gates` says, and that of the first state.
+    The cotangents of q, k and v, those of the gates as `d_gates` says, and that
+    of the first state.
   """
   sizes, matrix = blocks.sizes, last.shape[2:]
   keys, values = (by_head(x, sizes, sizes.operand) for x in (k, v))
-  parts = (sizes.batch, sizes.programs * sizes.read, *keys.shape[2:])
-  whole = parts == keys.shape
-  key_spec = blocks.tokens(sizes.read, sizes.channels)
   value_spec = blocks.tokens(sizes.heads, sizes.width)
   d_q, d_k, d_v, *others = call(
     kernel,
@@ -106,10 +103,9 @@ def backward_pass(
       *marks,
     ],
     [
-      (parts, q.dtype if whole else jnp.float32, key_spec),
-      (parts, k.dtype if whole else jnp.float32, key_spec),
+      *blocks.key_parts(q, k),
       (values.shape, v.dtype, value_spec),
-      *((shape, jnp.float32, spec) for shape, spec in d_gates),
+      *d_gates,
       (last.shape, jnp.float32, blocks.state(matrix)),
     ],
     **options,

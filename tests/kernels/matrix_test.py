@@ -14,20 +14,23 @@ from efficient_attn.ops.recurrent.delta_rule import delta_rule
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
 
 BATCH, LENGTH, HEADS, WIDTH = 2, 256, 2, 16
-FOLDERS = {'linear': 'additive', 'delta': 'delta'}
-GATES = ('scalar', 'channel')
+# By op and gate.
+KERNELS = {
+  ('linear', 'scalar'): 'additive.scalar_gate',
+  ('linear', 'channel'): 'additive.channel_gate',
+  ('delta', 'scalar'): 'delta.scalar_gate',
+  ('delta', 'channel'): 'delta.channel_gate',
+}
 
 
-@pytest.mark.parametrize('op', FOLDERS)
-@pytest.mark.parametrize('gate', GATES)
-def test_no_races_and_nothing_uninitialised(gate, op):
+@pytest.mark.parametrize('op, gate', KERNELS)
+def test_no_races_and_nothing_uninitialised(op, gate):
   """The interpreter that simulates a TPU's memories and copies."""
   interpret = pltpu.InterpretParams(
     detect_races=True, out_of_bounds_reads='raise', uninitialized_memory='nan'
   )
-  folder = FOLDERS[op]
   module = importlib.import_module(
-    f'efficient_attn.kernels.{folder}.{gate}_gate'
+    f'efficient_attn.kernels.{KERNELS[op, gate]}'
   )
   rng = np.random.default_rng(0)
   normal = lambda *s: jnp.asarray(rng.standard_normal(s), jnp.float32)  # noqa: E731
@@ -41,8 +44,10 @@ def test_no_races_and_nothing_uninitialised(gate, op):
   arrays = [q, k, v]
   if op == 'delta':
     arrays.append(jnp.abs(normal(BATCH, LENGTH, HEADS, 1, 1)) / WIDTH)
-  elif gate == 'channel':
+  if gate == 'channel':
     statics['inclusive'] = True
+    if op == 'delta':
+      arrays.append(jnp.abs(decay))
 
   def run(interpret):
     out, last, states = module.forward(
@@ -78,8 +83,7 @@ SHAPES = {
 TOPOLOGIES = ('v5e:2x2', 'v6e:2x2', 'v4:2x2x1', 'v5p:2x2x1', 'tpu7x:2x2x1')
 COMPILED = [
   pytest.param(op, gate, shape, topology, marks=marks)
-  for op in FOLDERS
-  for gate in GATES
+  for op, gate in KERNELS
   for shape in SHAPES
   for topology in TOPOLOGIES
   for marks in (

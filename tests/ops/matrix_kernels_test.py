@@ -25,12 +25,23 @@ from tests.oracles import linear_attention as linear_oracle
 
 SIZES = dict(batch=2, heads=4, channels=16, values=24)
 KERNEL = 'pallas_tpu'
-OPS = {'linear': linear_attention, 'delta': delta_rule}
+OPS = {
+  'linear': linear_attention,
+  'delta': delta_rule,
+  'erase': delta_rule,
+}
 ORACLES = {
   'linear': linear_oracle.linear_attention,
   'delta': delta_oracle.delta_rule,
+  'erase': delta_oracle.delta_rule,
 }
-GATES = [(op, gate) for gate in ('scalar', 'channel') for op in OPS]
+# One for each kernel.
+GATES = [
+  ('linear', 'scalar'),
+  ('linear', 'channel'),
+  ('delta', 'scalar'),
+  ('delta', 'channel'),
+]
 
 # name: (length, kv heads, with a state, with segments, options); chunks are of
 # 128 tokens.
@@ -41,19 +52,24 @@ FEATURES = {
   'one_key_head': (259, 1, True, True, {'form': 'chunkwise'}),
   'normalize': (130, 2, True, True, {'normalize': True}),
   'bidirectional': (130, 2, False, True, {'bidirectional': True}),
-  'exclusive_bonus': (131, 2, True, True, {'read': 'exclusive'}),
+  'exclusive': (131, 2, True, True, {'read': 'exclusive'}),
 }
 
 
 def make(op, gate, length, **sizes):
   """Arrays and options of a call; what is written has the length 1 or less."""
   arrays, options = linear_attention_cases.make(gate, length, **sizes)
-  if op == 'delta':
-    k = arrays['k']
-    arrays['k'] = k / np.linalg.norm(k, axis=-1, keepdims=True)
-    shape = arrays['v'].shape[:-1]
-    strength = np.random.default_rng(7).uniform(0, 2, shape)
-    arrays['beta'] = strength.astype(k.dtype)
+  if op == 'linear':
+    return arrays, options
+  arrays.pop('bonus', None)
+  rng, k = np.random.default_rng(7), arrays['k']
+  unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+  arrays['k'] = unit(k)
+  shape = arrays['v'].shape[:-1]
+  new = {'beta': rng.uniform(0, 2, shape)}
+  if op == 'erase':
+    new['erase'] = rng.uniform(0, 1, (*shape, k.shape[-1]))
+  arrays |= {name: x.astype(k.dtype) for name, x in new.items()}
   return arrays, options
 
 
@@ -137,7 +153,7 @@ CASES = [
   ('linear', 'channel', 'grouped'),
   ('linear', 'channel', 'chunk'),
   ('linear', 'channel', 'one_key_head'),
-  ('linear', 'channel', 'exclusive_bonus'),
+  ('linear', 'channel', 'exclusive'),
   ('delta', 'scalar', 'grouped'),
   ('delta', 'none', 'short'),
   ('delta', 'scalar', 'chunk'),
@@ -147,6 +163,15 @@ CASES = [
   ('delta', 'channel', 'grouped'),
   ('delta', 'channel', 'chunk'),
   ('delta', 'channel', 'one_key_head'),
+  ('erase', 'channel', 'exclusive'),
+  *(
+    pytest.param(*case, marks=pytest.mark.in_turn)
+    for case in (
+      ('delta', 'none', 'exclusive'),
+      ('linear', 'constant', 'exclusive'),
+      ('erase', 'scalar', 'grouped'),
+    )
+  ),
 ]
 
 
@@ -230,7 +255,7 @@ def test_packed_equals_separate(op, gate):
 @pytest.mark.parametrize('op, gate', GATES)
 def test_a_nan_of_a_segment_that_is_over_stays_there(op, gate):
   # The triangular system of a chunk takes it to all tokens of the chunk.
-  end = {'linear': 100, 'delta': 128}[op]
+  end = 100 if op == 'linear' else 128
   ids = np.repeat([0, 1], [end, 259 - end])[None].astype(np.int32)
   arrays, _ = make(op, gate, 259, dtype=np.float32, **SIZES | {'batch': 1})
   clean, last = run(op, arrays, dict(segment_ids=ids), implementation=KERNEL)
@@ -298,7 +323,6 @@ def test_chunks_within_a_span_of_saved_states():
 REFUSED = {
   'form': (dict(form='recurrent'), "form = 'recurrent'"),
   'chunk': (dict(chunk_size=256), 'chunk_size = 256'),
-  'read': (dict(read='exclusive'), "read = 'exclusive'"),
 }
 
 
@@ -328,13 +352,12 @@ def test_sizes_and_dtypes_that_a_kernel_refuses():
     assert 'float64' in explain(8, 64, 64, initial_state=wide)
 
 
-def test_what_the_delta_rule_refuses():
+def test_kernels_serve_every_erase_and_gate():
   shape = lambda *s: jax.ShapeDtypeStruct(s, np.float32)  # noqa: E731
   keys, strength = shape(1, 8, 2, 64), shape(1, 8, 2)
-  explain = functools.partial(explain_delta_rule, keys, keys, keys, strength)
-  assert 'tpu: pallas_tpu' in explain()
-  assert 'erase is given' in explain(erase=keys)
-  assert "read = 'exclusive'" in explain(read='exclusive')
+  delta = functools.partial(explain_delta_rule, keys, keys, keys, strength)
+  for explained in (delta(), delta(erase=keys)):
+    assert 'tpu: pallas_tpu' in explained
 
 
 def test_pallas_is_imported_when_a_kernel_is_traced():

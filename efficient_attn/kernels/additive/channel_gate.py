@@ -17,18 +17,20 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from efficient_attn.kernels import decay_tree
 from efficient_attn.kernels.channels import (
   closed_gate,
   float_keys,
   gate_cotangent,
   kept,
   marked_reads,
+  past_starts,
   reading,
+  row_products,
   scaled_queries,
   split_refs,
 )
-from efficient_attn.kernels.decay_tree import flat, tiles
+from efficient_attn.kernels.decay_tree import flat
+from efficient_attn.kernels.gated_head import GatedHead
 from efficient_attn.kernels.layout import (
   CHUNK,
   HEADS,
@@ -80,7 +82,7 @@ def forward(
   out, last, *states = forward_pass(
     _body(_forward, sizes, scale, inclusive, starts),
     blocks,
-    _past_starts(q, starts, inclusive),
+    q if inclusive else past_starts(q, starts),
     k,
     v,
     [
@@ -119,13 +121,14 @@ def _forward(q_ref, k_ref, v_ref, gate_ref, first_ref, *refs,
       v, state = v_ref[0, head], state_ref[0, head]
       for ref in states_ref:
         ref[0, 0, head] = state.astype(ref.dtype)
-      levels, total = decay_tree.build(jnp.exp(gate_ref[0, head]), inclusive)
-      before, after = levels[CHUNK]
-      (scores,) = decay_tree.scores([q], k, levels, dot, [inclusive])
-      past = reading(dot(flat(q * before), state, NT), reads_ref)
+      own = GatedHead(
+        [q], [k], gate_ref[0, head], gated=[inclusive], inclusive=inclusive
+      )
+      ((scores,),) = own.scores(dot)
+      past = reading(dot(own.reads(), state, NT), reads_ref)
       out_ref[0, head] = (dot(scores, v) + past).astype(out_ref.dtype)
-      decayed = kept(state, total, segments)
-      state_ref[0, head] = decayed + dot(v, flat(k * after), TN)
+      decayed = kept(state, own.total, segments)
+      state_ref[0, head] = decayed + dot(v, own.writes(), TN)
 
 
 @functools.partial(
@@ -150,7 +153,7 @@ def backward(
   d_q, d_k, d_v, d_gate, d_first = backward_pass(
     _body(_backward, sizes, scale, inclusive, starts),
     blocks,
-    _past_starts(q, starts, inclusive),
+    q if inclusive else past_starts(q, starts),
     k,
     v,
     gates,
@@ -158,7 +161,7 @@ def backward(
     marked_reads(starts, blocks),
     d_out,
     last,
-    [(x.shape, spec) for x, spec in gates],
+    [(x.shape, jnp.float32, spec) for x, spec in gates],
     name='channel_gate_backward',
     interpret=interpret,
     cost=(
@@ -168,7 +171,7 @@ def backward(
     ),
   )
   return (
-    _past_starts(d_q, starts, inclusive),
+    d_q if inclusive else past_starts(d_q, starts),
     d_k,
     d_v,
     gate_cotangent(d_gate, log_decay, starts, sizes),
@@ -190,51 +193,26 @@ def _backward(q_ref, k_ref, v_ref, d_out_ref, states_ref, gate_ref, last_ref,
     for head in range(group * sizes.shared, (group + 1) * sizes.shared):
       v, d_out = v_ref[0, head], d_out_ref[0, head]
       state, d_state = states_ref[0, 0, head], state_ref[0, head]
-      levels, total = decay_tree.build(jnp.exp(gate_ref[0, head]), inclusive)
-      before, after = levels[CHUNK]
-      d_q = tiles(reading(dot(d_out, state), reads_ref)) * before
-      d_k = tiles(dot(v, d_state)) * after
-      d_kept = kept(d_state, total, segments)
-      state_ref[0, head] = d_kept + dot(d_out, flat(q * before), TN)
-
-      d_total = jnp.sum(d_kept * state.astype(jnp.float32), 0, keepdims=True)
-      adjoint = decay_tree.Adjoint(
-        q * d_q, k * d_k, jnp.broadcast_to(d_total, (8, sizes.channels))
+      own = GatedHead(
+        [q], [k], gate_ref[0, head], gated=[inclusive], inclusive=inclusive
       )
-      (d_q,), d_k, (scores,) = decay_tree.pull(
-        [q],
-        k,
-        levels,
-        [dot(d_out, v, NT)],
-        [dot(v, d_out, NT)],
-        adjoint,
+      d_kept = kept(d_state, own.total, segments)
+      state_ref[0, head] = d_kept + dot(d_out, own.reads(), TN)
+      (d_q,), (d_k,), d_gate_ref[0, head], ((scores,),) = own.pull(
+        dot(d_out, v, NT),
+        dot(v, d_out, NT),
+        reading(dot(d_out, state), reads_ref),
+        dot(v, d_state),
+        jnp.sum(d_kept * state.astype(jnp.float32), 0, keepdims=True),
+        [row_products(v, d_out)],
         dot,
-        [d_q],
-        d_k,
-        [inclusive],
       )
-      d_gate_ref[0, head] = adjoint.gate(inclusive)
-      d_v = dot(scores, d_out) + dot(flat(k * after), d_state, NT)
+      d_v = dot(scores, d_out) + dot(own.writes(), d_state, NT)
       d_v_ref[0, head] = d_v.astype(d_v_ref.dtype)
-      if inclusive:
-        own = v.astype(jnp.float32) * d_out.astype(jnp.float32)
-        own = tiles(jnp.sum(own, 1, keepdims=True))
-        d_q, d_k = d_q + own * k, d_k + own * q
       d_q_sum += flat(d_q) * scale
       d_k_sum += flat(d_k)
     d_q_ref[0, group] = d_q_sum.astype(d_q_ref.dtype)
     d_k_ref[0, group] = d_k_sum.astype(d_k_ref.dtype)
-
-
-def _past_starts(q, starts, inclusive):
-  """Queries, or their gradient, that may read the past.
-
-  An exclusive read comes before the gate of its token, which therefore cannot
-  close the past of a segment's first token. Its query is zero instead.
-  """
-  if starts is None or inclusive:
-    return q
-  return jnp.where(starts[..., None, None], 0, q)
 
 
 def _body(kernel, sizes, scale, inclusive, starts):

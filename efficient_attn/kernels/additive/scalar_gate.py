@@ -136,7 +136,7 @@ def backward(
   matrix = (sizes.channels, sizes.width)
   rows, columns, resets = prepare(log_decay, starts, sizes)
   blocks = Blocks(sizes, backward=True)
-  heads = sizes.kv_heads * sizes.group
+  heads, count = sizes.kv_heads * sizes.group, sizes.heads
   last = d_last.reshape(sizes.batch, heads, *matrix)
   d_q, d_k, d_v, d_rows, d_columns, d_first = backward_pass(
     functools.partial(_backward, sizes=sizes, scale=scale),
@@ -153,8 +153,8 @@ def backward(
     d_out,
     last,
     [
-      ((*rows.shape[:3], sizes.heads, CHUNK), blocks.rows(sizes.heads)),
-      ((*columns.shape[:-1], sizes.heads), blocks.columns(sizes.heads)),
+      ((*rows.shape[:3], count, CHUNK), jnp.float32, blocks.rows(count)),
+      ((*columns.shape[:-1], count), jnp.float32, blocks.columns(count)),
     ],
     name='scalar_gate_backward',
     interpret=interpret,

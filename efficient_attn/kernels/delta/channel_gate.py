@@ -1,8 +1,9 @@
-"""S_t = S' + beta_t k_t (v_t - S'^T k_t)^T with S' = diag(a_t) S_{t-1}.
+"""S_t = S' + beta_t k_t (v_t - S'^T (r_t k_t))^T with S' = diag(a_t) S_{t-1}.
 
-The chunkwise form of Kimi Delta Attention (2510.26692) in one pass over chunks
-of 128 tokens, the state in VMEM. The keys that erase, E = beta K, are a second
-set of queries in the tree of decays (see `decay_tree`). With a_(j, i] the decay
+The chunkwise form of Kimi Delta Attention (2510.26692), where r = 1, and of
+GDN-2 (2605.22791) in one pass over chunks of 128 tokens, the state in VMEM. The
+keys that erase, E = beta r K, are a second set of queries in the tree of decays
+(see `decay_tree`). With a_(j, i] the decay
 of a span, and `before` and `after` those from the start of the chunk and to its
 end, the updates n solve a triangular system (see `inverse`):
 
@@ -27,19 +28,21 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from efficient_attn.kernels import decay_tree
 from efficient_attn.kernels.channels import (
   closed_gate,
   float_keys,
   gate_cotangent,
   kept,
   marked_reads,
+  past_starts,
   reading,
+  row_products,
   scaled_queries,
   split_refs,
 )
 from efficient_attn.kernels.decay_tree import flat, tiles
 from efficient_attn.kernels.delta.inverse import inverses
+from efficient_attn.kernels.gated_head import GatedHead
 from efficient_attn.kernels.layout import (
   CHUNK,
   NT,
@@ -58,11 +61,14 @@ HEADS = {'forward': 8, 'backward': 8}
 
 
 @functools.partial(
-  jax.jit, static_argnames=('scale', 'dtype', 'operand', 'save', 'interpret')
-)
+  jax.jit,
+  static_argnames=(
+    'inclusive', 'scale', 'dtype', 'operand', 'save', 'interpret',
+  ),
+)  # fmt: skip
 def forward(
-  q, k, v, beta, log_decay, state, starts,
-  *, scale, dtype, operand, save, interpret,
+  q, k, v, beta, erase, log_decay, state, starts,
+  *, inclusive, scale, dtype, operand, save, interpret,
 ):  # fmt: skip
   """The outputs and the last state.
 
@@ -71,9 +77,11 @@ def forward(
     k: [B, T, K, H].
     v: [B, T, K, G, V].
     beta: [B, T, K, G, 1].
+    erase: r, [B, T, K, G, H], or None for 1.
     log_decay: [B | 1, T, K, G, H].
     state: before token 0, [B, K, G, H, V], float32.
     starts: [B, T], whether a segment begins, or None.
+    inclusive: whether a token reads itself, after its gate.
     scale: c.
     dtype: of the outputs.
     operand: of the operands of matrix products, bfloat16 or float32.
@@ -90,20 +98,14 @@ def forward(
   heads = sizes.kv_heads * sizes.group
   first = jnp.swapaxes(state, -1, -2).reshape(sizes.batch, heads, *matrix)
   out, last, *states = forward_pass(
-    _body(_forward, sizes, scale, starts),
+    _body(_forward, sizes, scale, inclusive, erase, starts),
     blocks,
-    q,
+    q if inclusive else past_starts(q, starts),
     k,
     v,
-    [
-      (_columns(beta, sizes), blocks.columns(sizes.heads)),
-      (
-        closed_gate(log_decay, starts, sizes),
-        blocks.tokens(sizes.heads, sizes.channels),
-      ),
-    ],
+    _gates(beta, log_decay, starts, blocks),
     first,
-    marked_reads(starts, blocks),
+    [*marked_reads(starts, blocks), *_strengths(erase, blocks)],
     dtype=dtype,
     save=save,
     name='delta_rule_channel_forward',
@@ -119,44 +121,86 @@ def forward(
   return out, last, *(x.reshape(shape) for x in states)
 
 
-def _body(kernel, sizes, scale, starts):
+def _body(kernel, sizes, scale, inclusive, erase, starts):
   return functools.partial(
-    kernel, sizes=sizes, scale=scale, segments=starts is not None
+    kernel,
+    sizes=sizes,
+    scale=scale,
+    inclusive=inclusive,
+    erases=erase is not None,
+    segments=starts is not None,
   )
 
 
-def _columns(beta, sizes):
-  """[B, T, K, G, 1] to [B, programs, chunks * CHUNK, heads]."""
-  beta = by_head(beta, sizes, jnp.float32)
+def _gates(beta, log_decay, starts, blocks):
+  """Strengths as [B, programs, chunks * CHUNK, heads], and gates."""
+  sizes = blocks.sizes
   shape = (sizes.batch, sizes.programs, sizes.heads, -1)
-  return jnp.swapaxes(beta.reshape(shape), 2, 3)
+  beta = by_head(beta, sizes, jnp.float32).reshape(shape)
+  return [
+    (jnp.swapaxes(beta, 2, 3), blocks.columns(sizes.heads)),
+    (
+      closed_gate(log_decay, starts, sizes),
+      blocks.tokens(sizes.heads, sizes.channels),
+    ),
+  ]
+
+
+def _strengths(erase, blocks):
+  if erase is None:
+    return []
+  sizes = blocks.sizes
+  return [
+    (
+      by_head(erase, sizes, erase.dtype),
+      blocks.tokens(sizes.heads, sizes.channels),
+    )
+  ]
+
+
+def _heads(refs, group, sizes, scale, inclusive):
+  """The heads of a group, as (index, beta, beta r, GatedHead)."""
+  q_ref, k_ref, beta_ref, gate_ref, erase_ref = refs
+  q, k = scaled_queries(q_ref, group, scale), float_keys(k_ref, group)
+  for head in range(group * sizes.shared, (group + 1) * sizes.shared):
+    beta = beta_ref[0, 0, :, head : head + 1]
+    strength = tiles(beta)
+    if erase_ref is not None:
+      strength = strength * float_keys(erase_ref, head)
+    yield (
+      head,
+      beta,
+      strength,
+      GatedHead(
+        [q, k * strength],
+        [k],
+        gate_ref[0, head],
+        gated=[inclusive, True],
+        inclusive=inclusive,
+      ),
+    )
 
 
 def _forward(q_ref, k_ref, v_ref, beta_ref, gate_ref, first_ref, *refs,
-             sizes, scale, segments):  # fmt: skip
-  reads_ref, (out_ref, state_ref, *states_ref) = split_refs(refs, segments)
+             sizes, scale, inclusive, erases, segments):  # fmt: skip
+  reads_ref, refs = split_refs(refs, segments)
+  erase_ref, (out_ref, state_ref, *states_ref) = split_refs(refs, erases)
 
   load_state(first_ref, state_ref)
 
   dot = products(sizes.operand)
-  scores, overlaps, rights, pasts, written, totals = [], [], [], [], [], []
+  refs = q_ref, k_ref, beta_ref, gate_ref, erase_ref
+  scores, overlaps, rights, pasts, written, totals = ([] for _ in range(6))
   for group in range(sizes.read):
-    q, k = scaled_queries(q_ref, group, scale), float_keys(k_ref, group)
-    for head in range(group * sizes.shared, (group + 1) * sizes.shared):
-      beta = beta_ref[0, 0, :, head : head + 1]
-      queries = [q, k * tiles(beta)]
-      levels, total = decay_tree.build(jnp.exp(gate_ref[0, head]), True)
-      before, after = levels[CHUNK]
-      score, overlap = decay_tree.scores(queries, k, levels, dot, [True, False])
-      past = jnp.concatenate([flat(x * before) for x in queries])
-      past = dot(past, state_ref[0, head], NT)
-      known = reading(past[CHUNK:], reads_ref)
+    for head, beta, _, own in _heads(refs, group, sizes, scale, inclusive):
+      (score,), (overlap,) = own.scores(dot)
+      past = reading(dot(own.reads(), state_ref[0, head], NT), reads_ref)
       scores.append(score.astype(sizes.operand))
       overlaps.append(overlap)
-      rights.append(beta * v_ref[0, head].astype(jnp.float32) - known)
-      pasts.append(reading(past[:CHUNK], reads_ref))
-      written.append(flat(k * after).astype(sizes.operand))
-      totals.append(total)
+      rights.append(beta * v_ref[0, head].astype(jnp.float32) - past[CHUNK:])
+      pasts.append(past[:CHUNK])
+      written.append(own.writes().astype(sizes.operand))
+      totals.append(own.total)
   solved = inverses(overlaps, sizes.operand)
   updates = [dot(x, right) for x, right in zip(solved, rights, strict=True)]
   for head, update in enumerate(updates):
@@ -169,12 +213,14 @@ def _forward(q_ref, k_ref, v_ref, beta_ref, gate_ref, first_ref, *refs,
     state_ref[0, head] = decayed + dot(update, written[head], TN)
 
 
-@functools.partial(jax.jit, static_argnames=('scale', 'operand', 'interpret'))
+@functools.partial(
+  jax.jit, static_argnames=('inclusive', 'scale', 'operand', 'interpret')
+)
 def backward(
-  q, k, v, beta, log_decay, starts, states, d_out, d_last,
-  *, scale, operand, interpret,
+  q, k, v, beta, erase, log_decay, starts, states, d_out, d_last,
+  *, inclusive, scale, operand, interpret,
 ):  # fmt: skip
-  """The cotangents of q, k, v, beta, log_decay and the first state.
+  """The cotangents of q, k, v, beta, erase, log_decay and the first state.
 
   Takes the arguments and the states of `forward`, and the cotangents of its
   outputs and last state.
@@ -184,24 +230,23 @@ def backward(
   blocks = Blocks(sizes, backward=True)
   heads = sizes.kv_heads * sizes.group
   last = jnp.swapaxes(d_last, -1, -2).reshape(sizes.batch, heads, *matrix)
-  gate = closed_gate(log_decay, starts, sizes)
-  columns = _columns(beta, sizes)
-  gates = [
-    (columns, blocks.columns(sizes.heads)),
-    (gate, blocks.tokens(sizes.heads, sizes.channels)),
-  ]
-  d_q, d_k, d_v, d_beta, d_gate, d_first = backward_pass(
-    _body(_backward, sizes, scale, starts),
+  gates = _gates(beta, log_decay, starts, blocks)
+  strengths = _strengths(erase, blocks)
+  d_q, d_k, d_v, d_beta, d_gate, *d_erase, d_first = backward_pass(
+    _body(_backward, sizes, scale, inclusive, erase, starts),
     blocks,
-    q,
+    q if inclusive else past_starts(q, starts),
     k,
     v,
     gates,
     states,
-    marked_reads(starts, blocks),
+    [*marked_reads(starts, blocks), *strengths],
     d_out,
     last,
-    [(x.shape, spec) for x, spec in gates],
+    [
+      *((x.shape, jnp.float32, spec) for x, spec in gates),
+      *((x.shape, x.dtype, spec) for x, spec in strengths),
+    ],
     name='delta_rule_channel_backward',
     interpret=interpret,
     cost=(
@@ -212,10 +257,11 @@ def backward(
   )
   d_beta = jnp.swapaxes(d_beta, 2, 3).reshape(sizes.batch, heads, -1, 1)
   return (
-    d_q,
+    d_q if inclusive else past_starts(d_q, starts),
     d_k,
     d_v,
     by_token(d_beta, beta),
+    by_token(d_erase[0], erase) if d_erase else None,
     gate_cotangent(d_gate, log_decay, starts, sizes),
     jnp.swapaxes(d_first, -1, -2).reshape(d_last.shape),
   )
@@ -223,36 +269,29 @@ def backward(
 
 def _backward(q_ref, k_ref, v_ref, d_out_ref, states_ref,
               beta_ref, gate_ref, last_ref, *refs,
-              sizes, scale, segments):  # fmt: skip
-  reads_ref, outputs = split_refs(refs, segments)
-  d_q_ref, d_k_ref, d_v_ref, d_beta_ref, d_gate_ref, state_ref = outputs
+              sizes, scale, inclusive, erases, segments):  # fmt: skip
+  reads_ref, refs = split_refs(refs, segments)
+  erase_ref, outputs = split_refs(refs, erases)
+  d_q_ref, d_k_ref, d_v_ref, d_beta_ref, d_gate_ref, *d_erase, state_ref = (
+    outputs
+  )
 
   load_state(last_ref, state_ref)
 
   dot = products(sizes.operand)
-
-  def of_head(head, q, k):
-    beta = beta_ref[0, 0, :, head : head + 1]
-    levels, total = decay_tree.build(jnp.exp(gate_ref[0, head]), True)
-    return beta, [q, k * tiles(beta)], levels, total
-
+  refs = q_ref, k_ref, beta_ref, gate_ref, erase_ref
   overlaps, rights, d_rights = [], [], []
   for group in range(sizes.read):
-    q, k = scaled_queries(q_ref, group, scale), float_keys(k_ref, group)
-    for head in range(group * sizes.shared, (group + 1) * sizes.shared):
-      beta, queries, levels, _ = of_head(head, q, k)
-      score, overlap = decay_tree.turned_scores(
-        queries, k, levels, dot, [True, False]
-      )
-      before, after = levels[CHUNK]
-      known = dot(flat(queries[1] * before), states_ref[0, 0, head], NT)
+    for head, beta, _, own in _heads(refs, group, sizes, scale, inclusive):
+      (score,), (overlap,) = own.turned_scores(dot)
+      known = dot(own.reads(1), states_ref[0, 0, head], NT)
       right = beta * v_ref[0, head].astype(jnp.float32)
       right = right - reading(known, reads_ref)
       rights.append(right.astype(sizes.operand))
       overlaps.append(overlap)
       d_rights.append(
         dot(score, d_out_ref[0, head])
-        + dot(flat(k * after), state_ref[0, head], NT)
+        + dot(own.writes(), state_ref[0, head], NT)
       )
   solved = inverses(overlaps, sizes.operand, upper=True)
   d_rights = [dot(x, right) for x, right in zip(solved, d_rights, strict=True)]
@@ -261,54 +300,36 @@ def _backward(q_ref, k_ref, v_ref, d_out_ref, states_ref,
   lane = jax.lax.broadcasted_iota(jnp.int32, (CHUNK, sizes.heads), 1)
   d_beta = jnp.zeros(lane.shape, jnp.float32)
   for group in range(sizes.read):
-    q, k = scaled_queries(q_ref, group, scale), float_keys(k_ref, group)
     d_q_sum = d_k_sum = 0
-    for head in range(group * sizes.shared, (group + 1) * sizes.shared):
-      # The tree again: those of all heads would not fit.
-      beta, queries, levels, total = of_head(head, q, k)
-      before, after = levels[CHUNK]
+    # The trees again: those of all heads would not fit.
+    for head, beta, strength, own in _heads(
+      refs, group, sizes, scale, inclusive
+    ):
       update, d_right = updates[head], d_rights[head]
       state, d_state = states_ref[0, 0, head], state_ref[0, head]
-      d_out = d_out_ref[0, head].astype(jnp.float32)
+      d_out, (k,) = d_out_ref[0, head].astype(jnp.float32), own.keys
       both = jnp.concatenate([d_out, -d_right]).astype(sizes.operand)
-      d_scores = dot(both, update, NT)
-      d_scores_t = dot(update, both, NT)
-      of_state = dot(both, state)
-      d_queries = [
-        tiles(reading(x, reads_ref)) * before
-        for x in (of_state[:CHUNK], of_state[CHUNK:])
-      ]
-      d_k = tiles(dot(update, d_state)) * after
-      d_kept = kept(d_state, total, segments)
-      past = jnp.concatenate([flat(x * before) for x in queries])
-      state_ref[0, head] = d_kept + dot(both, past, TN)
-
-      d_total = jnp.sum(d_kept * state.astype(jnp.float32), 0, keepdims=True)
-      adjoint = decay_tree.Adjoint(
-        queries[0] * d_queries[0] + queries[1] * d_queries[1],
-        k * d_k,
-        jnp.broadcast_to(d_total, (8, sizes.channels)),
-      )
-      (d_q, d_erase), d_k, _ = decay_tree.pull(
-        queries,
-        k,
-        levels,
-        [d_scores[:CHUNK], d_scores[CHUNK:]],
-        [d_scores_t[:, :CHUNK], d_scores_t[:, CHUNK:]],
-        adjoint,
+      d_kept = kept(d_state, own.total, segments)
+      state_ref[0, head] = d_kept + dot(both, own.reads(), TN)
+      (d_q, d_eraser), (d_k,), d_gate_ref[0, head], _ = own.pull(
+        dot(both, update, NT),
+        dot(update, both, NT),
+        reading(dot(both, state), reads_ref),
+        dot(update, d_state),
+        jnp.sum(d_kept * state.astype(jnp.float32), 0, keepdims=True),
+        [row_products(update, d_out)],
         dot,
-        d_queries,
-        d_k,
-        [True, False],
       )
-      d_gate_ref[0, head] = adjoint.gate(True)
       d_v_ref[0, head] = (beta * d_right).astype(d_v_ref.dtype)
-      own = jnp.sum(update * d_out, 1, keepdims=True)
-      d_q_sum += flat(d_q + tiles(own) * k) * scale
-      d_k_sum += flat(d_k + tiles(own) * q + tiles(beta) * d_erase)
-      of_v = d_right * v_ref[0, head].astype(jnp.float32)
-      of_beta = jnp.sum(of_v, 1, keepdims=True)
-      of_beta += jnp.sum(flat(k * d_erase), 1, keepdims=True)
+      d_q_sum += flat(d_q) * scale
+      d_k_sum += flat(d_k + strength * d_eraser)
+      of_beta = k * d_eraser
+      for ref in d_erase:
+        ref[0, head] = (flat(of_beta) * beta).astype(ref.dtype)
+        of_beta = of_beta * float_keys(erase_ref, head)
+      of_beta = row_products(v_ref[0, head], d_right) + jnp.sum(
+        flat(of_beta), 1, keepdims=True
+      )
       d_beta = jnp.where(lane == head, of_beta, d_beta)
     d_q_ref[0, group] = d_q_sum.astype(d_q_ref.dtype)
     d_k_ref[0, group] = d_k_sum.astype(d_k_ref.dtype)

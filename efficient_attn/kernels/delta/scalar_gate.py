@@ -189,7 +189,7 @@ def backward(
     log_decay, starts, sizes, _strength(beta, sizes)
   )
   blocks = Blocks(sizes, backward=True)
-  heads = sizes.kv_heads * sizes.group
+  heads, count = sizes.kv_heads * sizes.group, 2 * sizes.heads
   last = d_last.reshape(sizes.batch, heads, *matrix)
   d_q, d_k, d_v, d_rows, d_columns, d_first = backward_pass(
     functools.partial(_backward, sizes=sizes, scale=scale),
@@ -206,8 +206,8 @@ def backward(
     d_out,
     last,
     [
-      ((*rows.shape[:3], 2 * sizes.heads, CHUNK), blocks.rows(2 * sizes.heads)),
-      ((*columns.shape[:-1], 2 * sizes.heads), blocks.columns(2 * sizes.heads)),
+      ((*rows.shape[:3], count, CHUNK), jnp.float32, blocks.rows(count)),
+      ((*columns.shape[:-1], count), jnp.float32, blocks.columns(count)),
     ],
     name='delta_rule_backward',
     interpret=interpret,

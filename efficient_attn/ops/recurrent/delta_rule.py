@@ -132,7 +132,6 @@ def explain_delta_rule(
   log_decay: Float[shapes.Shaped, '...'] | None = None,
   erase: Float[shapes.Shaped, 'B T N H'] | None = None,
   initial_state: Float[shapes.Shaped, 'B N H V'] | None = None,
-  read: str = 'inclusive',
   form: str | None = None,
   chunk_size: int = 64,
   implementation: str | Sequence[str] | None = None,
@@ -146,12 +145,9 @@ def explain_delta_rule(
     implementation,
     q,
     v,
-    dtype=shapes.accumulator(q, k, v, beta, erase, log_decay, initial_state),
-    per_channel=log_decay is not None and len(log_decay.shape) == 4,
+    *(k, beta, log_decay, erase, initial_state),
     form=form,
     chunk_size=chunk_size,
-    inclusive=read == 'inclusive',
-    erases=erase is not None,
   )
 
 

@@ -154,7 +154,6 @@ def explain_linear_attention(
   log_decay: Float[shapes.Shaped, '...'] | None = None,
   normalize: bool = False,
   initial_state: Any = None,
-  read: str = 'inclusive',
   form: str | None = None,
   chunk_size: int = 64,
   implementation: str | Sequence[str] | None = None,
@@ -171,11 +170,9 @@ def explain_linear_attention(
     implementation,
     q,
     values,
-    dtype=shapes.accumulator(q, k, v, log_decay, initial_state),
-    per_channel=log_decay is not None and len(log_decay.shape) == 4,
+    *(k, log_decay, initial_state),
     form=form,
     chunk_size=chunk_size,
-    inclusive=read == 'inclusive',
   )
 
 

@@ -34,8 +34,8 @@ def recur(
   Args:
     step: see `forms.recur`.
     chunk: see `forms.recur`.
-    tokens: ([q, k], values, gate), see `matrix_recurrence.recur`; the gate as
-      it is, without a floor.
+    tokens: ([q, k, ...], values, gate), see `matrix_recurrence.recur`; the
+      gate as it is, without a floor.
     state: [B, K, G, H, V], before token 0.
     op: of KERNELS.
     segment_ids: see `forms.recur`.
@@ -50,20 +50,17 @@ def recur(
     out: [B, T, K, G, V] and the state after the last token.
   """
   dtype = jnp.dtype(dtype or state.dtype)
-  (q, _), (v, *others), gate = tokens
+  (q, *_), (v, *_), _ = tokens
   rows = dispatch.choose(
     KERNELS[op],
     implementation,
     op=op,
-    **request(
+    **_request(
       q,
       v,
       dtype=state.dtype,
-      per_channel=_per_channel(gate),
       form=form,
       chunk_size=chunk_size,
-      inclusive=inclusive,
-      erases=len(others) > 1 and others[1] is not None,
     ),
   )
   options = dict(
@@ -127,7 +124,6 @@ def _by_kernel(
   rows,
   inclusive,
 ):
-  gate = tokens[2]
   operand = _operand(tokens, state)
   kernels = functools.partial(
     dispatch.kernels,
@@ -146,10 +142,11 @@ def _by_kernel(
     span=SPAN,
     dtype=operand,
   )
+  transposed = _by_channel(op, tokens, inclusive)
 
   def as_saved(states):
     # The kernel of a channel gate keeps them transposed.
-    return jnp.swapaxes(states, -1, -2) if _per_channel(gate) else states
+    return jnp.swapaxes(states, -1, -2) if transposed else states
 
   def call(function):
     def run(tokens, state, segment_ids):
@@ -192,12 +189,20 @@ def _by_kernel(
 
 
 def _operand(tokens, state):
-  (q, k), (v, *_), _ = tokens
-  return shapes.operand(state.dtype, q, k, v)
+  keys, (v, *_), _ = tokens
+  return shapes.operand(state.dtype, *keys, v)
 
 
-def _per_channel(gate):
-  return gate is not None and gate.shape[-1] > 1
+def _by_channel(op, tokens, inclusive):
+  """Whether a call takes the kernel with a gate per channel.
+
+  A gate that is the same for all channels is repeated for what the kernels of
+  one per head have not.
+  """
+  _, values, gate = tokens
+  erases = len(values) > 2 and values[2] is not None
+  per_channel = gate is not None and gate.shape[-1] > 1
+  return per_channel or erases or not inclusive
 
 
 def explain(
@@ -205,15 +210,29 @@ def explain(
   implementation: str | Sequence[str] | None,
   q: Any,
   v: Any,
+  *others: Any,
   **options: Any,
 ) -> str:
-  """Says which kernel of an op each platform takes, see `request`."""
+  """Says which kernel of an op each platform takes, and why not another.
+
+  Args:
+    op: of KERNELS.
+    implementation: see `dispatch.choose`.
+    q: [B, T, K, H].
+    v: [B, T, N, V].
+    *others: the other arrays of the call; shapes are enough.
+    **options: form and chunk_size.
+  """
+  dtype = shapes.accumulator(q, v, others)
   return dispatch.explain(
-    KERNELS[op], implementation, op=op, **request(q, v, **options)
+    KERNELS[op],
+    implementation,
+    op=op,
+    **_request(q, v, dtype=dtype, **options),
   )
 
 
-def request(q: Any, v: Any, **options: Any) -> dict[str, Any]:
+def _request(q, v, **options):
   """What a kernel may refuse, from shapes and statics; see `_refuses`."""
   return dict(
     length=q.shape[1], channels=q.shape[-1], width=v.shape[-1], **options
@@ -226,11 +245,8 @@ def _refuses(
   channels: int,
   width: int,
   dtype: jnp.dtype,
-  per_channel: bool,
   form: str | None,
   chunk_size: int,
-  inclusive: bool,
-  erases: bool = False,
 ) -> str | None:
   """Why a kernel cannot serve a call, or None."""
   if form not in (None, 'chunkwise'):
@@ -244,90 +260,86 @@ def _refuses(
       return f'{axis} = {size}, it takes 16 to 256'
   if chunk_size > SPAN:
     return f'chunk_size = {chunk_size}, its chunks are of {SPAN} tokens'
-  if erases:
-    return 'erase is given, it erases as much as it writes'
   return None
 
 
-def _additive_refuses(*, inclusive, per_channel, **options):
-  if not (inclusive or per_channel):
-    return "read = 'exclusive', it needs a gate per channel for that"
-  return _refuses(inclusive=inclusive, per_channel=per_channel, **options)
+def _kernel(op, tokens, inclusive):
+  """The kernel of a call, and what else it takes."""
+  # Pallas takes as long to import as all of this package.
+  from efficient_attn.kernels.additive import channel_gate as additive_channel
+  from efficient_attn.kernels.additive import scalar_gate as additive_scalar
+  from efficient_attn.kernels.delta import channel_gate as delta_channel
+  from efficient_attn.kernels.delta import scalar_gate as delta_scalar
+
+  if not _by_channel(op, tokens, inclusive):
+    scalar = {'linear_attention': additive_scalar, 'delta_rule': delta_scalar}
+    return scalar[op], {}
+  channel = {
+    'linear_attention': additive_channel,
+    'delta_rule': delta_channel,
+  }
+  return channel[op], {'inclusive': inclusive}
 
 
-def _delta_refuses(*, inclusive, **options):
-  if not inclusive:
-    return "read = 'exclusive', it reads what a token has written"
-  return _refuses(inclusive=inclusive, **options)
-
-
-# Pallas takes as long to import as all of this package.
-def _additive_module(gate, statics):
-  """The kernel for a gate, with what it needs of the statics."""
-  from efficient_attn.kernels.additive import channel_gate, scalar_gate
-
-  if _per_channel(gate):
-    return channel_gate, statics
-  return scalar_gate, _without_read(statics)
-
-
-def _delta_module(gate, statics):
-  from efficient_attn.kernels.delta import channel_gate, scalar_gate
-
-  module = channel_gate if _per_channel(gate) else scalar_gate
-  return module, _without_read(statics)
-
-
-def _without_read(statics):
-  return {k: v for k, v in statics.items() if k != 'inclusive'}
-
-
-def _arguments(tokens, segment_ids):
-  """What a kernel takes: q, k, what there is of values, the gate, starts."""
-  (q, k), values, gate = tokens
+def _arguments(op, tokens, segment_ids, inclusive):
+  """What a kernel takes: keys, values, the gate and starts."""
+  keys, values, gate = tokens
   starts = None
   if segment_ids is not None:
     starts = chunks.segment_starts(segment_ids)
-  values = [x for x in values if x is not None]
-  return q[:, :, :, 0], k[:, :, :, 0], *values, gate, starts
+  if _by_channel(op, tokens, inclusive):
+    gate = _of_channels(gate, tokens)
+  else:
+    values = values[:2]  # without what erases
+  return *(x[:, :, :, 0] for x in keys), *values, gate, starts
 
 
-def _call(module, tokens, state, segment_ids, *, save=False, **statics):
-  *arrays, gate, starts = _arguments(tokens, segment_ids)
-  kernel, statics = module(gate, statics)
-  return kernel.forward(*arrays, gate, state, starts, save=save, **statics)
+def _of_channels(gate, tokens):
+  """Any gate as [B | 1, T, K, G, H]."""
+  (q, *_), (v, *_), _ = tokens
+  if gate is None:
+    gate = jnp.zeros((1, *v.shape[1:-1], 1), jnp.float32)
+  return jnp.broadcast_to(gate, (*gate.shape[:-1], q.shape[-1]))
 
 
-def _forward(module, *args, **statics):
-  out, last, states = _call(module, *args, save=True, **statics)
+def _call(op, tokens, state, segment_ids, *, inclusive, save=False, **statics):
+  *arrays, starts = _arguments(op, tokens, segment_ids, inclusive)
+  kernel, more = _kernel(op, tokens, inclusive)
+  return kernel.forward(*arrays, state, starts, save=save, **statics, **more)
+
+
+def _forward(op, *args, **statics):
+  out, last, states = _call(op, *args, save=True, **statics)
   return (out, last), states
 
 
-def _backward(module, args, states, cotangents, **statics):
+def _backward(op, args, states, cotangents, *, inclusive, **statics):
   tokens, _, segment_ids = args
-  *arrays, gate, starts = _arguments(tokens, segment_ids)
-  kernel, statics = module(gate, statics)
-  d_q, d_k, *d_values, d_gate, first = kernel.backward(
-    *arrays, gate, starts, states, *cotangents, **statics
+  keys, values, gate = tokens
+  *arrays, starts = _arguments(op, tokens, segment_ids, inclusive)
+  kernel, more = _kernel(op, tokens, inclusive)
+  *found, d_gate, first = kernel.backward(
+    *arrays, starts, states, *cotangents, **statics, **more
   )
-  keys = [x[:, :, :, None] for x in (d_q, d_k)]
-  d_values += [None] * (len(tokens[1]) - len(d_values))
-  return (keys, d_values, d_gate), first, None
+  d_keys = [x[:, :, :, None] for x in found[: len(keys)]]
+  d_values = found[len(keys) :]
+  d_values += [None] * (len(values) - len(d_values))
+  if gate is None:
+    d_gate = None
+  elif gate.shape != d_gate.shape:
+    d_gate = jnp.sum(d_gate, -1, keepdims=True)
+  return (d_keys, d_values, d_gate), first, None
 
 
-def _implementation(module, refuses):
+def _implementation(op):
   return dispatch.Implementation(
-    *(functools.partial(f, module) for f in (_call, _forward, _backward)),
+    *(functools.partial(f, op) for f in (_call, _forward, _backward)),
     platforms=('tpu',),
-    refuses=refuses,
+    refuses=_refuses,
   )
 
 
 KERNELS = {
-  'linear_attention': {
-    'pallas_tpu': _implementation(_additive_module, _additive_refuses),
-  },
-  'delta_rule': {
-    'pallas_tpu': _implementation(_delta_module, _delta_refuses),
-  },
+  op: {'pallas_tpu': _implementation(op)}
+  for op in ('linear_attention', 'delta_rule')
 }
