@@ -13,7 +13,7 @@ from efficient_attn.ops.recurrent.delta_rule import (
   explain_delta_rule,
 )
 from efficient_attn.ops.recurrent.diagonal_scan import diagonal_scan
-from efficient_attn.ops.recurrent.dplr import dplr
+from efficient_attn.ops.recurrent.dplr import dplr, explain_dplr
 from efficient_attn.ops.recurrent.fast_weights import fast_weights
 from efficient_attn.ops.recurrent.forms import choose_form
 from efficient_attn.ops.recurrent.gated_slot_attention import (
@@ -57,6 +57,7 @@ __all__ = [
   'dplr',
   'explain_attention',
   'explain_delta_rule',
+  'explain_dplr',
   'explain_linear_attention',
   'explain_paged_attention',
   'explain_selective_scan',

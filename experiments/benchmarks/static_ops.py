@@ -114,7 +114,7 @@ STAGES = ('forward', 'backward')
 STATE = {
   f'{name}_{stage}': (128 / T,)
   for name in (
-    'scalar_gate', 'channel_gate', 'delta_rule', 'delta_rule_channel',
+    'scalar_gate', 'channel_gate', 'delta_rule', 'delta_rule_channel', 'dplr',
   )
   for stage in STAGES
 }  # fmt: skip
@@ -191,7 +191,8 @@ OPS = {
     _first(ops.dplr, form='chunkwise'),
     QKV | dict(a='BTNH', b='BTNH', log_decay='BTNH'),
     DPLR,
-    XLA,
+    KERNEL,
+    conditions=STATE,
   ),
   'mlstm': Op(
     _first(ops.mlstm, form='chunkwise'),

@@ -11,6 +11,7 @@ from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 
 from efficient_attn.ops.recurrent.delta_rule import delta_rule
+from efficient_attn.ops.recurrent.dplr import dplr
 from efficient_attn.ops.recurrent.linear_attention import linear_attention
 
 BATCH, LENGTH, HEADS, WIDTH = 2, 256, 2, 16
@@ -20,6 +21,7 @@ KERNELS = {
   ('linear', 'channel'): 'additive.channel_gate',
   ('delta', 'scalar'): 'delta.scalar_gate',
   ('delta', 'channel'): 'delta.channel_gate',
+  ('dplr', 'channel'): 'delta.dplr',
 }
 
 
@@ -44,6 +46,8 @@ def test_no_races_and_nothing_uninitialised(op, gate):
   arrays = [q, k, v]
   if op == 'delta':
     arrays.append(jnp.abs(normal(BATCH, LENGTH, HEADS, 1, 1)) / WIDTH)
+  if op == 'dplr':
+    arrays = [q, k, k / WIDTH, -k / WIDTH, v]
   if gate == 'channel':
     statics['inclusive'] = True
     if op == 'delta':
@@ -122,6 +126,8 @@ def test_compiles_for_tpus(op, gate, shape, topology):
     options = dict(log_decay=decay, segment_ids=ids)
     if op == 'delta':
       return delta_rule(q, k, v, beta, **options)
+    if op == 'dplr':
+      return dplr(q, k, v, k, -k, **options)
     return linear_attention(q, k, v, **options)
 
   def both(*args):

@@ -13,6 +13,7 @@ from efficient_attn.ops.recurrent.delta_rule import (
   delta_rule,
   explain_delta_rule,
 )
+from efficient_attn.ops.recurrent.dplr import dplr, explain_dplr
 from efficient_attn.ops.recurrent.linear_attention import (
   explain_linear_attention,
   linear_attention,
@@ -29,11 +30,13 @@ OPS = {
   'linear': linear_attention,
   'delta': delta_rule,
   'erase': delta_rule,
+  'dplr': dplr,
 }
 ORACLES = {
   'linear': linear_oracle.linear_attention,
   'delta': delta_oracle.delta_rule,
   'erase': delta_oracle.delta_rule,
+  'dplr': delta_oracle.dplr,
 }
 # One for each kernel.
 GATES = [
@@ -41,6 +44,7 @@ GATES = [
   ('linear', 'channel'),
   ('delta', 'scalar'),
   ('delta', 'channel'),
+  ('dplr', 'channel'),
 ]
 
 # name: (length, kv heads, with a state, with segments, options); chunks are of
@@ -66,9 +70,16 @@ def make(op, gate, length, **sizes):
   unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
   arrays['k'] = unit(k)
   shape = arrays['v'].shape[:-1]
-  new = {'beta': rng.uniform(0, 2, shape)}
-  if op == 'erase':
-    new['erase'] = rng.uniform(0, 1, (*shape, k.shape[-1]))
+  if op == 'dplr':
+    a = unit(rng.standard_normal(k.shape))
+    b = rng.uniform(0, 2, (*k.shape[:-1], 1)) * unit(
+      a + 0.2 * rng.standard_normal(k.shape)
+    )
+    new = {'a': a, 'b': -b}
+  else:
+    new = {'beta': rng.uniform(0, 2, shape)}
+    if op == 'erase':
+      new['erase'] = rng.uniform(0, 1, (*shape, k.shape[-1]))
   arrays |= {name: x.astype(k.dtype) for name, x in new.items()}
   return arrays, options
 
@@ -113,7 +124,7 @@ def case(op, gate, feature, dtype=np.float32, seed=0, change=None):
   cotangents = jax.tree.map(
     lambda x: rng.standard_normal(x.shape), ORACLES[op](**arrays, **options)
   )
-  low = {'q', 'k', 'v'}
+  low = {'q', 'k', 'v', 'a', 'b'}
   cast = lambda name, x: np.asarray(  # noqa: E731
     jnp.asarray(x, dtype if name in low else np.float32)
   )
@@ -164,12 +175,16 @@ CASES = [
   ('delta', 'channel', 'chunk'),
   ('delta', 'channel', 'one_key_head'),
   ('erase', 'channel', 'exclusive'),
+  ('dplr', 'channel', 'grouped'),
   *(
     pytest.param(*case, marks=pytest.mark.in_turn)
     for case in (
       ('delta', 'none', 'exclusive'),
       ('linear', 'constant', 'exclusive'),
       ('erase', 'scalar', 'grouped'),
+      ('dplr', 'none', 'chunk'),
+      ('dplr', 'scalar', 'one_key_head'),
+      ('dplr', 'channel', 'exclusive'),
     )
   ),
 ]
@@ -356,7 +371,13 @@ def test_kernels_serve_every_erase_and_gate():
   shape = lambda *s: jax.ShapeDtypeStruct(s, np.float32)  # noqa: E731
   keys, strength = shape(1, 8, 2, 64), shape(1, 8, 2)
   delta = functools.partial(explain_delta_rule, keys, keys, keys, strength)
-  for explained in (delta(), delta(erase=keys)):
+  general = functools.partial(explain_dplr, *[keys] * 5)
+  for explained in (
+    delta(),
+    delta(erase=keys),
+    general(),
+    general(log_decay=strength),
+  ):
     assert 'tpu: pallas_tpu' in explained
 
 

@@ -14,15 +14,17 @@ diagonal. Time O(T C (H + V + C) + T H V) per head, state O(H V).
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from efficient_attn.ops import shapes
+from efficient_attn.ops import dispatch, shapes
 from efficient_attn.ops.recurrent import (
   chunk_states,
   forms,
   gates,
+  matrix_kernels,
   matrix_recurrence,
 )
 
@@ -42,7 +44,7 @@ def dplr(
   bidirectional: bool = False,
   form: str | None = None,
   chunk_size: int = 64,
-  implementation: str | None = None,
+  implementation: str | Sequence[str] | None = None,
 ) -> tuple[Float[Array, 'B T N V'], Float[Array, 'B N H V'] | None]:
   """S_t = diag(alpha) S_{t-1} + b (a^T S_{t-1}) + k v^T; o_t = scale S_t^T q.
 
@@ -61,7 +63,7 @@ def dplr(
     bidirectional: see `delta_rule`.
     form: see `delta_rule`.
     chunk_size: see `delta_rule`.
-    implementation: see `delta_rule`.
+    implementation: see `linear_attention`.
 
   Returns:
     out: [B, T, N, V] in the dtype of v.
@@ -76,10 +78,14 @@ def dplr(
   shapes.check_shapes({'a': (a, k.shape), 'b': (b, k.shape)})
   shapes.check_floating('a', a)
   shapes.check_floating('b', b)
-  forms.check(form, implementation, 'dplr')
+  forms.check(form, dispatch.XLA, 'dplr')
   inclusive = read == 'inclusive'
+  if scale is None:
+    scale = q.shape[-1] ** -0.5
+  # Whether the recurrence gives the output itself, to be scaled and rounded.
+  direct = not bidirectional and isinstance(scale, (float, int))
   out, state = matrix_recurrence.recur(
-    functools.partial(_step, inclusive=inclusive),
+    STEP[inclusive],
     CHUNK[inclusive],
     keys=(q, k, a, b),
     values=(v,),
@@ -89,9 +95,47 @@ def dplr(
     bidirectional=bidirectional,
     form=form,
     chunk_size=chunk_size,
-    implementation=implementation,
+    execute=functools.partial(
+      matrix_kernels.recur,
+      op='dplr',
+      inclusive=inclusive,
+      implementation=implementation,
+      scale=float(scale) if direct else 1.0,
+      dtype=v.dtype if direct else None,
+    ),
+    floor=False,
   )
-  return matrix_recurrence.scaled(out, scale, q, v), state
+  if not direct:
+    out = matrix_recurrence.scaled(out, scale, q, v)
+  return out, state
+
+
+def explain_dplr(
+  q: Float[shapes.Shaped, 'B T K H'],
+  k: Float[shapes.Shaped, 'B T K H'],
+  v: Float[shapes.Shaped, 'B T N V'],
+  a: Float[shapes.Shaped, 'B T K H'],
+  b: Float[shapes.Shaped, 'B T K H'],
+  *,
+  log_decay: Float[shapes.Shaped, '...'] | None = None,
+  initial_state: Float[shapes.Shaped, 'B N H V'] | None = None,
+  form: str | None = None,
+  chunk_size: int = 64,
+  implementation: str | Sequence[str] | None = None,
+) -> str:
+  """Says which implementation each platform takes, and why not another.
+
+  Takes arguments of `dplr`; shapes are enough.
+  """
+  return matrix_kernels.explain(
+    'dplr',
+    implementation,
+    q,
+    v,
+    *(k, a, b, log_decay, initial_state),
+    form=form,
+    chunk_size=chunk_size,
+  )
 
 
 def _step(state, token, *, inclusive):
@@ -144,7 +188,12 @@ def _prepare(tokens, marks, *, inclusive, wide):
   )
 
 
-# By whether a token reads itself.
+# By whether a token reads itself: the same functions in every call, so that
+# what is traced of them is found again.
+STEP = {
+  inclusive: functools.partial(_step, inclusive=inclusive)
+  for inclusive in (True, False)
+}
 CHUNK = {
   inclusive: chunk_states.Chunk(
     functools.partial(_prepare, inclusive=inclusive),

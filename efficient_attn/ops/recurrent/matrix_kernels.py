@@ -202,7 +202,7 @@ def _by_channel(op, tokens, inclusive):
   _, values, gate = tokens
   erases = len(values) > 2 and values[2] is not None
   per_channel = gate is not None and gate.shape[-1] > 1
-  return per_channel or erases or not inclusive
+  return op == 'dplr' or per_channel or erases or not inclusive
 
 
 def explain(
@@ -269,6 +269,7 @@ def _kernel(op, tokens, inclusive):
   from efficient_attn.kernels.additive import channel_gate as additive_channel
   from efficient_attn.kernels.additive import scalar_gate as additive_scalar
   from efficient_attn.kernels.delta import channel_gate as delta_channel
+  from efficient_attn.kernels.delta import dplr
   from efficient_attn.kernels.delta import scalar_gate as delta_scalar
 
   if not _by_channel(op, tokens, inclusive):
@@ -277,6 +278,7 @@ def _kernel(op, tokens, inclusive):
   channel = {
     'linear_attention': additive_channel,
     'delta_rule': delta_channel,
+    'dplr': dplr,
   }
   return channel[op], {'inclusive': inclusive}
 
@@ -341,5 +343,5 @@ def _implementation(op):
 
 KERNELS = {
   op: {'pallas_tpu': _implementation(op)}
-  for op in ('linear_attention', 'delta_rule')
+  for op in ('linear_attention', 'delta_rule', 'dplr')
 }
