@@ -12,7 +12,10 @@ from efficient_attn.ops.recurrent.delta_rule import (
   delta_rule,
   explain_delta_rule,
 )
-from efficient_attn.ops.recurrent.diagonal_scan import diagonal_scan
+from efficient_attn.ops.recurrent.diagonal_scan import (
+  diagonal_scan,
+  explain_diagonal_scan,
+)
 from efficient_attn.ops.recurrent.dplr import dplr, explain_dplr
 from efficient_attn.ops.recurrent.fast_weights import fast_weights
 from efficient_attn.ops.recurrent.forms import choose_form
@@ -57,6 +60,7 @@ __all__ = [
   'dplr',
   'explain_attention',
   'explain_delta_rule',
+  'explain_diagonal_scan',
   'explain_dplr',
   'explain_linear_attention',
   'explain_paged_attention',

@@ -118,6 +118,11 @@ STATE = {
   )
   for stage in STAGES
 }  # fmt: skip
+SCANS = {
+  f'{name}_{stage}': (128 / T,)
+  for name in ('selective_scan', 'diagonal_scan')
+  for stage in STAGES
+}
 
 linear = _first(ops.linear_attention, form='chunkwise')
 delta = _first(ops.delta_rule, form='chunkwise')
@@ -212,10 +217,14 @@ OPS = {
     dict(x='BTNH', dt='BTNH', A='NHS', B='BTS', C='BTS'),
     6 * H * SIZES['S'],
     KERNEL,
-    conditions={f'selective_scan_{x}': (128 / T,) for x in STAGES},
+    conditions=SCANS,
   ),
   'diagonal_scan': Op(
-    _first(ops.diagonal_scan), dict(x='BTNH', log_decay='BTNH'), 2 * H, XLA
+    _first(ops.diagonal_scan),
+    dict(x='BTNH', log_decay='BTNH'),
+    2 * H,
+    KERNEL,
+    conditions=SCANS,
   ),
   'wkv4': Op(
     _first(ops.wkv4),

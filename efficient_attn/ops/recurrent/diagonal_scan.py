@@ -10,7 +10,7 @@ work in O(log C) steps; chunks follow each other, and the backward pass
 computes them again, so that only T / C states are kept.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from efficient_attn.ops import chunks, dispatch, shapes
-from efficient_attn.ops.recurrent import chunk_states, forms
+from efficient_attn.ops.recurrent import chunk_states, diagonal_kernels, forms
 
 FORMS = ('chunkwise', 'recurrent')
 
@@ -32,7 +32,7 @@ def diagonal_scan(
   bidirectional: bool = False,
   form: str | None = None,
   chunk_size: int = 64,
-  implementation: str | None = None,
+  implementation: str | Sequence[str] | None = None,
 ) -> tuple[Float[Array, 'B T N H'], Float[Array, 'B N H'] | None]:
   """h_t = exp(log_decay_t) * h_{t-1} + x_t for every head and channel.
 
@@ -47,16 +47,17 @@ def diagonal_scan(
       pair (i, j) decays by the gates of (j, i] for j < i and of [i, j) for
       j > i.
     form: 'chunkwise' (associative scan in chunks) or 'recurrent' (token by
-      token). None: see `run`.
+      token). None: see `in_sequence`.
     chunk_size: tokens per chunk, a power of two.
-    implementation: None or 'xla'.
+    implementation: see `linear_attention`; for the kernel see
+      `diagonal_kernels`.
 
   Returns:
     h: [B, T, N, H] in the dtype of x.
     state: [B, N, H] after the last token, float32 (float64 for float64
       inputs); None when `bidirectional`.
   """
-  check_form(form, implementation, 'diagonal_scan')
+  check_form(form, dispatch.XLA, 'diagonal_scan')
   _check(x, log_decay, initial_state, segment_ids, bidirectional)
   dtype = shapes.accumulator(x, log_decay, initial_state)
   state = jnp.zeros((x.shape[0], *x.shape[2:]), dtype)
@@ -64,15 +65,50 @@ def diagonal_scan(
     state = initial_state.astype(dtype)
   if log_decay.ndim == 2:
     log_decay = jnp.broadcast_to(log_decay, (1, *x.shape[1:]))
-  options = dict(form=form, chunk_size=chunk_size)
-  tokens = x, log_decay, starts(segment_ids)
-  h, last = recur(step, chunk, tokens, state, **options)
+
+  def run(x, log_decay, segment_ids):
+    return diagonal_kernels.recur(
+      step,
+      in_sequence(step, chunk, form),
+      (x, log_decay, starts(segment_ids)),
+      state,
+      form=form,
+      chunk_size=chunk_size,
+      implementation=implementation,
+      dtype=dtype if bidirectional else x.dtype,
+    )
+
+  h, last = run(x, log_decay, segment_ids)
   if bidirectional:
-    turned = forms.reversed_tokens((x, log_decay, segment_ids))
-    tokens = *turned[:2], starts(turned[2])
-    backward, _ = recur(step, chunk, tokens, jnp.zeros_like(state), **options)
+    backward, _ = run(*forms.reversed_tokens((x, log_decay, segment_ids)))
     h, last = h + jnp.flip(backward, 1) - x, None
   return h.astype(x.dtype), last
+
+
+def explain_diagonal_scan(
+  x: Float[shapes.Shaped, 'B T N H'],
+  *,
+  log_decay: Float[shapes.Shaped, '...'],
+  initial_state: Float[shapes.Shaped, 'B N H'] | None = None,
+  form: str | None = None,
+  chunk_size: int = 64,
+  implementation: str | Sequence[str] | None = None,
+) -> str:
+  """Says which implementation each platform takes, and why not another.
+
+  Takes arguments of `diagonal_scan`; shapes are enough.
+  """
+  return dispatch.explain(
+    diagonal_kernels.KERNELS,
+    implementation,
+    op=diagonal_kernels.NAME,
+    **diagonal_kernels.request(
+      x,
+      dtype=shapes.accumulator(x, log_decay, initial_state),
+      form=form,
+      chunk_size=chunk_size,
+    ),
+  )
 
 
 def step(state, token):
