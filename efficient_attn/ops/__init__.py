@@ -37,7 +37,7 @@ from efficient_attn.ops.recurrent.selective_scan import (
 from efficient_attn.ops.recurrent.short_conv import short_conv
 from efficient_attn.ops.recurrent.slstm import slstm
 from efficient_attn.ops.recurrent.trapezoid import trapezoidal_scan
-from efficient_attn.ops.recurrent.wkv4 import wkv4
+from efficient_attn.ops.recurrent.wkv4 import explain_wkv4, wkv4
 from efficient_attn.ops.softmax.attention import attention, explain_attention
 from efficient_attn.ops.softmax.attention_merge import (
   merge_attention,
@@ -65,6 +65,7 @@ __all__ = [
   'explain_linear_attention',
   'explain_paged_attention',
   'explain_selective_scan',
+  'explain_wkv4',
   'fast_weights',
   'large_chunk_fast_weights',
   'linear_attention',

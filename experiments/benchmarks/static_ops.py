@@ -120,7 +120,7 @@ STATE = {
 }  # fmt: skip
 SCANS = {
   f'{name}_{stage}': (128 / T,)
-  for name in ('selective_scan', 'diagonal_scan')
+  for name in ('selective_scan', 'diagonal_scan', 'wkv4')
   for stage in STAGES
 }
 
@@ -230,6 +230,7 @@ OPS = {
     _first(ops.wkv4),
     dict(k='BTNH', v='BTNH', log_decay='NH', bonus='NH'),
     8 * H,
-    XLA,
+    KERNEL,
+    conditions=SCANS,
   ),
 }

@@ -25,7 +25,7 @@ GATES = [0.0, -np.inf, -1000.0, -0.01, -3.0, -50.0]
 FEATURES = {
   'state_segments': (140, 'token', True, {'segments': True}),
   'short': (5, 'token', False, {}),
-  'constant': (259, 'constant', True, {'segments': True}),
+  'constant': (259, 'constant', True, {'channels': 72, 'segments': True}),
   'hard': (259, 'hard', True, {'channels': 128}),
   'wide': (37, 'constant', True, {'channels': 128, 'segments': True}),
   'bidirectional': (37, 'token', False, {'bidirectional': True}),

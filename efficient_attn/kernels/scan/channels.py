@@ -2,10 +2,12 @@
 
 W channels in lanes and G groups of them. Where a head has whole registers of
 channels the groups are heads, so that they lie as in the matrix kernels; else
-there is one group of all channels. Tokens are the rows of tiles of 8, a part of
-the channels side by side, [groups, 8, lanes]; tiles and chunks of 128 tokens
-follow each other.
+there is one group of all channels, filled up to whole registers. Tokens are
+the rows of tiles of 8, a part of the channels side by side, [groups, 8, lanes];
+tiles and chunks of 128 tokens follow each other.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -22,17 +24,29 @@ def by_group(x: jax.Array) -> jax.Array:
   """[B, T, N, H] to [B, G, T, W]."""
   if x.shape[-1] % LANES == 0:
     return jnp.swapaxes(x, 1, 2)
-  return x.reshape(x.shape[0], 1, x.shape[1], -1)
+  return _whole(x.reshape(x.shape[0], 1, x.shape[1], -1))
+
+
+def _whole(x):
+  """Fills up the last axis to whole registers."""
+  missing = -x.shape[-1] % LANES
+  return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
 
 
 def by_token(x: jax.Array, like: jax.Array) -> jax.Array:
   """The inverse, to shape and dtype of `like`; sums over B where it is 1."""
   batch, length, *channels = like.shape
   x = jnp.swapaxes(x[:, :, :length], 1, 2)
-  x = x.reshape(x.shape[0], length, *channels)
+  x = _cut(x, tuple(channels))
   if batch != x.shape[0]:
     x = jnp.sum(x, 0, keepdims=True)
   return x.astype(like.dtype)
+
+
+def _cut(x, channels):
+  """[..., G, W] to [..., N, H]."""
+  x = x.reshape(*x.shape[:-2], -1)
+  return x[..., : math.prod(channels)].reshape(*x.shape[:-1], *channels)
 
 
 def of_group(state: jax.Array) -> jax.Array:
@@ -40,7 +54,12 @@ def of_group(state: jax.Array) -> jax.Array:
   *batch, heads, channels = state.shape
   if channels % LANES == 0:
     return state[..., None, :]
-  return state.reshape(*batch, 1, 1, heads * channels)
+  return _whole(state.reshape(*batch, 1, 1, heads * channels))
+
+
+def of_head(state: jax.Array, channels: tuple[int, int]) -> jax.Array:
+  """The inverse, to [..., *channels]."""
+  return _cut(state[..., 0, :], channels)
 
 
 class Blocks:
@@ -221,6 +240,6 @@ def composed(decay, sums, *, reverse):
     sums = [
       x + kept(decay, neighbours(x, size, 0, reverse=reverse)) for x in sums
     ]
-    decay = decay * neighbours(decay, size, 1, reverse=reverse)
+    decay = kept(decay, neighbours(decay, size, 1, reverse=reverse))
     size *= 2
   return decay, sums

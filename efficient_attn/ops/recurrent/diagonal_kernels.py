@@ -99,11 +99,11 @@ def recur(
 
 
 def request(x: Any, **options: Any) -> dict[str, Any]:
-  """What the kernel may refuse, of x [B, T, N, H]; see `_refuses`."""
+  """What the kernel may refuse, of x [B, T, N, H]; see `refuses`."""
   return dict(length=x.shape[1], channels=x.shape[2] * x.shape[3], **options)
 
 
-def _refuses(
+def refuses(
   *,
   length: int,
   channels: int,
@@ -111,15 +111,15 @@ def _refuses(
   form: str | None,
   chunk_size: int,
 ) -> str | None:
-  """Why the kernel cannot serve a call, or None."""
+  """Why a kernel of channels cannot serve a call, or None."""
   if form not in (None, 'chunkwise'):
     return f"form = {form!r}, it has the form 'chunkwise'"
   if length == 1:
     return 'T = 1, a single step needs no kernel'
   if dtype != jnp.float32:
     return f'the state is {dtype}, it computes in float32'
-  if channels % 128:
-    return f'N * H = {channels}, it takes multiples of 128'
+  if channels < 128:
+    return f'N * H = {channels}, it takes 128 and more'
   if chunk_size > SPAN:
     return f'chunk_size = {chunk_size}, its chunks are of {SPAN} tokens'
   return None
@@ -149,7 +149,8 @@ def _call(tokens, state, *, save=False, dtype, interpret):
     interpret=interpret,
   )
   like = jax.ShapeDtypeStruct(tokens[0].shape, dtype)
-  states = (z.reshape(*z.shape[:-3], *state.shape[1:]) for z in states)
+  shape = state.shape[1:]
+  states = (channels.of_head(z, shape) for z in states)
   return channels.by_token(h, like), *states
 
 
@@ -176,7 +177,7 @@ def _backward(args, states, cotangents, *, interpret):
     channels.by_token(d_gate, log_decay),
     jax.tree.map(jnp.zeros_like, starts),
   )
-  return d_tokens, first.reshape(state.shape)
+  return d_tokens, channels.of_head(first, state.shape[1:])
 
 
 KERNELS = {
@@ -185,6 +186,6 @@ KERNELS = {
     forward=_forward,
     backward=_backward,
     platforms=('tpu',),
-    refuses=_refuses,
+    refuses=refuses,
   ),
 }

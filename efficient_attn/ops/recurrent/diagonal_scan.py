@@ -11,7 +11,6 @@ computes them again, so that only T / C states are kept.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -158,22 +157,6 @@ def starts(segment_ids: Array | None) -> Array | None:
     return None
   found = chunks.segment_starts(segment_ids)
   return found[..., None, None].astype(jnp.float32)
-
-
-def recur(
-  step: Callable, chunk: Callable, tokens: Any, state: Any, *, form, chunk_size
-) -> tuple[Any, Any]:
-  """`forms.recur` of a chunk whose tokens come one after another."""
-  return forms.recur(
-    step,
-    in_sequence(step, chunk, form),
-    tokens,
-    state,
-    segment_ids=None,
-    form=form,
-    chunk_size=chunk_size,
-    parallel=False,
-  )
 
 
 def in_sequence(

@@ -69,39 +69,10 @@ def recur(
     step, chunk, length=length, parallel=False, span=SPAN, **options
   )
 
-  def call(function):
-    def run(tokens, state, A):
-      y, (last, _) = function(tokens, (state, A), None)
-      return y, last
-
-    return run
-
-  def forward(function):
-    def run(tokens, state, A):
-      (y, (last, _)), (states, _) = function(tokens, (state, A), None)
-      return (y, last), _by_state(states)
-
-    return run
-
-  def backward(function):
-    def run(args, states, cotangents):
-      tokens, state, A = args
-      d_y, d_last = cotangents
-      states = _by_channel(states, A)
-      of_chunks = jnp.broadcast_to(A, (states.shape[0], *A.shape))
-      found, (d_state, d_A), _ = function(
-        (tokens, (state, A), None),
-        (states, of_chunks),
-        (d_y, (d_last, jnp.zeros_like(A))),
-      )
-      return found, d_state, d_A
-
-    return run
-
   function = forms.by_kernel(
     xla,
     definition,
-    forms.Passes(call, forward, backward),
+    forms.with_constants(_by_state, _by_channel),
     [dispatch.kernels(KERNELS, rows, stage) for stage in forms.Passes._fields],
   )
   return function(tokens, state, A)
