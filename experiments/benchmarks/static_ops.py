@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from efficient_attn import ops
-from efficient_attn.ops import masks
+from efficient_attn.ops import masks, scores
 from experiments.benchmarks.static_peers import (
   DELTANET,
   SPLASH_CAUSAL,
@@ -140,6 +140,14 @@ OPS = {
     4 * WINDOWED * H,
     KERNEL,
     {'splash': SPLASH_WINDOW},
+  ),
+  'attention forget': Op(
+    lambda q, k, v, log_forget, **statics: ops.attention(
+      q, k, v, mask=masks.Causal(), bias=scores.Forget(log_forget), **statics
+    ),
+    QKV | dict(log_forget='BTN'),
+    4 * PAIRS * H,
+    KERNEL,
   ),
   'attention decode': _decode('P'),
   'attention decode long': _decode('X'),
