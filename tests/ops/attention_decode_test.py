@@ -218,6 +218,9 @@ def test_a_tpu_decodes_with_the_kernel():
   )
   assert decodes(1, 512) and decodes(8, 512) and decodes(1, 2**20)
   assert not decodes(1, 511) and not decodes(9, 512)
+  assert explain_attention(*shapes(8, 2**17)).startswith(
+    'reference: T = 8 query rows are too few to tile'
+  )
   q, k, v = shapes(1, 600)
 
   def step(*arrays):

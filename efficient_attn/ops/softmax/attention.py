@@ -223,6 +223,8 @@ def _candidates(query, key, implementation):
     T, S = query.shape[1], key.shape[1]
     if T == 1:
       return ('reference',), 'one query row (T = 1) has nothing to tile'
+    if attention_decode.serves(query, key):
+      return ('reference',), f'T = {T} query rows are too few to tile'
     if T * S <= SMALL:
       return ('reference',), f'T * S = {T * S} logits per head fit at once'
     return ('blockwise',), f'T * S = {T * S} logits per head are over {SMALL}'
