@@ -179,11 +179,8 @@ CASES = [
   *(
     pytest.param(*case, marks=pytest.mark.in_turn)
     for case in (
-      ('delta', 'none', 'exclusive'),
-      ('linear', 'constant', 'exclusive'),
       ('erase', 'scalar', 'grouped'),
-      ('dplr', 'none', 'chunk'),
-      ('dplr', 'scalar', 'one_key_head'),
+      ('dplr', 'channel', 'one_key_head'),
       ('dplr', 'channel', 'exclusive'),
     )
   ),
@@ -338,6 +335,7 @@ def test_chunks_within_a_span_of_saved_states():
 REFUSED = {
   'form': (dict(form='recurrent'), "form = 'recurrent'"),
   'chunk': (dict(chunk_size=256), 'chunk_size = 256'),
+  'read': (dict(read='exclusive'), "read = 'exclusive'"),
 }
 
 
@@ -367,7 +365,7 @@ def test_sizes_and_dtypes_that_a_kernel_refuses():
     assert 'float64' in explain(8, 64, 64, initial_state=wide)
 
 
-def test_kernels_serve_every_erase_and_gate():
+def test_gates_that_reads_and_ops_need():
   shape = lambda *s: jax.ShapeDtypeStruct(s, np.float32)  # noqa: E731
   keys, strength = shape(1, 8, 2, 64), shape(1, 8, 2)
   delta = functools.partial(explain_delta_rule, keys, keys, keys, strength)
@@ -375,10 +373,13 @@ def test_kernels_serve_every_erase_and_gate():
   for explained in (
     delta(),
     delta(erase=keys),
-    general(),
-    general(log_decay=strength),
+    delta(read='exclusive', log_decay=keys),
+    general(log_decay=keys),
   ):
     assert 'tpu: pallas_tpu' in explained
+  assert "read = 'exclusive'" in delta(read='exclusive', log_decay=strength)
+  assert 'not per channel' in general(log_decay=strength)
+  assert 'not per channel' in general()
 
 
 def test_pallas_is_imported_when_a_kernel_is_traced():

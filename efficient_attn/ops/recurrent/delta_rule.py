@@ -132,6 +132,7 @@ def explain_delta_rule(
   log_decay: Float[shapes.Shaped, '...'] | None = None,
   erase: Float[shapes.Shaped, 'B T N H'] | None = None,
   initial_state: Float[shapes.Shaped, 'B N H V'] | None = None,
+  read: str = 'inclusive',
   form: str | None = None,
   chunk_size: int = 64,
   implementation: str | Sequence[str] | None = None,
@@ -145,7 +146,9 @@ def explain_delta_rule(
     implementation,
     q,
     v,
-    *(k, beta, log_decay, erase, initial_state),
+    *(k, beta, erase, initial_state),
+    log_decay=log_decay,
+    read=read,
     form=form,
     chunk_size=chunk_size,
   )

@@ -119,6 +119,7 @@ def explain_dplr(
   *,
   log_decay: Float[shapes.Shaped, '...'] | None = None,
   initial_state: Float[shapes.Shaped, 'B N H V'] | None = None,
+  read: str = 'inclusive',
   form: str | None = None,
   chunk_size: int = 64,
   implementation: str | Sequence[str] | None = None,
@@ -132,7 +133,9 @@ def explain_dplr(
     implementation,
     q,
     v,
-    *(k, a, b, log_decay, initial_state),
+    *(k, a, b, initial_state),
+    log_decay=log_decay,
+    read=read,
     form=form,
     chunk_size=chunk_size,
   )

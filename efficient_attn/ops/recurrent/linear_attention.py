@@ -154,6 +154,7 @@ def explain_linear_attention(
   log_decay: Float[shapes.Shaped, '...'] | None = None,
   normalize: bool = False,
   initial_state: Any = None,
+  read: str = 'inclusive',
   form: str | None = None,
   chunk_size: int = 64,
   implementation: str | Sequence[str] | None = None,
@@ -170,7 +171,9 @@ def explain_linear_attention(
     implementation,
     q,
     values,
-    *(k, log_decay, initial_state),
+    *(k, initial_state),
+    log_decay=log_decay,
+    read=read,
     form=form,
     chunk_size=chunk_size,
   )

@@ -50,7 +50,7 @@ def recur(
     out: [B, T, K, G, V] and the state after the last token.
   """
   dtype = jnp.dtype(dtype or state.dtype)
-  (q, *_), (v, *_), _ = tokens
+  (q, *_), (v, *_), gate = tokens
   rows = dispatch.choose(
     KERNELS[op],
     implementation,
@@ -59,6 +59,8 @@ def recur(
       q,
       v,
       dtype=state.dtype,
+      per_channel=_per_channel(gate),
+      inclusive=inclusive,
       form=form,
       chunk_size=chunk_size,
     ),
@@ -201,8 +203,11 @@ def _by_channel(op, tokens, inclusive):
   """
   _, values, gate = tokens
   erases = len(values) > 2 and values[2] is not None
-  per_channel = gate is not None and gate.shape[-1] > 1
-  return op == 'dplr' or per_channel or erases or not inclusive
+  return op == 'dplr' or _per_channel(gate) or erases or not inclusive
+
+
+def _per_channel(gate):
+  return gate is not None and gate.shape[-1] > 1
 
 
 def explain(
@@ -211,6 +216,8 @@ def explain(
   q: Any,
   v: Any,
   *others: Any,
+  log_decay: Any,
+  read: str = 'inclusive',
   **options: Any,
 ) -> str:
   """Says which kernel of an op each platform takes, and why not another.
@@ -221,14 +228,23 @@ def explain(
     q: [B, T, K, H].
     v: [B, T, N, V].
     *others: the other arrays of the call; shapes are enough.
+    log_decay: of the call, or None.
+    read: of the call.
     **options: form and chunk_size.
   """
-  dtype = shapes.accumulator(q, v, others)
+  dtype = shapes.accumulator(q, v, others, log_decay)
   return dispatch.explain(
     KERNELS[op],
     implementation,
     op=op,
-    **_request(q, v, dtype=dtype, **options),
+    **_request(
+      q,
+      v,
+      dtype=dtype,
+      per_channel=log_decay is not None and len(log_decay.shape) == 4,
+      inclusive=read == 'inclusive',
+      **options,
+    ),
   )
 
 
@@ -245,6 +261,8 @@ def _refuses(
   channels: int,
   width: int,
   dtype: jnp.dtype,
+  per_channel: bool,
+  inclusive: bool,
   form: str | None,
   chunk_size: int,
 ) -> str | None:
@@ -260,7 +278,15 @@ def _refuses(
       return f'{axis} = {size}, it takes 16 to 256'
   if chunk_size > SPAN:
     return f'chunk_size = {chunk_size}, its chunks are of {SPAN} tokens'
+  if not (inclusive or per_channel):
+    return "read = 'exclusive', it needs a gate per channel for that"
   return None
+
+
+def _dplr_refuses(*, per_channel, **options):
+  if not per_channel:
+    return 'log_decay is not per channel, it needs such a gate'
+  return _refuses(per_channel=per_channel, **options)
 
 
 def _kernel(op, tokens, inclusive):
@@ -333,15 +359,19 @@ def _backward(op, args, states, cotangents, *, inclusive, **statics):
   return (d_keys, d_values, d_gate), first, None
 
 
-def _implementation(op):
+def _implementation(op, refuses):
   return dispatch.Implementation(
     *(functools.partial(f, op) for f in (_call, _forward, _backward)),
     platforms=('tpu',),
-    refuses=_refuses,
+    refuses=refuses,
   )
 
 
 KERNELS = {
-  op: {'pallas_tpu': _implementation(op)}
-  for op in ('linear_attention', 'delta_rule', 'dplr')
+  op: {'pallas_tpu': _implementation(op, refuses)}
+  for op, refuses in (
+    ('linear_attention', _refuses),
+    ('delta_rule', _refuses),
+    ('dplr', _dplr_refuses),
+  )
 }
