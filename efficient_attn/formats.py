@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 # Rises when a config saved by the version before would mean something else.
-FORMAT = 3
+FORMAT = 4
 
 # Format -> mixer -> the options that earlier formats imply.
 IMPLIED: dict[int, dict[str, dict[str, Any]]] = {
@@ -59,6 +59,7 @@ MOVED: dict[int, dict[str, dict[str, str]]] = {
     'radial': {**POSITIONS, 'frame_size': ''},
     'vsa': {'grid': ''},
   },
+  4: {'mla': {'rotary_base': 'rotary.base'}},
 }
 
 # Parameters (part, name) of a mixer that had no part before.

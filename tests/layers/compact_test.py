@@ -85,6 +85,15 @@ def test_equations_with_and_without_cache(case):
       assert_close(y, expected)
 
 
+def test_yarn_with_mscales_scales_the_logits_of_mla():
+  scaling = dict(type='yarn', factor=8.0, mscale_all_dim=0.5, mscale=0.5)
+  plain, scaled = (
+    make('mla', rotary=dict(scaling=None if x is None else x)).options['scale']
+    for x in (None, scaling)
+  )
+  np.testing.assert_allclose(scaled / plain, (0.05 * np.log(8) + 1) ** 2)
+
+
 def test_mla_absorbed_equals_expanded():
   with jax.enable_x64(True):
     x, weight = inputs(), inputs(seed=1)

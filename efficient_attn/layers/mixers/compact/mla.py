@@ -15,6 +15,7 @@ is attention to one head, shared by all, of width kv_rank + rope_dim: more work
 a pair of tokens, but no expansion of the past.
 """
 
+import math
 from typing import Annotated
 
 import jax.numpy as jnp
@@ -24,10 +25,10 @@ from efficient_attn import sharding
 from efficient_attn.layers.mixers.compact.memory import Compact
 from efficient_attn.layers.norm import RMSNorm
 from efficient_attn.layers.param import Projection
+from efficient_attn.layers.rotary import Rotary, Scaling
 from efficient_attn.ops import masks
-from efficient_attn.ops.positions import rotary
 from efficient_attn.ops.softmax.attention import attention
-from efficient_attn.values import NonNegative, OneOf, PositiveFloat
+from efficient_attn.values import NonNegative, OneOf
 
 
 class MLA(Compact):
@@ -37,7 +38,8 @@ class MLA(Compact):
   positions has H = nope_dim channels: kv_rank 4 H, rope_dim H / 2, value_dim H,
   and q_rank 0.3 D; with q_rank=0 queries are not compressed. `absorbed=None`
   takes the form with fewer operations: expanded to train, absorbed to decode.
-  With position='none', as in Kimi Linear, the rotary parts do not rotate.
+  With position='none', as in Kimi Linear, the rotary parts do not rotate. YaRN
+  with an mscale_all_dim scales the logits, too, see `scale_of`.
   """
 
   def __init__(
@@ -53,7 +55,7 @@ class MLA(Compact):
     rope_dim: NonNegative = 0,
     value_dim: NonNegative = 0,
     position: Annotated[str, OneOf(('rotary', 'none'))] = 'rotary',
-    rotary_base: PositiveFloat = 10_000.0,
+    rotary: Rotary = Rotary(),  # noqa: B008
     absorbed: bool | None = None,
     implementation: str | None = None,
   ):
@@ -81,11 +83,12 @@ class MLA(Compact):
     self.out = Projection(values, embed, rngs=rngs)
     self.causal = causal
     self.widths = dict(latent=(kv_rank,), rotary_key=(rope_dim,))
-    self.rotary_base = rotary_base if position == 'rotary' else None
+    self.rotary = rotary if position == 'rotary' else None
     self.absorbed = absorbed
-    self.options = dict(
-      scale=(nope_dim + rope_dim) ** -0.5, implementation=implementation
-    )
+    scale = (nope_dim + rope_dim) ** -0.5
+    if self.rotary is not None:
+      scale *= scale_of(self.rotary.scaling)
+    self.options = dict(scale=scale, implementation=implementation)
 
   def project(self, x, positions):
     """Returns queries [B, T, N, nope + rope], the latent and rotary key."""
@@ -94,12 +97,11 @@ class MLA(Compact):
       query = self.query_norm(self.query_down(x))
     query = self.query_up(query)
     key = self.rotary_key(x)
-    if self.rotary_base is not None:
+    if self.rotary is not None:
       nope, rope = jnp.split(query, [self.key_up.weight.shape[-1]], axis=-1)
-      rope = rotary(rope, positions, base=self.rotary_base)
+      rope = self.rotary(rope, positions)
       query = jnp.concatenate([nope, rope], axis=-1)
-      key = key[:, :, None]  # one head
-      key = rotary(key, positions, base=self.rotary_base)[:, :, 0]
+      key = self.rotary(key[:, :, None], positions)[:, :, 0]  # one head
     return query, dict(latent=self.kv_norm(self.kv_down(x)), rotary_key=key)
 
   def attend(self, query, memory, mask):
@@ -128,6 +130,17 @@ class MLA(Compact):
     expanded = keys * rank * width + queries * keys * width
     absorbed = queries * rank * width + queries * keys * 2 * rank
     return absorbed < expanded
+
+
+def scale_of(scaling: Scaling | None) -> float:
+  """Returns the factor of the logits by which YaRN with mscales changes them.
+
+  It is (0.1 mscale_all_dim log(factor) + 1)^2, as in DeepSeek-V2.
+  """
+  if scaling is None or not scaling.mscale_all_dim:
+    return 1.0
+  grown = 0.1 * scaling.mscale_all_dim * math.log(max(scaling.factor, 1)) + 1
+  return grown**2
 
 
 def attend_expanded(query, latent, rotary_key, key_up, value_up, **options):
