@@ -1,6 +1,7 @@
 """What a family of published models is: words, and a table of tensors."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from efficient_attn.config import (
 )
 from efficient_attn.interop.table import Row
 from efficient_attn.interop.words import IGNORED, Ours, Part, Words, expand
+from efficient_attn.layers.block import residual_of
 from efficient_attn.layers.ffns import (
   FFNS,
   OF_THE_MODEL,
@@ -131,8 +133,12 @@ def complete(config: ModelConfig) -> dict[str, Any]:
   values |= {'mixers': mixers, 'norms': defaults | dict(config.norms)}
   del values['ffn'], values['first_ffns']
   names = tuple(ffn for _, ffn in config.layers)
-  ffns = {name: _ffn_values(config, name) for name in names}
+  ffns = {name: _ffn_values(config, name) for name in dict.fromkeys(names)}
   values |= {'ffn_pattern': names, 'ffns': ffns}
+  values['residuals'] = {
+    name: as_dict(residual_of(config, name))
+    for name in itertools.chain(*config.layers)
+  }
   width = _ffn_values(config, config.ffn).get('ffn_dim')
   return _flat(values | {'ffn_dim': width or config.ffn_dim})
 

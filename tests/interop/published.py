@@ -73,6 +73,32 @@ BLOOM = dict(
   eos_token_id=None,
 )
 
+YARN = dict(
+  rope_type='yarn',
+  rope_theta=1e4,
+  factor=4.0,
+  original_max_position_embeddings=16,
+)
+EXPERTS = TINY | dict(
+  num_local_experts=6, num_experts_per_tok=2, num_hidden_layers=2
+)
+LATENT = TINY | dict(
+  num_key_value_heads=4,
+  q_lora_rank=12,
+  kv_lora_rank=14,
+  qk_nope_head_dim=8,
+  qk_rope_head_dim=4,
+  v_head_dim=10,
+)
+DEEPSEEK = LATENT | dict(
+  n_routed_experts=8,
+  num_experts_per_tok=3,
+  moe_intermediate_size=12,
+  n_shared_experts=2,
+  first_k_dense_replace=1,
+)
+SHORT, LONG = [1.0, 1.2], [2.0, 3.0]
+
 # Name of a case, which begins with its model_type -> words of its config.
 CASES = {
   'llama': TINY,
@@ -163,6 +189,55 @@ CASES = {
   'bloom': BLOOM,
   'bloom-normed': BLOOM
   | dict(apply_residual_connection_post_layernorm=True, n_head=6),
+  'mixtral': EXPERTS,
+  'mixtral-window': EXPERTS | dict(sliding_window=7, num_hidden_layers=1),
+  'qwen3_moe': EXPERTS
+  | dict(
+    num_hidden_layers=5,
+    decoder_sparse_step=2,
+    moe_intermediate_size=12,
+    head_dim=16,
+  ),
+  'qwen3_moe-dense': EXPERTS
+  | dict(mlp_only_layers=[0], norm_topk_prob=True, moe_intermediate_size=12),
+  'olmoe': TINY | dict(num_experts=6, num_experts_per_tok=3),
+  'gpt_oss': EXPERTS
+  | dict(
+    head_dim=16,
+    sliding_window=7,
+    num_hidden_layers=3,
+    swiglu_limit=0.5,
+    rope_parameters=YARN | dict(truncate=False),
+  ),
+  'deepseek_v2': DEEPSEEK
+  | dict(
+    n_group=4,
+    topk_group=2,
+    topk_method='group_limited_greedy',
+    routed_scaling_factor=1.5,
+    rope_parameters=YARN | dict(mscale=0.7, mscale_all_dim=0.6),
+  ),
+  'deepseek_v2-lite': DEEPSEEK
+  | dict(q_lora_rank=None, n_group=2, topk_group=1, first_k_dense_replace=0),
+  'deepseek_v3': DEEPSEEK | dict(n_group=4, topk_group=2, rope_parameters=YARN),
+  'deepseek_v3-halves': DEEPSEEK
+  | dict(
+    n_group=1,
+    topk_group=1,
+    rope_interleave=False,
+    norm_topk_prob=False,
+    num_hidden_layers=2,
+  ),
+  'minicpm3': LATENT
+  | dict(
+    rope_parameters=dict(
+      rope_type='longrope',
+      rope_theta=1e4,
+      short_factor=SHORT,
+      long_factor=LONG,
+      original_max_position_embeddings=16,
+    )
+  ),
 }
 
 
@@ -179,4 +254,7 @@ def make(case: str) -> torch.nn.Module:
   with torch.no_grad():
     for p in model.parameters():
       p.add_(0.1 * torch.randn_like(p))
+    for name, p in model.named_buffers():
+      if name.endswith('e_score_correction_bias'):
+        p.add_(0.1 * torch.randn_like(p))
   return model.float()

@@ -2,7 +2,9 @@
 
 from efficient_attn.interop.families import (
   bloom,
+  deepseek,
   diffllama,
+  experts,
   falcon,
   gemma,
   gpt2,
@@ -29,4 +31,11 @@ FAMILIES = {
   'falcon': falcon.FALCON,
   'bloom': bloom.BLOOM,
   'diffllama': diffllama.DIFFLLAMA,
+  'mixtral': experts.MIXTRAL,
+  'qwen3_moe': experts.QWEN3_MOE,
+  'olmoe': experts.OLMOE,
+  'gpt_oss': experts.GPT_OSS,
+  'deepseek_v2': deepseek.DEEPSEEK_V2,
+  'deepseek_v3': deepseek.DEEPSEEK_V3,
+  'minicpm3': deepseek.MINICPM3,
 }
