@@ -5,6 +5,8 @@ from collections.abc import Callable
 import jax
 from flax import nnx
 
+from efficient_attn.layers.param import matrices_apart
+
 
 def summed_axes(path: tuple, p: nnx.Param) -> tuple[int, int] | None:
   """Returns from where to where the axes are that a product sums over.
@@ -14,8 +16,8 @@ def summed_axes(path: tuple, p: nnx.Param) -> tuple[int, int] | None:
   """
   if 'table' in path:
     return p.ndim - 1, p.ndim
-  stacked = p.ndim - len(p.axes)
-  return (stacked, stacked + p.inputs) if p.inputs else None
+  start = matrices_apart(p)
+  return (start, start + p.inputs) if p.inputs else None
 
 
 def map_matrices(

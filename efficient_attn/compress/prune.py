@@ -10,6 +10,7 @@ from flax import nnx
 
 from efficient_attn.compress.matrices import map_matrices
 from efficient_attn.config import ConfigError
+from efficient_attn.layers.param import matrices_apart
 
 
 def largest(x: jax.Array, share: float, stacked: int = 0) -> jax.Array:
@@ -29,7 +30,7 @@ def pruned(model: nnx.Module, share: float) -> nnx.Module:
 
   def prune(p, start, end):
     del start, end
-    stacked = p.ndim - len(p.axes)
-    return jnp.where(largest(p[...], share, stacked), p[...], 0)
+    apart = matrices_apart(p)
+    return jnp.where(largest(p[...], share, apart), p[...], 0)
 
   return map_matrices(model, prune)

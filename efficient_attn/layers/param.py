@@ -32,6 +32,11 @@ def param(
   return nnx.Param(value, axes=axes, inputs=inputs, weight_decay=decay)
 
 
+def matrices_apart(p: nnx.Param) -> int:
+  """Returns how many leading axes number matrices: of layers and experts."""
+  return p.ndim - len(p.axes) + p.axes.count('experts')
+
+
 def value_of(p: nnx.Param, dtype) -> jax.Array:
   """Returns the value of a parameter in `dtype`, laid out for computation."""
   return sharding.constrain(p[...].astype(dtype), *p.axes)

@@ -21,6 +21,7 @@ from efficient_attn.config import (
   OptimizerConfig,
 )
 from efficient_attn.layers.adapter import adapt
+from efficient_attn.layers.param import matrices_apart
 from efficient_attn.models import build, jit_init
 from efficient_attn.train.balance import balance_rates
 from efficient_attn.train.groups import FROZEN, group_of_each
@@ -150,7 +151,7 @@ class Architecture:
     def matrix(_, p):
       if not p.inputs:
         return None
-      stacked = p.ndim - len(p.axes) + p.axes.count('experts')
+      stacked = matrices_apart(p)
       middle = stacked + p.inputs
       return MuonDimensionNumbers(
         tuple(range(stacked, middle)), tuple(range(middle, p.ndim))

@@ -51,6 +51,18 @@ def test_layers_of_a_scan_change_as_they_would_alone(name):
   assert jnp.isfinite(jax.jit(lambda m: m(tokens)[0])(changed)).all()
 
 
+@pytest.mark.parametrize('name', ['int8', 'int4', 'pruned'])
+def test_experts_are_matrices_apart(name):
+  model = model_of(num_layers=2, ffn='moe', ffn_dim=8)
+  before = CHANGES[name](model).stack.periods.blocks[0].ffn.up.weight[...]
+  weight = model.stack.periods.blocks[0].ffn.up.weight
+  weight[...] = weight[...].at[:, 1].multiply(100)
+  after = CHANGES[name](model).stack.periods.blocks[0].ffn.up.weight[...]
+  others = np.delete(np.arange(8), 1)
+  np.testing.assert_array_equal(after[:, others], before[:, others])
+  assert (after[:, 1] != before[:, 1]).any()
+
+
 def test_a_matrix_is_pruned_as_a_whole():
   model = model_of(num_layers=1)
   after = arrays(pruned(model, 0.75))
