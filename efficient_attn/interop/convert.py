@@ -52,9 +52,10 @@ class Weights:
     if not path.is_dir():
       raise ConfigError(f'{path}: there is no such directory')
     words = files.read_json(path / 'config.json')
-    with under(f'{path / "config.json"}'):
-      self.family, model = read_words(words)
     tensors = files.open_tensors(path)
+    with under(f'{path / "config.json"}'):
+      _check_count(words, len(tensors))
+      self.family, model = read_words(words)
     model, tensors = _tied_as_file(self.family, model, tensors)
     self.config = Config(
       model=model,
@@ -269,6 +270,14 @@ def _tied_as_file(family, model, tensors):
 def _tokenizer(path):
   file = path / 'tokenizer.json'
   return str(file) if file.exists() else 'bytes'
+
+
+def _check_count(words, tensors):
+  """Refuses more layers than there are tensors before any is described."""
+  for name in ('num_hidden_layers', 'n_layer', 'num_layers'):
+    count = words.get(name)
+    if isinstance(count, int) and count > tensors:
+      raise ConfigError(f'{name}={count}, but the files hold {tensors} tensors')
 
 
 def _check_dtypes(words, tensors):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from efficient_attn.config import ConfigError
-from efficient_attn.interop.words import Ours, Words, word
+from efficient_attn.interop.words import Ours, Words, integer, word
 
 # Theirs -> ours, of a scaling.
 NAMES = {
@@ -94,7 +94,9 @@ class Rope:
       raise ConfigError('rope_parameters must be an object')
     nested = kind in given
     if nested:
-      given = given[kind] or {}
+      given = {} if given[kind] is None else given[kind]
+      if not isinstance(given, Mapping):
+        raise ConfigError(f'rope_parameters.{kind} must be an object')
     base = self.base[kind] if isinstance(self.base, Mapping) else self.base
     local = kind == 'sliding_attention' and self.local
     if local:
@@ -117,19 +119,19 @@ class Rope:
     }
     if kind == 'default':
       return found
-    if kind not in TYPES:
+    if not isinstance(kind, str) or kind not in TYPES:
       raise ConfigError(
         f'rope_type={kind!r} is not supported; valid: default, '
         f'{", ".join(TYPES)}'
       )
+    length = integer(words, 'max_position_embeddings', 2048)
     if kind == 'dynamic':  # whatever the file says
-      given[_LENGTH] = words['max_position_embeddings']
+      given[_LENGTH] = length
     elif _LENGTH in TYPES[kind]:
-      given.setdefault(_LENGTH, words['max_position_embeddings'])
-      if _LENGTH in words:
-        given[_LENGTH] = words[_LENGTH]
+      given = {_LENGTH: length} | given
+      given[_LENGTH] = integer(words, _LENGTH, integer(given, _LENGTH))
     if kind in ('yarn', 'longrope') and given.get('factor') is None:
-      given['factor'] = words['max_position_embeddings'] / given[_LENGTH]
+      given['factor'] = length / given[_LENGTH]
     scaling = {'type': kind}
     for name, value in given.items():
       if name not in NAMES:

@@ -18,7 +18,7 @@ NEEDED = object()  # in place of a default
 # Words of every family that change no logits.
 IGNORED = frozenset({
   '_attn_implementation', '_attn_implementation_autoset', '_name_or_path',
-  'architectures', 'attention_dropout', 'attn_pdrop', 'auto_map',
+  '_num_labels', 'architectures', 'attention_dropout', 'attn_pdrop', 'auto_map',
   'bos_token_id', 'cache_implementation', 'chunk_size_feed_forward',
   'classifier_dropout', 'dtype', 'embd_pdrop', 'eos_token_id',
   'hidden_dropout', 'id2label', 'initializer_range', 'is_decoder',
@@ -92,6 +92,10 @@ def expand(name: str, pattern: Iterable[str]) -> list[str]:
   ]
 
 
+def _same(value):
+  return value
+
+
 @dataclasses.dataclass(frozen=True)
 class Word:
   """One word of theirs.
@@ -111,8 +115,8 @@ class Word:
   default: Any = NEEDED
   values: Mapping[Any, Any] = dataclasses.field(default_factory=dict)
   strict: bool = False
-  convert: Callable[[Any], Any] = lambda x: x
-  revert: Callable[[Any], Any] = lambda x: x
+  convert: Callable[[Any], Any] = _same
+  revert: Callable[[Any], Any] = _same
 
   @property
   def theirs(self) -> tuple[str, ...]:
@@ -126,8 +130,11 @@ class Word:
     if self.strict and not (plain and value in self.values):
       valid = nearest(str(value), map(str, self.values))
       raise ConfigError(f'{self.theirs[0]}={value!r} is not supported; {valid}')
-    value = self.values.get(value, value) if plain else value
-    if isinstance(value, (int, float)):
+    if plain and value in self.values:
+      value = self.values[value]
+    elif isinstance(value, (int, float)) and self.convert is not _same:
+      if value <= 0:
+        raise ConfigError(f'{self.theirs[0]}={value!r} must be positive')
       value = self.convert(value)
     names = (self.ours,) if isinstance(self.ours, str) else self.ours
     return dict.fromkeys(names, value)
@@ -268,7 +275,7 @@ COUNT = 'num_hidden_layers'
 
 def cycle(*kinds: str) -> Callable[[Words], list[str]]:
   """Returns the rule that repeats kinds over the layers."""
-  return lambda words: [kinds[i % len(kinds)] for i in range(words[COUNT])]
+  return lambda words: [kinds[i % len(kinds)] for i in range(count_of(words))]
 
 
 def by_layer(
@@ -277,11 +284,27 @@ def by_layer(
   """Returns a list of theirs with a value a layer."""
   found = words.get(key)
   found = default(words) if found is None else found
-  if not isinstance(found, (list, tuple)) or len(found) != words[COUNT]:
+  count = count_of(words)
+  if not isinstance(found, (list, tuple)) or len(found) != count:
     raise ConfigError(
-      f'{key} must be a list of {COUNT}={words[COUNT]} values, not {found!r}'
+      f'{key} must be a list of {COUNT}={count} values, not {found!r}'
     )
   return found
+
+
+def count_of(words: Words) -> int:
+  """Returns the number of layers."""
+  return integer(words, COUNT)
+
+
+def integer(
+  words: Words, name: str, default: Any = NEEDED, low: int = 1
+) -> int:
+  """Returns a word that is a number of things."""
+  value = word(words, name, default)
+  if not isinstance(value, int) or isinstance(value, bool) or value < low:
+    raise ConfigError(f'{name}={value!r} must be a whole number from {low} on')
+  return value
 
 
 def layer_types(

@@ -72,6 +72,7 @@ def gone(name):
 
 
 NORM = 'model.norm.weight'
+LENGTH = dict(max_position_embeddings='x')
 BAD = {
   'no directory': (os.rmdir, 'no such directory'),
   'no config': (remove('config.json'), 'config.json: No such file'),
@@ -100,6 +101,46 @@ BAD = {
   'a word of another type': (
     words(hidden_size='big'),
     "model.d_model='big' is a str",
+  ),
+  'layers without end': (
+    words(num_hidden_layers=10**9),
+    'num_hidden_layers=1000000000, but the files hold 21 tensors',
+  ),
+  'no number of layers': (
+    words(model_type='mistral', num_hidden_layers='2'),
+    "num_hidden_layers='2' must be a whole number",
+  ),
+  'a list for a rope': (
+    words(rope_scaling={'rope_type': ['linear']}),
+    r"rope_type=\['linear'\] is not supported",
+  ),
+  'a rope that is no object': (
+    words(rope_parameters='linear'),
+    'rope_parameters must be an object',
+  ),
+  'a rope without a length': (
+    words(rope_scaling=dict(rope_type='yarn', factor=None), **LENGTH),
+    "max_position_embeddings='x' must be a whole number",
+  ),
+  'no scalar': (
+    words(model_type='gemma2', query_pre_attn_scalar=0),
+    'query_pre_attn_scalar=0 must be positive',
+  ),
+  'a negative scalar': (
+    words(model_type='gemma2', query_pre_attn_scalar=-2),
+    'query_pre_attn_scalar=-2 must be positive',
+  ),
+  'an interval of none': (
+    words(model_type='smollm3', no_rope_layer_interval=0),
+    'no_rope_layer_interval=0 must be a whole number from 1 on',
+  ),
+  'too few kinds of layers': (
+    words(model_type='qwen2', layer_types=['full_attention']),
+    'layer_types must be a list of num_hidden_layers=2 values',
+  ),
+  'another kind of layer': (
+    words(model_type='qwen2', layer_types=['full_attention', {}]),
+    'layer_types: {} is not supported',
   ),
   'quantised': (words(quantization_config={'bits': 4}), 'quantised weights'),
   'no weights': (remove('model.safetensors'), 'files there: none'),

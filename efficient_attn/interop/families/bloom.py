@@ -57,7 +57,7 @@ BLOOM = Family(
   prefix='transformer.',
   ignored=(
     'attention_softmax_in_fp32', 'bias_dropout_fusion', 'masked_softmax_fusion',
-    'offset_alibi', 'seq_length', 'skip_bias_add', 'skip_bias_add_qkv',
-    'unk_token_id',
+    'n_inner', 'offset_alibi', 'seq_length', 'skip_bias_add',
+    'skip_bias_add_qkv', 'unk_token_id',
   ),
 )  # fmt: skip

@@ -17,11 +17,11 @@ from efficient_attn.interop.families.llama import (
 )
 from efficient_attn.interop.rotary_words import Rope
 from efficient_attn.interop.table import linear, row
-from efficient_attn.interop.words import COUNT, Choice, Layers, Word
+from efficient_attn.interop.words import Choice, Layers, Word, count_of
 
 
 def _names(words):
-  return [f'differential:{i}' for i in range(words[COUNT])]
+  return [f'differential:{i}' for i in range(count_of(words))]
 
 
 def _starts(words):

@@ -10,7 +10,7 @@ from efficient_attn.interop.families.llama import ACTIVATIONS
 from efficient_attn.interop.family import Family
 from efficient_attn.interop.rotary_words import Rope
 from efficient_attn.interop.table import linear, norm, row
-from efficient_attn.interop.words import Choice, Word
+from efficient_attn.interop.words import Choice, Only, Word, word
 
 # Names of the norms, by `parallel`.
 MIXER_NORM = {
@@ -34,8 +34,10 @@ def _parallel(words):
 
 def _kv_heads(words):
   if words.get('new_decoder_architecture', False):
-    return words['num_kv_heads']
-  return 1 if words.get('multi_query', True) else words['num_attention_heads']
+    return word(words, 'num_kv_heads')
+  if words.get('multi_query', True):
+    return 1
+  return word(words, 'num_attention_heads|n_head')
 
 
 def _read(words):
@@ -88,6 +90,7 @@ FALCON = Family(
       _read,
       _write,
     ),
+    Only('apply_residual_connection_post_layernorm', False),
     Rope(),
   ),
   ours={

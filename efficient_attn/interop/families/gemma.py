@@ -18,6 +18,7 @@ from efficient_attn.interop.words import (
   Only,
   Word,
   cycle,
+  integer,
   layer_types,
 )
 
@@ -79,7 +80,7 @@ GEMMA2 = dataclasses.replace(
 
 
 def _default(words):
-  size = words.get('sliding_window_pattern', 6)
+  size = integer(words, 'sliding_window_pattern', 6)
   return cycle(*[SLIDING] * (size - 1), FULL)(words)
 
 

@@ -4,12 +4,12 @@ import dataclasses
 
 from efficient_attn.interop.families.llama import COMMON, LLAMA
 from efficient_attn.interop.rotary_words import Rope
-from efficient_attn.interop.words import COUNT, Layers, Word
+from efficient_attn.interop.words import Layers, Word, count_of
 
 
 def _layers(words):
   window = words.get('sliding_window', 4096)
-  return ['attention' if window is None else 'window'] * words[COUNT]
+  return ['attention' if window is None else 'window'] * count_of(words)
 
 
 def _words(layers):

@@ -9,18 +9,19 @@ from efficient_attn.interop.families.llama import (
 from efficient_attn.interop.rotary_words import Rope
 from efficient_attn.interop.table import row
 from efficient_attn.interop.words import (
-  COUNT,
   FULL,
   SLIDING,
   Word,
+  count_of,
+  integer,
   layer_types,
 )
 
 
 def _default(words):
   """Layers have a window from `max_window_layers` on."""
-  count = words[COUNT]
-  first = min(words.get('max_window_layers', 28), count)
+  count = count_of(words)
+  first = min(integer(words, 'max_window_layers', 28, low=0), count)
   if not words.get('use_sliding_window') or not words.get('sliding_window'):
     first = count
   return [FULL] * first + [SLIDING] * (count - first)

@@ -5,7 +5,6 @@ import dataclasses
 from efficient_attn.interop.families.llama import COMMON, LLAMA
 from efficient_attn.interop.rotary_words import Rope
 from efficient_attn.interop.words import (
-  COUNT,
   FULL,
   KINDS,
   SLIDING,
@@ -13,14 +12,16 @@ from efficient_attn.interop.words import (
   Word,
   by_layer,
   choice,
+  count_of,
+  integer,
 )
 
 NOPE = ':nope'  # behind the mixer of a layer without positions
 
 
 def _rotated(words):
-  period = words.get('no_rope_layer_interval', 4)
-  return [int(i % period != 0) for i in range(1, words[COUNT] + 1)]
+  period = integer(words, 'no_rope_layer_interval', 4)
+  return [int(i % period != 0) for i in range(1, count_of(words) + 1)]
 
 
 def _names(words):
@@ -74,4 +75,5 @@ SMOLLM3 = dataclasses.replace(
     'mixers.attention:nope.position': 'none',
     'mixers.window:nope.position': 'none',
   },
+  ignored=('max_window_layers',),
 )
