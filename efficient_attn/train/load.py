@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from efficient_attn import sharding
+from efficient_attn import interop, sharding
 from efficient_attn.config import Config, ConfigError
 from efficient_attn.interop.convert import Weights
 from efficient_attn.interop.files import is_weights
@@ -103,8 +103,13 @@ def open_run(workdir: str | pathlib.Path, key: str = '--workdir') -> Run:
 
 
 def load_model(workdir: str | pathlib.Path) -> tuple[Config, nnx.Module]:
-  """Returns the config and the newest model of a run, on one device."""
+  """Returns the config and the newest model of a run, on one device.
+
+  A directory of weights may stand in its place.
+  """
   run = open_run(workdir)
+  if run.weights is not None:
+    return interop.load(run.workdir)
   params = run.params(sharding.make_mesh('data=1', jax.devices()[:1]))
   one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   return run.config, run.architecture.merge(jax.device_put(params, one))

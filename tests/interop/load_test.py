@@ -200,15 +200,16 @@ def test_tensors_of_one_kind_need_one_dtype(tmp_path):
   mixed[name] = mixed[name].astype(np.float16)
   path = tiny.write(tmp_path / 'weights', mixed, dtype='-')
   with pytest.raises(ConfigError, match='need one dtype'):
-    interop.load(path)
+    interop.load(path, scan_layers=True)
 
 
-def test_files_are_saved_as_they_were(tmp_path):
+@pytest.mark.parametrize('scan', [True, False])
+def test_files_are_saved_as_they_were(scan, tmp_path):
   path = tiny.write(tmp_path / 'weights', bos_token_id=7)
   for name in ('tokenizer_config.json', 'LICENSE', 'generation_config.json'):
     (path / name).write_text(name)
   (path / 'other.py').write_text('')
-  config, model = interop.load(path)
+  config, model = interop.load(path, scan_layers=scan)
   interop.save(config, model, tmp_path / 'saved')
   found = {file.name: file for file in (tmp_path / 'saved').iterdir()}
   assert found.keys() == {x.name for x in path.iterdir()} - {'other.py'}
@@ -251,11 +252,13 @@ def test_shards(tmp_path, monkeypatch):
   )
 
 
-def test_a_mesh_holds_the_same_parameters(tmp_path):
+@pytest.mark.parametrize('scan', [True, False])
+def test_a_mesh_holds_the_same_parameters(scan, tmp_path):
   path = tiny.write(tmp_path / 'weights')
-  _, wanted = interop.load(path)
+  config, wanted = interop.load(path, scan_layers=scan)
+  assert config.model.scan_layers == scan
   mesh = sharding.make_mesh('fsdp=2,tensor=2', jax.devices()[:4])
-  _, found = interop.load(path, mesh)
+  _, found = interop.load(path, mesh, scan_layers=scan)
   assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(found))
   for x, y in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
     np.testing.assert_array_equal(x, y)
