@@ -305,6 +305,16 @@ def test_mlstm_output_does_not_overflow_where_exp_does():
   np.testing.assert_array_less(400, m)
 
 
+@pytest.mark.parametrize('form', ['chunkwise', 'recurrent'])
+def test_mlstm_adds_eps_to_the_denominator(form):
+  arrays, _ = make('mlstm')
+  expected = oracles.mlstm(**arrays, eps=0.3)
+  assert np.abs(expected[0] - oracles.mlstm(**arrays)[0]).max() > 0.01
+  arrays = cast(arrays, jnp.float32)
+  found = mlstm(**arrays, form=form, chunk_size=CHUNK, eps=0.3)
+  assert_close(found, expected, 5e-6)
+
+
 def test_mlstm_with_queries_that_no_key_answers_is_zero():
   arrays, _ = make('mlstm')
   del arrays['initial_state']

@@ -22,6 +22,7 @@ def mlstm(
   log_forget,
   *,
   scale=None,
+  eps=0.0,
   initial_state=None,
   segment_ids=None,
 ):
@@ -53,7 +54,8 @@ def mlstm(
         n = np.exp(forget) * n + np.exp(write) * key
         m = max(forget + m, write, 0.0)
         query = scale * q[b, t, head]
-        out[b, t, h] = c.T @ query / max(abs(n @ query), 1.0)
+        norm = max(abs(n @ query), 1.0) + eps * np.exp(m)
+        out[b, t, h] = c.T @ query / norm
       c_out[b, h], n_out[b, h], m_out[b, h] = c * np.exp(-m), n * np.exp(-m), m
   return out, (c_out, n_out, m_out)
 

@@ -45,6 +45,7 @@ def mlstm(
   log_forget: Float[Array, 'B T N'],
   *,
   scale: shapes.Scalar | None = None,
+  eps: float = 0.0,
   initial_state: State | None = None,
   segment_ids: Int[Array, 'B T'] | None = None,
   form: str | None = None,
@@ -60,6 +61,7 @@ def mlstm(
     input_gate: i, the logarithm of the input gate; of any size and sign.
     log_forget: log f <= 0, e.g. jax.nn.log_sigmoid. -inf is an exact reset.
     scale: factor on q, in the numerator and in n . q; None is H ** -0.5.
+    eps: added to max(|n' . q|, exp(-m)), as the code of xLSTM-7B does.
     initial_state: the state before token 0, part of the first segment.
     segment_ids: the state is reset at every token whose id differs from the
       id of the token before it.
@@ -109,9 +111,9 @@ def mlstm(
     for x in (values, input_gate.astype(dtype)[..., None], forget)
   ]
   out, state = forms.recur(
-    functools.partial(_step, scale=scale),
+    functools.partial(_step, scale=scale, eps=eps),
     chunk_states.Chunk(
-      _prepare, _advance, functools.partial(_read, scale=scale)
+      _prepare, _advance, functools.partial(_read, scale=scale, eps=eps)
     ),
     (q, k, *grouped),
     tuple(shapes.group(x, kv_heads, axis=1) for x in (memory, m)),
@@ -125,7 +127,7 @@ def mlstm(
   return out.astype(v.dtype), (memory[..., :-1], memory[..., -1], m)
 
 
-def _step(state, token, *, scale):
+def _step(state, token, *, scale, eps):
   """Memory [B,K,G,H,V+1], m [B,K,G]; q, k [B,K,H], the rest [B,K,G,X]."""
   memory, m = state
   q, k, v, gate, forget = token
@@ -140,7 +142,7 @@ def _step(state, token, *, scale):
   out = jnp.einsum(
     'bkh,bkghv->bkgv', q, memory, precision=jax.lax.Precision.HIGHEST
   )
-  return (memory, m), _normalize(scale * out, m)
+  return (memory, m), _normalize(scale * out, m, eps)
 
 
 def _prepare(tokens, marks, *, wide):
@@ -197,7 +199,7 @@ def _advance(state, writes, marks):
   return (new, after), (memory.astype(key.dtype), m)
 
 
-def _read(seen, reads, marks, *, scale, wide):
+def _read(seen, reads, marks, *, scale, eps, wide):
   """The outputs of a chunk: of its own tokens, and of the state before it."""
   del marks, wide
   memory, m = seen
@@ -206,13 +208,13 @@ def _read(seen, reads, marks, *, scale, wide):
   top = jnp.maximum(row, carried)
   found = product('bkih,bkghv->bkgiv', q, memory, dtype=inside.dtype)
   out = inside * jnp.exp(row - top) + found * jnp.exp(carried - top)
-  return _normalize(scale * out, top[..., 0])
+  return _normalize(scale * out, top[..., 0], eps)
 
 
-def _normalize(out, m):
-  """C'^T q / max(|n' . q|, exp(-m)), from both products side by side."""
+def _normalize(out, m, eps):
+  """C'^T q / (max(|n' . q|, exp(-m)) + eps), from both products together."""
   out, norm = out[..., :-1], jnp.abs(out[..., -1])
-  norm = jnp.maximum(norm, jnp.exp(-m))[..., None]
+  norm = (jnp.maximum(norm, jnp.exp(-m)) + eps)[..., None]
   # Zero where no key so far has a part along q and exp(-m) underflows.
   empty = norm == 0
   # The derivative of a quotient squares its denominator, which may be as
