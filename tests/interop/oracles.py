@@ -34,6 +34,7 @@ BLOCKS = {
   'falcon_h1_gated': Oracle('mamba2', HF, 'FalconH1Mixer'),
   'falcon_h1_without_norm': Oracle('mamba2', HF, 'FalconH1Mixer'),
   'falcon_mamba': Oracle('mamba', HF, 'FalconMambaMixer'),
+  'gated_conv': Oracle('gated_conv', HF, 'Lfm2ShortConv'),
   'gated_deltanet': Oracle('gated_deltanet', HF, 'Qwen3NextGatedDeltaNet'),
   'gpt_oss': Oracle('attention', HF, 'GptOssAttention'),
   'jamba': Oracle('mamba', HF, 'JambaMambaMixer'),
@@ -46,11 +47,11 @@ BLOCKS = {
   'mamba_biases': Oracle('mamba', HF, 'MambaMixer'),
   'mfa': Oracle('mfa', HF, 'LlamaAttention'),
   'minicpm3': Oracle('mla', HF, 'MiniCPM3Attention'),
-  'mlstm_layer': Oracle('mlstm', HF, 'xLSTMLayer', 'op'),
   'qwen3_next': Oracle('attention', HF, 'Qwen3NextAttention'),
   'recurrent_gemma': Oracle('rg_lru', HF, 'RecurrentGemmaRecurrentBlock'),
   'rg_lru': Oracle('rg_lru', HF, 'RecurrentGemmaRecurrentBlock'),
   'rwkv4': Oracle('rwkv4', HF, 'RwkvSelfAttention'),
+  'xlstm_7b': Oracle('xlstm_7b', HF, 'xLSTMLayer'),
 }
 
 LOW_RANK_BLOCKS = {

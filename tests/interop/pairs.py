@@ -66,7 +66,7 @@ def cached(ours, theirs, config) -> Pair:
   theirs.eval()
   return Pair(
     ours,
-    lambda x, cache=None: theirs(x, cache_params=cache),
+    lambda x, cache=None: theirs(x, cache=cache),
     lambda: DynamicCache(config=config),
   )
 

@@ -286,6 +286,21 @@ def xlstm(p, x):
   return project(p, 'out', h * silu(project(p, 'gate', x)), 2)
 
 
+def xlstm_7b(p, x):
+  def gate(name):
+    z = project(p, f'{name}_gate', x) + p[f'{name}_bias']
+    return 2 * np.tanh(z / 2)
+
+  h, _ = oracles.mlstm(
+    *(project(p, f'qkv.{name}', x) for name in ('query', 'key', 'value')),
+    gate('input'),
+    -softplus(-gate('forget')),
+    eps=0.1,
+  )
+  h = head_norm(p, h) * sigmoid(project(p, 'gate', x))
+  return project(p, 'out', h, 2)
+
+
 PAPERS = {
   'comba': (comba, {}),
   'gsa': (gsa, dict(num_slots=6)),
@@ -297,6 +312,7 @@ PAPERS = {
   'rodimus': (rodimus, dict(state_dim=6)),
   'rwkv5': (rwkv5, {}),
   'rwkv6': (rwkv6, dict(shift_rank=3, decay_rank=5)),
+  'xlstm_7b': (xlstm_7b, dict(gate_cap=2.0, eps=0.1, norm_eps=1e-5)),
 }
 
 

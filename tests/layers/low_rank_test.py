@@ -234,14 +234,25 @@ def scored(score):
   return mix
 
 
-def base_conv(mixer, x):
-  taps, bias = value(mixer.conv.weight), value(mixer.conv.bias)
+def convolved(conv, x):
+  taps = value(conv.weight)
   mixed = np.zeros_like(x)
   for t in range(x.shape[1]):
     for i, tap in enumerate(taps[::-1]):  # the last is for the token itself
       if t >= i:
         mixed[:, t] += tap * x[:, t - i]
-  return project(mixer.project, x) * (mixed + bias)
+  return mixed + (0 if conv.bias is None else value(conv.bias))
+
+
+def base_conv(mixer, x):
+  return project(mixer.project, x) * convolved(mixer.conv, x)
+
+
+def gated_conv(mixer, x):
+  gates = (project(p, x) for p in (mixer.input_gate, mixer.output_gate))
+  before, after = gates
+  mixed = convolved(mixer.conv, before * project(mixer.value, x))
+  return project(mixer.out, after * mixed)
 
 
 COMPRESSIVE = dict(mem_len=4, compressed_len=3, compression_rate=2)
@@ -253,6 +264,7 @@ CASES = {
     [COMPRESSIVE | dict(compression=c) for c in ('conv', 'max', 'mean')],
   ),
   'fnet': (fnet, [{}]),
+  'gated_conv': (gated_conv, [{}, dict(conv_width=2, bias=True)]),
   'funnel': (funnel, [dict(pool_size=2), dict(pool_size=4)]),
   'lambda_network': (lambda_network, [dict(window=5, key_dim=3)]),
   'linformer': (

@@ -2,6 +2,7 @@
 
 from efficient_attn.layers.mixers.attention_free.base_conv import BaseConv
 from efficient_attn.layers.mixers.attention_free.fnet import FNet
+from efficient_attn.layers.mixers.attention_free.gated_conv import GatedConv
 from efficient_attn.layers.mixers.attention_free.synthesizer import Synthesizer
 from efficient_attn.layers.mixers.spec import TWO_PASSES, MixerSpec
 
@@ -30,6 +31,14 @@ ATTENTION_FREE = {
     'BaseConv (Zoology)',
     2023,
     '2312.04927',
+    forms=('convolution',),
+    bidirectional=TWO_PASSES,
+  ),
+  'gated_conv': MixerSpec(
+    GatedConv,
+    'LFM2 (gated short convolution)',
+    2025,
+    '2511.23404',
     forms=('convolution',),
     bidirectional=TWO_PASSES,
   ),

@@ -12,6 +12,7 @@ from efficient_attn.layers.mixers.selective.mesa import Mesa
 from efficient_attn.layers.mixers.selective.mlstm import MLSTM
 from efficient_attn.layers.mixers.selective.rwkv7 import RWKV7
 from efficient_attn.layers.mixers.selective.slstm import SLSTM
+from efficient_attn.layers.mixers.selective.xlstm_7b import XLSTM7B
 from efficient_attn.layers.mixers.spec import TWO_PASSES, MixerSpec
 
 SELECTIVE = {
@@ -58,6 +59,14 @@ SELECTIVE = {
     'xLSTM (mLSTM)',
     2024,
     '2405.04517',
+    gate='scalar',
+    bidirectional=TWO_PASSES,
+  ),
+  'xlstm_7b': MixerSpec(
+    XLSTM7B,
+    'xLSTM-7B',
+    2025,
+    '2503.13427',
     gate='scalar',
     bidirectional=TWO_PASSES,
   ),
