@@ -19,6 +19,7 @@ from efficient_attn.layers.mixers.both_ways import BothWays
 from efficient_attn.layers.mixers.compact import COMPACT
 from efficient_attn.layers.mixers.composed import Composed, own_options
 from efficient_attn.layers.mixers.gated import GATED
+from efficient_attn.layers.mixers.hybrid import HYBRID
 from efficient_attn.layers.mixers.linear import LINEAR
 from efficient_attn.layers.mixers.low_rank import LOW_RANK
 from efficient_attn.layers.mixers.routed import ROUTED
@@ -51,6 +52,7 @@ FAMILIES = {
   'gated': GATED,
   'selective': SELECTIVE,
   'test_time': TEST_TIME,
+  'hybrid': HYBRID,
 }
 MIXERS = {name: row for rows in FAMILIES.values() for name, row in rows.items()}
 
