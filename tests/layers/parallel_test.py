@@ -23,7 +23,7 @@ def test_a_sum_of_scaled_mixers():
     input_scales={'attention': 0.5},
     output_scales={'attention': 3, 'gla:narrow': '2'},
   )
-  gla, attention = mixer.mixers
+  attention, gla = mixer.mixers['attention'], mixer.mixers['gla:narrow']
   assert (gla.sizes['N'], attention.num_heads) == (2, N)
   x = np.random.default_rng(0).standard_normal((2, 7, D)).astype(np.float32)
   expected = 2 * gla(x)[0] + 3 * attention(0.5 * x)[0]

@@ -47,43 +47,42 @@ class Parallel(Mixer):
     ):
       for name in scales:
         choose(key, name, mixers)
-    self.names = tuple(mixers)
-    self.mixers = nnx.List()
-    for name, options in mixers.items():
+    self.mixers, self.scales = nnx.Dict(), {}
+    for name, options in sorted(mixers.items()):  # as a stored config may be
       if options.get('shared_kv'):
         raise ConfigError(
           f'mixers.{name}.shared_kv={options["shared_kv"]!r} is not possible '
           'side by side with others; use shared_kv=False'
         )
       with under('mixers'):
-        mixer = build_mixer(
+        self.mixers[name] = build_mixer(
           name.partition(':')[0],
           d_model=d_model,
           causal=causal,
           rngs=rngs,
           **{'num_heads': num_heads, **options},
         )
-      self.mixers.append(mixer)
-    self.scales = tuple(
-      (input_scales.get(name, 1.0), output_scales.get(name, 1.0))
-      for name in mixers
-    )
+      self.scales[name] = (
+        input_scales.get(name, 1.0),
+        output_scales.get(name, 1.0),
+      )
     self.causal = causal
     for ability in ('packing', 'left_padding'):
-      able = all(getattr(mixer, ability) for mixer in self.mixers)
+      able = all(getattr(mixer, ability) for mixer in self.mixers.values())
       setattr(self, ability, able)
 
   def mix_tokens(self, x, context, cache):
     """Mixes tokens; see `layers.mixer` for the contract."""
-    caches = [None] * len(self.mixers) if cache is None else list(cache)
-    total = 0
-    for i, (mixer, (before, after)) in enumerate(
-      zip(self.mixers, self.scales, strict=True)
-    ):
-      y, caches[i] = mixer(x * before, context, caches[i])
-      total = total + y * after
-    return total, None if cache is None else caches
+    total, after = 0, {}
+    for name, mixer in self.mixers.items():
+      enter, leave = self.scales[name]
+      y, after[name] = mixer(x * enter, context, cache and cache[name])
+      total = total + y * leave
+    return total, None if cache is None else after
 
   def init_cache(self, batch: int, max_len: int, dtype):
     """Returns the caches before the first token, one a mixer."""
-    return [mixer.init_cache(batch, max_len, dtype) for mixer in self.mixers]
+    return {
+      name: mixer.init_cache(batch, max_len, dtype)
+      for name, mixer in self.mixers.items()
+    }
