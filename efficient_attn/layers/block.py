@@ -11,7 +11,9 @@ the same stream, with a norm each (GPT-NeoX) or a shared one (GPT-J, Falcon).
 """
 
 import dataclasses
+from typing import Any
 
+import chex
 import jax
 from flax import nnx
 
@@ -21,7 +23,7 @@ from efficient_attn.layers.context import Context
 from efficient_attn.layers.cross_attention import CrossAttention, CrossCache
 from efficient_attn.layers.dropout import dropout
 from efficient_attn.layers.ffns import build_ffn
-from efficient_attn.layers.mixer import Penalized
+from efficient_attn.layers.mixer import Mixer, Penalized
 from efficient_attn.layers.mixers import build_mixer
 from efficient_attn.layers.norm import norm_of
 from efficient_attn.values import read_value, under
@@ -38,6 +40,14 @@ class Residual:
 
   skip: float = 1.0
   branch: float = 1.0
+
+
+@chex.dataclass(frozen=True)
+class BlockCache:
+  """The caches of a block whose ffn sees earlier tokens too."""
+
+  mixer: Any
+  ffn: Any
 
 
 class Block(nnx.Module):
@@ -68,6 +78,10 @@ class Block(nnx.Module):
     with under(f'model.ffns.{ffn}'):
       options = config.ffns.get(ffn, {})
       self.ffn = build_ffn(row_of(ffn), config, options, rngs=rngs)
+      # Else it sees one token at a time.
+      self.ffn_sees_past = isinstance(self.ffn, Mixer)
+      if self.ffn_sees_past and not causal:
+        raise ConfigError('it is of decoders: its tokens see the one before')
     if cross:
       self.cross = CrossAttention(config.d_model, config.num_heads, rngs=rngs)
     else:
@@ -105,6 +119,9 @@ class Block(nnx.Module):
     memory = None
     if self.cross is not None and cache is not None:
       cache, memory = cache.mixer, cache.memory
+    ffn_cache = None
+    if self.ffn_sees_past and cache is not None:
+      cache, ffn_cache = cache.mixer, cache.ffn
 
     def mix(x):
       nonlocal cache, shared
@@ -121,10 +138,12 @@ class Block(nnx.Module):
       x = self.residual('mixer', x, mix, keys[0])
     if self.cross is not None:
       x = self.read(x, context, memory, keys[2])
+    source = None if self.parallel == 'none' else start
+    x, ffn_cache = self.feed_forward(x, context, keys[1], source, ffn_cache)
+    if ffn_cache is not None:
+      cache = BlockCache(mixer=cache, ffn=ffn_cache)
     if memory is not None:
       cache = CrossCache(mixer=cache, memory=memory)
-    source = None if self.parallel == 'none' else start
-    x = self.feed_forward(x, context, keys[1], source)
     return tap('block', x), cache, shared
 
   def read(self, x, context, memory, key):
@@ -139,16 +158,24 @@ class Block(nnx.Module):
     with jax.named_scope('cross'):
       return self.residual('cross', x, cross, key)
 
-  def feed_forward(self, x, context, key, source=None):
-    """The block's second half, if it has one; see `residual`."""
+  def feed_forward(self, x, context, key, source=None, cache=None):
+    """The block's second half, if it has one, and its cache.
+
+    See `residual`.
+    """
     if self.ffn is None:
-      return x
+      return x, None
 
     def feed(x):
-      return tap('ffn', self.ffn(x, context))
+      nonlocal cache
+      if self.ffn_sees_past:
+        y, cache = self.ffn(x, context, cache)
+      else:
+        y = self.ffn(x, context)
+      return tap('ffn', y)
 
     with jax.named_scope('ffn'):
-      return self.residual('ffn', x, feed, key, source)
+      return self.residual('ffn', x, feed, key, source), cache
 
   def residual(self, half, x, f, key, source=None):
     """Returns x with the branch f of a half, under its norms.
@@ -177,6 +204,9 @@ class Block(nnx.Module):
   def init_cache(self, batch: int, max_len: int, dtype, context: Context):
     """Returns the cache before the first token, with the context's memory."""
     cache = self.mixer.init_cache(batch, max_len, dtype)
+    if self.ffn_sees_past:
+      ffn = self.ffn.init_cache(batch, max_len, dtype)
+      cache = BlockCache(mixer=cache, ffn=ffn)
     if self.cross is None:
       return cache
     return CrossCache(mixer=cache, memory=self.cross.remember(context))

@@ -2,8 +2,9 @@
 
   ffn(x, context=None) -> y
 
-x and y are [B, T, D]; a row is called with the width, the activation and the
-options that its constructor reads, see `build_ffn`.
+x and y are [B, T, D]. One that sees earlier tokens is a `Mixer` and follows
+that contract, with a cache. A row is called with the width, the activation and
+the options that its constructor reads, see `build_ffn`.
 """
 
 import inspect
@@ -13,13 +14,20 @@ from typing import Annotated, Any
 from flax import nnx
 
 from efficient_attn.config import ConfigError, ModelConfig, choose
+from efficient_attn.layers.channel_mix import ChannelMix
 from efficient_attn.layers.ffn import ACTIVATIONS, GLU, MLP
 from efficient_attn.layers.mixers.composed import own_options
 from efficient_attn.layers.moe import MoE
 from efficient_attn.values import NonNegative, OneOf, read_arguments
 
 # None: a block is a mixer alone, as in Mamba.
-FFNS = {'glu': GLU, 'mlp': MLP, 'moe': MoE, 'none': None}
+FFNS = {
+  'glu': GLU,
+  'mlp': MLP,
+  'moe': MoE,
+  'channel_mix': ChannelMix,
+  'none': None,
+}
 
 # Options of every row, for which the model has a value: its key.
 OF_THE_MODEL = {
