@@ -71,6 +71,7 @@ class GLU(nnx.Module):
     limit: the largest gate, and the largest absolute value of what it
       multiplies; 0: none. gpt-oss has 7.
     offset: added to what the gate multiplies; gpt-oss has 1.
+    gate_scale: of what act reads, as in Falcon-H1.
     rngs: of the parameters.
   """
 
@@ -83,6 +84,7 @@ class GLU(nnx.Module):
     bias: bool = False,
     limit: NonNegativeFloat = 0.0,
     offset: float = 0.0,
+    gate_scale: float = 1.0,
     rngs,
   ):
     ffn_dim = ffn_dim or glu_width(d_model)
@@ -92,11 +94,13 @@ class GLU(nnx.Module):
     self.down = Projection(ffn, embed, bias=bias, rngs=rngs)
     self.activation = activation
     self.limit, self.offset = limit, offset
+    self.gate_scale = gate_scale
 
   def __call__(self, x: jax.Array, context: Context | None = None) -> jax.Array:
     """Maps [B, T, D] to [B, T, D]."""
     del context
     gate, up = self.gate(x), self.up(x)
+    gate = gate if self.gate_scale == 1 else gate * self.gate_scale
     return self.down(gated(gate, up, self.activation, self.limit, self.offset))
 
 
