@@ -6,10 +6,11 @@
   '([n] h) d -> d n h'                  blocks of query, key and value heads
   '(n [x] h) d -> d n h'                the three of each head side by side
   '(k [g] h) d -> d (k g) h, d k h, d k h'   those of each group of queries
+  '[n h] d -> d n h, d n h, d n'        blocks whose heads differ in width
   '(n i 2) d -> d n (2 i)'              neighbours in pairs, ours are halves
 
 Sizes follow from the shapes of ours; an axis that ours lack is 1, a number is
-itself.
+itself. Those in brackets are sizes of each parameter, the others of all.
 """
 
 import dataclasses
@@ -30,12 +31,13 @@ class Rule:
   Attributes:
     theirs: the axes of the tensor, each a group of elementary ones.
     ours: the same for each parameter.
-    parted: the elementary axis along which they follow each other, if any.
+    parted: the elementary axes along which they follow each other, taken as
+      one; () for none.
   """
 
   theirs: tuple[tuple[str, ...], ...]
   ours: tuple[tuple[tuple[str, ...], ...], ...]
-  parted: str | None
+  parted: tuple[str, ...]
 
   def sizes(self, shapes: Sequence[Shape]) -> list[dict[str, int]]:
     """Returns the sizes of elementary axes for each parameter."""
@@ -44,7 +46,7 @@ class Rule:
     def known(i, axis):
       if axis.isdigit():
         return int(axis)
-      return (own[i] if axis == self.parted else shared).get(axis)
+      return (own[i] if axis in self.parted else shared).get(axis)
 
     pending = [
       (i, group, size)
@@ -61,7 +63,7 @@ class Rule:
         elif size % rest or not unknown and size != rest:
           raise ValueError(f'{shapes} are no parts of {self.theirs}')
         elif unknown:
-          of = own[i] if unknown[0] == self.parted else shared
+          of = own[i] if unknown[0] in self.parted else shared
           of[unknown[0]] = size // rest
       if len(left) == len(pending):
         raise ValueError(f'{self.theirs}: the sizes of {left} are open')
@@ -76,26 +78,29 @@ class Rule:
     sizes = self.sizes(shapes)
     total = dict(sizes[0])
     if self.parted:
-      total[self.parted] = sum(size[self.parted] for size in sizes)
+      total |= dict.fromkeys(self.parted, 1)
+      total[self.parted[0]] = sum(map(self._length, sizes))
     return tuple(math.prod(total[a] for a in group) for group in self.theirs)
+
+  def _length(self, sizes):
+    """Returns how much of the parted axes one parameter takes."""
+    return math.prod(sizes[axis] for axis in self.parted)
 
   def read(
     self, tensor: np.ndarray, shapes: Sequence[Shape], part: int
   ) -> np.ndarray:
     """Returns one of the parameters, a view of the tensor where it can be."""
     sizes, axes = self.sizes(shapes), sum(self.theirs, ())
-    total = dict(sizes[part])
-    begin = 0
+    own = [sizes[part][axis] for axis in axes]
+    found = tensor.reshape(own) if not self.parted else None
     if self.parted:
-      counts = [size[self.parted] for size in sizes]
-      total[self.parted], begin = sum(counts), sum(counts[:part])
-    found = tensor.reshape([total[axis] for axis in axes])
+      counts = list(map(self._length, sizes))
+      begin, first = sum(counts[:part]), axes.index(self.parted[0])
+      before, after = own[:first], own[first + len(self.parted) :]
+      found = tensor.reshape([*before, sum(counts), *after])
+      places = [slice(None)] * first + [slice(begin, begin + counts[part])]
+      found = found[tuple(places)].reshape(own)
     wanted = sum(self.ours[part], ())
-    if self.parted:
-      end = begin + sizes[part][self.parted]
-      places = [slice(None)] * len(axes)
-      places[axes.index(self.parted)] = slice(begin, end)
-      found = found[tuple(places)]
     lacking = tuple(i for i, axis in enumerate(axes) if axis not in wanted)
     found = found.squeeze(lacking)
     kept = [axis for axis in axes if axis in wanted]
@@ -112,8 +117,14 @@ class Rule:
       array = part.reshape([size[axis] for axis in has])
       array = array.transpose([has.index(a) for a in axes if a in has])
       found.append(array.reshape([size[axis] for axis in axes]))
-    place = axes.index(self.parted) if self.parted else 0
-    joined = found[0] if len(found) == 1 else np.concatenate(found, place)
+    if self.parted:
+      first = axes.index(self.parted[0])
+      found = [
+        x.reshape(*x.shape[:first], -1, *x.shape[first + len(self.parted) :])
+        for x in found
+      ]
+      found = [np.concatenate(found, first)] if len(found) > 1 else found
+    (joined,) = found
     return joined.reshape(self.shape([part.shape for part in parts]))
 
 
@@ -125,9 +136,12 @@ def parse(text: str, parts: int = 1) -> Rule:
   forms = forms * parts if len(forms) == 1 else forms
   if len(forms) != parts:
     raise ValueError(f'{text!r} has {len(forms)} forms for {parts} parameters')
-  (parted,) = re.findall(r'\[(\w+)\]', theirs) or [None]
+  (parted,) = re.findall(r'\[([\w ]+)\]', theirs) or ['']
+  if '(' not in theirs.partition('[')[0].rpartition(')')[2]:
+    # Brackets that stand in no group are one.
+    theirs = theirs.replace('[', '(').replace(']', ')')
   theirs = _groups(theirs.replace('[', '').replace(']', ''))
-  return Rule(theirs, tuple(forms), parted)
+  return Rule(theirs, tuple(forms), tuple(parted.split()))
 
 
 def _groups(text):

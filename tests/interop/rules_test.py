@@ -66,6 +66,24 @@ CASES = {
     tensor(N + K, D),
     lambda w: [w[:N].T, w[N:].T],
   ),
+  'blocks of heads and of none': (
+    '[n h] d -> d n h, d n h, d n, d n',
+    tensor(2 * N * H + K + N, D),
+    lambda w: [
+      w[: N * H].T.reshape(D, N, H),
+      w[N * H : 2 * N * H].T.reshape(D, N, H),
+      w[2 * N * H : 2 * N * H + K].T,
+      w[2 * N * H + K :].T,
+    ],
+  ),
+  'blocks in groups': (
+    '(k [r h]) d -> d k h, d (k r) h',
+    tensor(K * (H + N // K * 3), D),
+    lambda w: [
+      w.reshape(K, -1, D)[:, :H].transpose(2, 0, 1),
+      w.reshape(K, -1, D)[:, H:].reshape(N, 3, D).transpose(2, 0, 1),
+    ],
+  ),
   'experts': (
     'e d (f [x]) -> e d f',
     tensor(3, D, 2 * N),
