@@ -25,6 +25,7 @@ from efficient_attn.layers.ffns import (
   read_ffn_options,
 )
 from efficient_attn.layers.mixers import mixer_options, read_options
+from efficient_attn.layers.mixers.test_time import TEST_TIME
 from efficient_attn.layers.norm import norm_options
 from efficient_attn.layers.stack import row_of
 from efficient_attn.values import nearest
@@ -122,6 +123,8 @@ def complete(config: ModelConfig) -> dict[str, Any]:
     defaults = {k: p.default for k, p in mixer_options(row).items()}
     mixers[name] = options = as_dict(defaults | given)
     options.pop('implementation', None)
+    if row not in TEST_TIME:  # whose chunks are a part of the function
+      options.pop('chunk_size', None)
     heads = options['num_heads'] = options.get('num_heads') or config.num_heads
     if not options.get('num_kv_heads', 1):
       options['num_kv_heads'] = heads
