@@ -7,6 +7,8 @@ that no zero of an initialisation hides a mistake.
 import torch
 import transformers
 
+from tests.interop.pairs import hidden
+
 V = 97
 TINY = dict(
   vocab_size=V,
@@ -241,16 +243,20 @@ CASES = {
 }
 
 
-def make(case: str) -> torch.nn.Module:
-  """Returns a random model in float32."""
+def make(case: str, words: dict | None = None) -> torch.nn.Module:
+  """Returns a random model in float32, of CASES unless words are given."""
   torch.manual_seed(0)
-  config = transformers.AutoConfig.for_model(
-    case.partition('-')[0], **CASES[case]
-  )
+  model_type = case.partition('-')[0]
+  with hidden('fla', 'xlstm'):  # what runs is their PyTorch
+    config = transformers.AutoConfig.for_model(
+      model_type, **(CASES[case] if words is None else words)
+    )
+    kind = transformers.AutoModelForCausalLM._model_mapping[type(config)]
   # Eager code adds the ALiBi of Falcon twice.
-  eager = not case.startswith('falcon')
+  eager = model_type != 'falcon'
   config._attn_implementation = 'eager' if eager else 'sdpa'
   model = transformers.AutoModelForCausalLM.from_config(config).eval()
+  model = kind(config).eval()
   with torch.no_grad():
     for p in model.parameters():
       p.add_(0.1 * torch.randn_like(p))

@@ -10,9 +10,11 @@ from efficient_attn.interop.families import (
   gpt2,
   gpt_neox,
   llama,
+  mamba,
   mistral,
   olmo,
   qwen,
+  rwkv,
   smollm3,
 )
 
@@ -38,4 +40,8 @@ FAMILIES = {
   'deepseek_v2': deepseek.DEEPSEEK_V2,
   'deepseek_v3': deepseek.DEEPSEEK_V3,
   'minicpm3': deepseek.MINICPM3,
+  'mamba': mamba.MAMBA,
+  'mamba2': mamba.MAMBA2,
+  'falcon_mamba': mamba.FALCON_MAMBA,
+  'rwkv': rwkv.RWKV,
 }

@@ -1,0 +1,59 @@
+"""Published recurrent and hybrid models have as many parameters as we count.
+
+Words of their config.json files, and the numbers that the Hub shows.
+"""
+
+import pytest
+
+from efficient_attn.interop import FAMILIES
+from efficient_attn.models import parameter_count
+
+PUBLISHED = {
+  'state-spaces/mamba-130m-hf': (
+    129_135_360,
+    dict(
+      model_type='mamba',
+      vocab_size=50280,
+      hidden_size=768,
+      num_hidden_layers=24,
+    ),
+  ),
+  'state-spaces/mamba2-2.7b': (
+    2_702_599_680,
+    dict(
+      model_type='mamba2',
+      vocab_size=50288,
+      hidden_size=2560,
+      num_hidden_layers=64,
+      num_heads=80,
+      n_groups=1,
+      tie_word_embeddings=True,
+    ),
+  ),
+  'tiiuae/falcon-mamba-7b': (
+    7_272_665_088,
+    dict(
+      model_type='falcon_mamba',
+      vocab_size=65024,
+      hidden_size=4096,
+      num_hidden_layers=64,
+      tie_word_embeddings=False,
+    ),
+  ),
+  'RWKV/rwkv-4-169m-pile': (
+    169_342_464,
+    dict(
+      model_type='rwkv',
+      vocab_size=50277,
+      hidden_size=768,
+      num_hidden_layers=12,
+    ),
+  ),
+}
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_parameters_of_published_models(name):
+  count, words = PUBLISHED[name]
+  config = FAMILIES[words['model_type']].read(words)
+  assert parameter_count(config) == count
