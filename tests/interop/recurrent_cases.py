@@ -1,6 +1,6 @@
 """Small recurrent and hybrid models, as `published` has them."""
 
-from tests.interop.published import V
+from tests.interop.published import TINY, V
 
 MAMBA = dict(
   vocab_size=V,
@@ -23,6 +23,14 @@ RWKV = dict(
   eos_token_id=None,
 )
 
+FALCON_H1 = TINY | dict(
+  mamba_d_ssm=72,
+  mamba_n_heads=6,
+  mamba_d_head=12,
+  mamba_d_state=8,
+  mamba_chunk_size=8,
+)
+
 
 # Name of a case, which begins with its model_type -> words of its config.
 CASES = {
@@ -39,15 +47,79 @@ CASES = {
   'mamba2': MAMBA2,
   'mamba2-groups': MAMBA2
   | dict(n_groups=2, use_bias=True, tie_word_embeddings=True),
+  'lfm2': {k: v for k, v in TINY.items() if k != 'rms_norm_eps'}
+  | dict(
+    norm_eps=1e-3,
+    layer_types=['conv', 'full_attention', 'conv'],
+    conv_L_cache=4,
+    block_multiple_of=16,
+    intermediate_size=100,
+  ),
+  'lfm2-old': {k: v for k, v in TINY.items() if k != 'rms_norm_eps'}
+  | dict(
+    full_attn_idxs=[2],
+    conv_bias=True,
+    block_auto_adjust_ff_dim=False,
+    tie_word_embeddings=False,
+  ),
+  'recurrent_gemma': {
+    k: v for k, v in TINY.items() if k != 'max_position_embeddings'
+  }
+  | dict(attention_window_size=7, num_hidden_layers=4),
+  'recurrent_gemma-wide': {
+    k: v for k, v in TINY.items() if k != 'max_position_embeddings'
+  }
+  | dict(
+    attention_window_size=64,
+    lru_width=48,
+    attention_bias=True,
+    block_types=['attention', 'recurrent'],
+    logits_soft_cap=3.0,
+  ),
+  'xlstm': dict(
+    vocab_size=V,
+    hidden_size=128,  # of which their cache rounds parts up to 64
+    num_hidden_layers=2,
+    num_heads=2,
+    gate_soft_cap=5.0,
+    norm_eps=1e-3,
+    chunk_size=8,
+    ffn_round_up_to_multiple_of=16,
+    output_logit_soft_cap=3.0,
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=None,
+  ),
   'rwkv': RWKV,
   'rwkv-wide': RWKV | dict(intermediate_size=40, tie_word_embeddings=True),
+  'falcon_h1': FALCON_H1,
+  'falcon_h1-scaled': FALCON_H1
+  | dict(
+    mamba_n_groups=2,
+    mamba_rms_norm=True,
+    mamba_norm_before_gate=False,
+    ssm_multipliers=[0.5, 1.5, 0.7, 1.3, 0.9],
+    ssm_in_multiplier=1.1,
+    ssm_out_multiplier=0.7,
+    attention_in_multiplier=0.9,
+    attention_out_multiplier=1.3,
+    key_multiplier=0.3,
+    mlp_multipliers=[0.8, 1.2],
+    embedding_multiplier=2.5,
+    lm_head_multiplier=0.4,
+    tie_word_embeddings=True,
+  ),
 }
 # Theirs let padding reach tokens: by biases, or by the states of recurrences.
 LEAKING = (
   'mamba-biases',
   'mamba2-groups',
+  'lfm2-old',
+  'recurrent_gemma',
+  'recurrent_gemma-wide',
   'rwkv',
   'rwkv-wide',
+  'xlstm',
 )
 
 # Their cache is wrong for several rows.

@@ -40,6 +40,41 @@ PUBLISHED = {
       tie_word_embeddings=False,
     ),
   ),
+  'google/recurrentgemma-2b': (
+    2_682_862_080,
+    dict(
+      model_type='recurrent_gemma',
+      vocab_size=256000,
+      hidden_size=2560,
+      intermediate_size=15360,
+      num_hidden_layers=26,
+      num_attention_heads=10,
+      num_key_value_heads=1,
+    ),
+  ),
+  'LiquidAI/LFM2-1.2B': (
+    1_170_340_608,
+    dict(
+      model_type='lfm2',
+      vocab_size=65536,
+      hidden_size=2048,
+      block_ff_dim=12288,
+      num_hidden_layers=16,
+      num_attention_heads=32,
+      num_key_value_heads=8,
+      full_attn_idxs=[2, 5, 8, 10, 12, 14],
+    ),
+  ),
+  'NX-AI/xLSTM-7b': (
+    6_865_424_896,
+    dict(
+      model_type='xlstm',
+      vocab_size=50304,
+      hidden_size=4096,
+      num_hidden_layers=32,
+      num_heads=8,
+    ),
+  ),
   'RWKV/rwkv-4-169m-pile': (
     169_342_464,
     dict(

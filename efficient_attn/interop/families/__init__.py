@@ -6,16 +6,20 @@ from efficient_attn.interop.families import (
   diffllama,
   experts,
   falcon,
+  falcon_h1,
   gemma,
   gpt2,
   gpt_neox,
+  lfm2,
   llama,
   mamba,
   mistral,
   olmo,
   qwen,
+  recurrent_gemma,
   rwkv,
   smollm3,
+  xlstm,
 )
 
 FAMILIES = {
@@ -43,5 +47,9 @@ FAMILIES = {
   'mamba': mamba.MAMBA,
   'mamba2': mamba.MAMBA2,
   'falcon_mamba': mamba.FALCON_MAMBA,
+  'recurrent_gemma': recurrent_gemma.RECURRENT_GEMMA,
+  'lfm2': lfm2.LFM2,
+  'xlstm': xlstm.XLSTM,
   'rwkv': rwkv.RWKV,
+  'falcon_h1': falcon_h1.FALCON_H1,
 }
