@@ -96,7 +96,7 @@ class Plan:
       )
       pieces = tuple(Piece(x, e) for x in ours)
       shapes = tuple(self._shapes[x][e is not None :] for x in ours)
-      rule = parse(row.rule, len(ours))
+      rule = parse(row.rule.format(**letters), len(ours))
       transfer = Transfer(names, rule, pieces, shapes)
       self.transfers.append(transfer)
       self.places |= {piece: (transfer, i) for i, piece in enumerate(pieces)}

@@ -14,7 +14,7 @@ class Row:
     theirs: name of the tensor; names by which it went before follow a '|'.
       {i} is the layer, {e} an index of the first axis of ours, as of experts,
       which have a tensor each; other letters are those of `Family.indices`.
-    rule: of one tensor.
+    rule: of one tensor; letters in braces are numbers of `Family.indices`.
   """
 
   ours: tuple[str, ...]

@@ -31,6 +31,18 @@ FALCON_H1 = TINY | dict(
   mamba_chunk_size=8,
 )
 
+QWEN3_NEXT = TINY | dict(
+  num_hidden_layers=4,
+  head_dim=16,
+  linear_key_head_dim=6,
+  linear_value_head_dim=10,
+  linear_num_key_heads=2,
+  linear_num_value_heads=4,
+  num_experts=6,
+  num_experts_per_tok=2,
+  moe_intermediate_size=12,
+  shared_expert_intermediate_size=14,
+)
 
 # Name of a case, which begins with its model_type -> words of its config.
 CASES = {
@@ -92,6 +104,63 @@ CASES = {
   ),
   'rwkv': RWKV,
   'rwkv-wide': RWKV | dict(intermediate_size=40, tie_word_embeddings=True),
+  'jamba': TINY
+  | dict(
+    num_hidden_layers=5,
+    attn_layer_period=3,
+    attn_layer_offset=1,
+    num_experts=4,
+    mamba_dt_rank=3,
+    use_mamba_kernels=False,
+    pad_token_id=0,
+  ),
+  'jamba-dense': TINY
+  | dict(
+    num_hidden_layers=2,
+    attn_layer_offset=1,
+    attn_layer_period=2,
+    num_experts=1,
+    mamba_d_state=8,
+    mamba_expand=3,
+    use_mamba_kernels=False,
+    tie_word_embeddings=True,
+    pad_token_id=0,
+  ),
+  'qwen3_next': QWEN3_NEXT,
+  'qwen3_next-dense': QWEN3_NEXT
+  | dict(
+    layer_types=['full_attention', 'linear_attention'],
+    num_hidden_layers=2,
+    mlp_only_layers=[0],
+    linear_num_key_heads=4,
+    norm_topk_prob=False,
+  ),
+  'kimi_linear': {
+    k: v for k, v in TINY.items() if k != 'max_position_embeddings'
+  }
+  | dict(
+    num_hidden_layers=4,
+    num_key_value_heads=4,
+    layer_types=[
+      'linear_attention',
+      'full_attention',
+      'linear_attention',
+      'linear_attention',
+    ],
+    mlp_layer_types=['dense', 'sparse', 'sparse', 'sparse'],
+    linear_num_heads=2,
+    linear_head_dim=12,
+    kv_lora_rank=14,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=10,
+    num_experts=8,
+    num_experts_per_token=3,
+    num_expert_group=4,
+    topk_group=2,
+    moe_intermediate_size=12,
+    num_shared_experts=2,
+  ),
   'falcon_h1': FALCON_H1,
   'falcon_h1-scaled': FALCON_H1
   | dict(

@@ -84,6 +84,55 @@ PUBLISHED = {
       num_hidden_layers=12,
     ),
   ),
+  'ai21labs/Jamba-v0.1': (
+    51_570_323_328,
+    dict(
+      model_type='jamba',
+      vocab_size=65536,
+      hidden_size=4096,
+      intermediate_size=14336,
+      num_hidden_layers=32,
+      num_attention_heads=32,
+      num_key_value_heads=8,
+    ),
+  ),
+  # Without the layer that predicts one more token, `mtp.*`.
+  'Qwen/Qwen3-Next-80B-A3B-Instruct': (
+    79_674_391_296,
+    dict(
+      model_type='qwen3_next',
+      vocab_size=151936,
+      hidden_size=2048,
+      intermediate_size=5120,
+      num_hidden_layers=48,
+      num_attention_heads=16,
+      num_key_value_heads=2,
+      rope_theta=1e7,
+    ),
+  ),
+  'moonshotai/Kimi-Linear-48B-A3B-Base': (
+    49_122_681_728,
+    dict(
+      model_type='kimi_linear',
+      vocab_size=163840,
+      hidden_size=2304,
+      intermediate_size=9216,
+      num_hidden_layers=27,
+      num_attention_heads=32,
+      num_key_value_heads=32,
+      linear_attn_config=dict(
+        full_attn_layers=[4, 8, 12, 16, 20, 24, 27],
+        num_heads=32,
+        head_dim=128,
+        short_conv_kernel_size=4,
+      ),
+      num_experts=256,
+      num_experts_per_token=8,
+      moe_intermediate_size=1024,
+      num_shared_experts=1,
+      first_k_dense_replace=1,
+    ),
+  ),
 }
 
 
