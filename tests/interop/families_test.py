@@ -1,5 +1,6 @@
 """Published families: transformers writes, reads and agrees, in float32."""
 
+import fnmatch
 import functools
 import json
 
@@ -107,6 +108,12 @@ def test_saved_tensors_are_those_that_were_loaded(case, tmp_path):
     load_file(path / 'model.safetensors')
     for path in (directory, tmp_path / 'saved')
   )
+  skipped = interop.FAMILIES[name.partition('-')[0]].skip
+  wanted = {
+    key: value
+    for key, value in wanted.items()
+    if not any(fnmatch.fnmatchcase(key, x) for x in skipped)
+  }
   assert found.keys() == wanted.keys()
   for key, value in wanted.items():
     np.testing.assert_array_equal(found[key], value, strict=True, err_msg=key)

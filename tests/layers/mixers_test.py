@@ -85,7 +85,7 @@ MORE = [
   ('path', dict(chunk_size=8, forget_gate=True)),
   ('performer', dict(chunk_size=8, hyperbolic=True)),
   ('rfa', dict(chunk_size=8, gate=True)),
-  ('lightning', dict(chunk_size=8, decay=False)),
+  ('lightning', dict(chunk_size=8, decay=False, head_dim=6)),
   (
     'lightning',
     dict(chunk_size=8, rates='linear', silu_values=False, norm_scale=False),

@@ -15,6 +15,7 @@ from efficient_attn.interop.families import (
   lfm2,
   llama,
   mamba,
+  minimax,
   mistral,
   olmo,
   qwen,
@@ -58,4 +59,5 @@ FAMILIES = {
   'jamba': jamba.JAMBA,
   'qwen3_next': qwen3_next.QWEN3_NEXT,
   'kimi_linear': kimi_linear.KIMI_LINEAR,
+  'minimax': minimax.MINIMAX,
 }

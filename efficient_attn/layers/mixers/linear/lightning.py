@@ -27,14 +27,14 @@ from efficient_attn.layers.param import Projection
 from efficient_attn.layers.qkv import QKV
 from efficient_attn.layers.recurrence import LINEAR, Recurrent
 from efficient_attn.ops.scores import alibi_slopes
-from efficient_attn.values import ChunkSize, Fraction, OneOf
+from efficient_attn.values import ChunkSize, Fraction, NonNegative, OneOf
 
 
 class Lightning(Recurrent):
   """Token mixer [B, T, D] -> [B, T, D]; see the module docstring.
 
   `depth` is the place of the layer in its model, 0 for the first and 1 for the
-  last: later layers forget more slowly.
+  last: later layers forget more slowly. `head_dim` 0 is D / num_heads.
   """
 
   recurrence = LINEAR.taking(log_decay='N')
@@ -46,6 +46,7 @@ class Lightning(Recurrent):
     num_heads: int,
     causal: bool,
     rngs: nnx.Rngs,
+    head_dim: NonNegative = 0,
     decay: bool = True,
     rates: Annotated[str, OneOf(('alibi', 'linear'))] = 'alibi',
     depth: Fraction = 0.0,
@@ -53,7 +54,7 @@ class Lightning(Recurrent):
     norm_scale: bool = True,
     chunk_size: ChunkSize = 64,
   ):
-    heads = (num_heads, d_model // num_heads)
+    heads = (num_heads, head_dim or d_model // num_heads)
     d_in, inner = (
       {'embed': d_model},
       {'heads': heads[0], 'head_dim': heads[1]},
