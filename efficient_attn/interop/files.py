@@ -1,7 +1,8 @@
 """Directories of weights: config.json, safetensors files and their index.
 
-Nothing here runs or unpickles what a file says. The package safetensors checks
-a header; tensors are then mapped, so that reading a part of one costs no more.
+Nothing here runs what a file says. The package safetensors checks a header;
+tensors are then mapped, so that reading a part of one costs no more. Files of
+PyTorch are read where there are no others, see `torch_file`.
 """
 
 import json
@@ -16,9 +17,12 @@ import ml_dtypes
 import numpy as np
 
 from efficient_attn.config import ConfigError
+from efficient_attn.interop.torch_file import TorchTensor, open_torch_file
 
 INDEX = 'model.safetensors.index.json'
 SINGLE = 'model.safetensors'
+TORCH_INDEX = 'pytorch_model.bin.index.json'
+TORCH_SINGLE = 'pytorch_model.bin'
 DTYPES = {
   'F64': np.dtype(np.float64),
   'F32': np.dtype(np.float32),
@@ -75,43 +79,60 @@ def is_weights(directory: pathlib.Path) -> bool:
     return False
 
 
-def open_tensors(directory: pathlib.Path) -> dict[str, Tensor]:
+def open_tensors(directory: pathlib.Path) -> dict[str, Tensor | TorchTensor]:
   """Returns all tensors of a directory by their names."""
-  index = directory / INDEX
-  if index.exists():
-    return _indexed(directory, index)
-  files = [directory / SINGLE]
-  if not files[0].exists():
-    files = sorted(directory.glob('*.safetensors'))
-  if len(files) != 1:
-    found = ', '.join(file.name for file in files) or 'none'
+  if (directory / INDEX).exists():
+    return _indexed(directory, INDEX, _open)
+  found = [directory / SINGLE]
+  if not found[0].exists():
+    found = sorted(directory.glob('*.safetensors'))
+  if not found and (directory / TORCH_INDEX).exists():
+    return _indexed(directory, TORCH_INDEX, _open_torch)
+  if not found and (directory / TORCH_SINGLE).exists():
+    return _open_torch(directory / TORCH_SINGLE)
+  if len(found) != 1:
+    names = ', '.join(file.name for file in found) or 'none'
     raise ConfigError(
       f'{directory}: {SINGLE} or {INDEX} is needed; safetensors files there: '
-      f'{found}'
+      f'{names}'
     )
-  return _open(files[0])
+  return _open(found[0])
 
 
-def _indexed(directory, index):
-  names = read_json(index).get('weight_map')
+def _indexed(directory, index, open_file):
+  names = read_json(directory / index).get('weight_map')
   if not isinstance(names, dict) or not names:
-    raise ConfigError(f'{index}: it has no weight_map')
+    raise ConfigError(f'{directory / index}: it has no weight_map')
   files = {}
   for name in sorted({*map(str, names.values())}):
     if pathlib.PurePosixPath(name).name != name or '\\' in name:
-      raise ConfigError(f'{index}: {name!r} is not a file of this directory')
-    files[name] = _open(directory / name)
+      raise ConfigError(
+        f'{directory / index}: {name!r} is not a file of this directory'
+      )
+    files[name] = open_file(directory / name)
   found = {}
   for tensor, name in names.items():
     if tensor not in files[str(name)]:
-      raise ConfigError(f'{directory / name}: {tensor}, which {INDEX} says is '
+      raise ConfigError(f'{directory / name}: {tensor}, which {index} says is '
                         'there, is missing')  # fmt: skip
     found[tensor] = files[str(name)].pop(tensor)
   for name, rest in files.items():
     if rest:
       raise ConfigError(
-        f'{directory / name}: {min(rest)} is not in {INDEX}; the files do not '
+        f'{directory / name}: {min(rest)} is not in {index}; the files do not '
         'belong together'
+      )
+  return found
+
+
+def _open_torch(path):
+  """Returns the tensors of a file of PyTorch."""
+  found = open_torch_file(path)
+  for name, tensor in found.items():
+    if tensor.dtype not in CODES:
+      raise ConfigError(
+        f'{path}: {name} has dtype {tensor.dtype}; only '
+        f'{", ".join(map(str, CODES))} are read'
       )
   return found
 
