@@ -93,7 +93,11 @@ IGNORED = (
   'use_mambapy',
 )
 ENDS = (
-  row('embed.table', 'backbone.embeddings.weight', 'v d -> v d'),
+  row(
+    'embed.table',
+    'backbone.embeddings.weight|backbone.embedding.weight',
+    'v d -> v d',
+  ),
   row('norm.scale', 'backbone.norm_f.weight'),
   row('unembed.table', 'lm_head.weight', 'v d -> v d'),
 )
