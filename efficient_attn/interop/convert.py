@@ -27,6 +27,7 @@ from efficient_attn.config import (
   choose,
 )
 from efficient_attn.interop import files
+from efficient_attn.interop.dialects import translated
 from efficient_attn.interop.families import FAMILIES
 from efficient_attn.interop.family import Family, differences
 from efficient_attn.interop.plan import Plan
@@ -53,6 +54,8 @@ class Weights:
     if not path.is_dir():
       raise ConfigError(f'{path}: there is no such directory')
     words = files.read_json(path / 'config.json')
+    with under(f'{path / "config.json"}'):
+      words = translated(words)
     tensors = files.open_tensors(path)
     with under(f'{path / "config.json"}'):
       _check_count(words, len(tensors))
@@ -170,7 +173,7 @@ def save(
   source = pathlib.Path(source or config.init_from.run or os.devnull)
   said = {}
   if files.is_weights(source):
-    said = files.read_json(source / 'config.json')
+    said = translated(files.read_json(source / 'config.json'))
   name, words = written_words(config.model, said)
   state = nnx.split(model)[1]
   params = {

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from efficient_attn.config import ConfigError
+from efficient_attn.interop.dialects import is_known
 from efficient_attn.interop.torch_file import TorchTensor, open_torch_file
 
 INDEX = 'model.safetensors.index.json'
@@ -74,7 +75,7 @@ def is_weights(directory: pathlib.Path) -> bool:
   """Tells a directory of weights from the folder of a run."""
   file = directory / 'config.json'
   try:
-    return file.is_file() and 'model_type' in json.loads(file.read_text())
+    return file.is_file() and is_known(json.loads(file.read_text()))
   except (OSError, ValueError, TypeError):
     return False
 
