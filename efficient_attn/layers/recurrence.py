@@ -191,14 +191,16 @@ class GatedOutput(nnx.Module):
     rngs: nnx.Rngs,
     activation: Callable = jax.nn.silu,
     rank: int = 0,
+    gate_bias: bool = False,
     eps: float = 1e-6,
   ):
     heads = {'heads': num_heads, 'head_dim': value_dim}
     self.norm = RMSNorm(value_dim, eps=eps)
     if rank:
-      self.gate = LowRank(d_model, rank, heads, rngs=rngs)
+      self.gate = LowRank(d_model, rank, heads, bias=gate_bias, rngs=rngs)
     else:
-      self.gate = Projection({'embed': d_model}, heads, rngs=rngs)
+      embed = {'embed': d_model}
+      self.gate = Projection(embed, heads, bias=gate_bias, rngs=rngs)
     self.out = Projection(heads, {'embed': d_model}, rngs=rngs)
     self.activation = activation
 

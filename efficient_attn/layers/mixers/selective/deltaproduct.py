@@ -9,7 +9,7 @@ Several delta-rule steps per token, so that the transition is a product of
 
 It is Gated DeltaNet on a sequence n times as long, gated at the first step of
 a token and read at the last. beta reaches 2 (`negative_eigenvalues`), so that
-a product of two steps can rotate.
+a product of two steps can rotate. Without `forget_gate` it is DeltaProduct.
 """
 
 import jax
@@ -36,7 +36,11 @@ from efficient_attn.values import (
 
 
 class DeltaProduct(Recurrent):
-  """Token mixer [B, T, D] -> [B, T, D]; see the module docstring."""
+  """Token mixer [B, T, D] -> [B, T, D]; see the module docstring.
+
+  `key_dim` and `value_dim`, the widths of heads, are expand_k and expand_v
+  times D / num_heads by default.
+  """
 
   recurrence = Recurrence(
     delta_product,
@@ -54,13 +58,16 @@ class DeltaProduct(Recurrent):
     num_steps: Positive = 2,
     expand_k: PositiveFloat = 1.0,
     expand_v: PositiveFloat = 1.0,
+    key_dim: NonNegative = 0,
+    value_dim: NonNegative = 0,
+    forget_gate: bool = True,
     negative_eigenvalues: bool = True,
     conv_width: NonNegative | None = None,
     norm_eps: PositiveFloat = 1e-5,
     chunk_size: ChunkSize = 64,
   ):
-    key_dim = int(expand_k * d_model / num_heads)
-    value_dim = int(expand_v * d_model / num_heads)
+    key_dim = key_dim or int(expand_k * d_model / num_heads)
+    value_dim = value_dim or int(expand_v * d_model / num_heads)
     self.qkv = QKV(
       d_model,
       query=(num_heads, key_dim),
@@ -71,7 +78,10 @@ class DeltaProduct(Recurrent):
     )
     steps = {'heads': num_heads, 'steps': num_steps}
     self.beta = Projection({'embed': d_model}, steps, rngs=rngs)
-    self.gate = DecayGate(d_model, num_heads, rngs=rngs)
+    if forget_gate:
+      self.gate = DecayGate(d_model, num_heads, rngs=rngs)
+    else:
+      self.gate = None
     self.out = GatedOutput(
       d_model, num_heads, value_dim, eps=norm_eps, rngs=rngs
     )
@@ -94,7 +104,7 @@ class DeltaProduct(Recurrent):
       k=l2_normalize(k),
       v=v,
       beta=self.largest_beta * beta,
-      log_decay=self.gate(x),
+      log_decay=None if self.gate is None else self.gate(x),
     )
     return self.out(o, x), state, tails
 

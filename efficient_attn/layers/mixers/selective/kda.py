@@ -4,7 +4,8 @@
   S_t = S' + beta_t k_t (v_t - S'^T k_t)^T               o_t = S_t^T q_t
 
 Gated DeltaNet with a decay per key channel. The projections of the decay and
-of the sigmoid output gate have the rank of a head.
+of the sigmoid output gate have the rank of a head; with `gate_bias` the latter
+has a bias, as in fla.
 """
 
 import jax
@@ -21,8 +22,15 @@ class KDA(DeltaNet):
   recurrence = DELTA.taking(log_decay='BTNH')
 
   def __init__(
-    self, *, d_model: int, num_heads: int, rngs: nnx.Rngs, **options
+    self,
+    *,
+    d_model: int,
+    num_heads: int,
+    rngs: nnx.Rngs,
+    gate_bias: bool = False,
+    **options,
   ):
+    self.gate_bias = gate_bias
     super().__init__(d_model=d_model, num_heads=num_heads, rngs=rngs, **options)
     _, key_dim, value_dim = self.sizes.values()
     self.gate = DecayGate(
@@ -38,6 +46,7 @@ class KDA(DeltaNet):
       rngs=rngs,
       activation=jax.nn.sigmoid,
       rank=value_dim,
+      gate_bias=self.gate_bias,
       eps=eps,
     )
 
