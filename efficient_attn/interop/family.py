@@ -50,7 +50,8 @@ class Family:
     prefix: what files of base models leave out of names.
     skip: names of tensors that are not read, as '*.rotary_emb.inv_freq'.
     ignored: words that change no logits, beside those of every family.
-    indices: from our config to further letters of names, one value a layer.
+    indices: from our config to further letters of names and rules, one value a
+      layer.
   """
 
   architecture: str
@@ -130,6 +131,12 @@ def complete(config: ModelConfig) -> dict[str, Any]:
       options['num_kv_heads'] = heads
     if not options.get('head_dim', 1):
       options['head_dim'] = config.d_model // heads
+    for side in ('key', 'value'):
+      if f'{side}_dim' in options and f'expand_{side[0]}' in options:
+        width = int(options.pop(f'expand_{side[0]}') * config.d_model / heads)
+        options[f'{side}_dim'] = options[f'{side}_dim'] or width
+    if 'key_heads' in options:
+      options['key_heads'] = options['key_heads'] or heads
     if options.get('position') != 'rotary':
       options.pop('rotary', None)
   defaults = {k: p.default for k, p in norm_options(config.norm).items()}
@@ -168,6 +175,7 @@ def differences(first: ModelConfig, second: ModelConfig) -> dict[str, tuple]:
   both = complete(first), complete(second)
   keys = sorted(both[0].keys() | both[1])
   found = {key: tuple(values.get(key) for values in both) for key in keys}
+  del found['num_heads']  # which each mixer has
   if first.position != 'learned':
     del found['max_len']
   for key in OF_THE_MODEL.values():  # each ffn has its own
