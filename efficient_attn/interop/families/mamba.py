@@ -81,17 +81,10 @@ COMMON = (
   Only('hidden_act', 'silu'),
 )
 IGNORED = (
-  'intermediate_size',
-  'rescale_prenorm_residual',
-  'residual_in_fp32',
-  'time_step_floor',
-  'time_step_init_scheme',
-  'time_step_max',
-  'time_step_min',
-  'time_step_scale',
-  'use_associative_scan',
-  'use_mambapy',
-)
+  'intermediate_size', 'rescale_prenorm_residual', 'residual_in_fp32',
+  'time_step_floor', 'time_step_init_scheme', 'time_step_max', 'time_step_min',
+  'time_step_scale', 'use_associative_scan', 'use_mambapy',
+)  # fmt: skip
 ENDS = (
   row(
     'embed.table',
