@@ -44,7 +44,7 @@ class HeadDim:
 
   def write(self, ours: Ours) -> dict[str, Any]:
     """Returns the width of the heads."""
-    inner = ours.get('mixers.*.expand') * ours.get('d_model')
+    inner = ours.get('mixers.*.expand', 0) * ours.get('d_model')
     return {'head_dim': inner // ours.get('num_heads')}
 
 
