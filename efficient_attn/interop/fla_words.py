@@ -64,6 +64,10 @@ class Hybrid:
   def write(self, ours: Ours) -> dict[str, Any]:
     """Returns the one word."""
     layers, specs = ours.layers, []
+    if self.mixer not in layers:
+      raise ConfigError(
+        f'model.pattern={ours.pattern}: models of this format have {self.mixer}'
+      )
     for name in dict.fromkeys(layers):
       if name == self.mixer:
         continue
@@ -86,6 +90,10 @@ class Hybrid:
 
 def _count(words, name, default=NEEDED):
   return read_value(Positive, word(words, name, default), name)
+
+
+def _width(words):
+  return _count(words, 'hidden_size', 2048)
 
 
 def _share(words, name, default):
@@ -116,7 +124,7 @@ def ffn_dim(ratio: float = 4) -> Choice:
     if width is None:
       share = words.get('hidden_ratio', ratio)
       share = 4 if share is None else _share(words, 'hidden_ratio', ratio)
-      width = int(_count(words, 'hidden_size') * share * 2 / 3)
+      width = int(_width(words) * share * 2 / 3)
       width = -(-width // 256) * 256
     return {'ffn_dim': width}
 
@@ -204,7 +212,7 @@ def expansions(mixer: str, heads: int) -> Choice:
   sides = {'k': 'key_dim', 'v': 'value_dim'}
 
   def read(words):
-    width = _count(words, 'hidden_size') / _count(words, 'num_heads', heads)
+    width = _width(words) / _count(words, 'num_heads', heads)
     return {
       f'mixers.{mixer}.{name}': int(_share(words, f'expand_{x}', 1) * width)
       for x, name in sides.items()
@@ -224,7 +232,7 @@ def expanded_heads(mixer: str) -> Choice:
   """Returns heads whose width is `expand_ratio`, of keys and values alike."""
 
   def read(words):
-    width, ratio = _count(words, 'hidden_size'), words.get('expand_ratio', 128)
+    width, ratio = _width(words), words.get('expand_ratio', 128)
     if ratio is None:
       heads = _count(words, 'num_heads')
     else:
