@@ -30,6 +30,7 @@ class DecayGate(nnx.Module):
   [B, T, N] for `channels` = 0, one per key channel [B, T, N, H] otherwise.
   With `rank` > 0 the projection is low rank. exp(A_log) starts uniform in
   (lowest, 16]: 0 in the published delta rules, 1 in Mamba-2 and Kimi Linear.
+  With `bound` < 0 log decays are bound sigmoid(exp(A_log) (x_t W + dt_bias)).
   """
 
   def __init__(
@@ -40,6 +41,7 @@ class DecayGate(nnx.Module):
     *,
     rank: int = 0,
     lowest: float = 0.0,
+    bound: float = 0.0,
     rngs: nnx.Rngs,
   ):
     outputs = {'heads': num_heads}
@@ -54,6 +56,7 @@ class DecayGate(nnx.Module):
     # Subtracted from 16: a rate of zero would have no logarithm.
     a = 16 - (16 - lowest) * jax.random.uniform(rngs.params(), (num_heads,))
     self.a_log = param(jnp.log(a), ('heads',), weight_decay=False)
+    self.bound = bound
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns the log decays of x [B, T, D]."""
@@ -62,4 +65,6 @@ class DecayGate(nnx.Module):
     )
     rate = jnp.exp(value_of(self.a_log, jnp.float32))
     rate = rate.reshape(*rate.shape, *[1] * (dt.ndim - 3))
+    if self.bound:
+      return self.bound * jax.nn.sigmoid(rate * dt)
     return -rate * jax.nn.softplus(dt)

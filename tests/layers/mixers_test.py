@@ -120,7 +120,7 @@ MORE = [
   ),
   ('mamba2', dict(chunk_size=8, norm='none', in_bias=True, out_bias=True)),
   ('log_linear', dict(chunk_size=8, groups=2)),
-  ('kda', dict(chunk_size=64, expand_v=2.0)),
+  ('kda', dict(chunk_size=64, expand_v=2.0, decay_bound=-5.0)),
 ]
 every_case = pytest.mark.parametrize(
   'name,options',
