@@ -1,7 +1,7 @@
 """Words that the models of flash-linear-attention (fla) have in common."""
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 from efficient_attn.config import ConfigError
 from efficient_attn.interop.words import (
@@ -14,7 +14,9 @@ from efficient_attn.interop.words import (
   word,
 )
 from efficient_attn.layers.stack import row_of
-from efficient_attn.values import Positive, PositiveFloat, read_value
+from efficient_attn.values import Positive, PositiveFloat, Range, read_value
+
+_Negative = Annotated[float, Range(high=0, below=True)]
 
 # Words of its models that change no logits.
 IGNORED = (
@@ -249,3 +251,25 @@ def expanded_heads(mixer: str) -> Choice:
     return {'num_heads': heads, 'expand_ratio': ours.get('d_model') // heads}
 
   return Choice(('num_heads', 'expand_ratio'), read, write)
+
+
+def decay_bound(mixer: str) -> Choice:
+  """Returns the lowest log decay, if there is one."""
+  ours = f'mixers.{mixer}.decay_bound'
+
+  def read(words):
+    bound = words.get('lower_bound')
+    if words.get('safe_gate', False) != (bound is not None):
+      raise ConfigError(
+        f'safe_gate={words.get("safe_gate")!r} and lower_bound={bound!r} are '
+        'not supported together; give both or neither'
+      )
+    if bound is None:
+      return {ours: 0.0}
+    return {ours: read_value(_Negative, bound, 'lower_bound')}
+
+  def write(found):
+    bound = found.get(ours) or None
+    return {'safe_gate': bound is not None, 'lower_bound': bound}
+
+  return Choice(('safe_gate', 'lower_bound'), read, write)

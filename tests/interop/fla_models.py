@@ -50,6 +50,7 @@ CASES = {
   'comba': WIDE,
   'kda': WIDE,
   'kda-negative': WIDE | dict(allow_neg_eigval=True, conv_size=3),
+  'kda-bounded': WIDE | dict(safe_gate=True, lower_bound=-5),
   'kda-shared': WIDE | dict(num_v_heads=4),
   'kda-hybrid': WIDE
   | dict(
@@ -163,12 +164,14 @@ def gated_delta(q, k, v, g, beta, A_log, dt_bias, allow_neg_eigval, **_):
   return recurrence(q, k, v, beta, decay)
 
 
-def kda(q, k, v, g, beta, A_log, dt_bias, allow_neg_eigval, **_):
+def kda(q, k, v, g, beta, A_log, dt_bias, allow_neg_eigval, lower_bound, **_):
   groups = v.shape[2] // q.shape[2]
   q, k = (x.repeat_interleave(groups, 2) for x in (unit(q), unit(k)))
-  dt = functional.softplus(g + dt_bias.view(g.shape[2:]))
+  dt, rate = g + dt_bias.view(g.shape[2:]), A_log.exp()[:, None]
   beta = beta.sigmoid() * (2 if allow_neg_eigval else 1)
-  decay = -A_log.exp()[:, None] * dt
+  decay = -rate * functional.softplus(dt)
+  if lower_bound is not None:
+    decay = lower_bound * torch.sigmoid(rate * dt)
   return recurrence(q, k, v, beta, decay)
 
 

@@ -36,8 +36,13 @@ REFUSED = {
   'query norm': ('delta_net', FLA | dict(qk_norm='sum'), "qk_norm='sum'"),
   'safe gate': (
     'kda',
-    HEADS | dict(safe_gate=True, lower_bound=-5),
-    'safe_gate=True',
+    HEADS | dict(safe_gate=True),
+    'safe_gate=True and lower_bound=None',
+  ),
+  'growing': (
+    'kda',
+    HEADS | dict(safe_gate=True, lower_bound=5),
+    'lower_bound=5.0 must be',
   ),
   'residuals': ('kda', HEADS | dict(attnres_block_size=2), 'attnres'),
   'powers': ('kda', HEADS | dict(hidden_act='powlu'), 'hidden_act'),

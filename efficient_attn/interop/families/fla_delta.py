@@ -3,6 +3,7 @@
 from efficient_attn.interop.families.fla import CONVS, GATED, family
 from efficient_attn.interop.fla_words import (
   conv,
+  decay_bound,
   expansions,
   head_dims,
   key_value_heads,
@@ -84,8 +85,7 @@ KDA = family(
     head_dims('kda', 128, 1.0),
     conv('kda', used=True),
     Word(NEGATIVE, 'mixers.kda.negative_eigenvalues', False),
-    Only('safe_gate', False),
-    Only('lower_bound', None),
+    decay_bound('kda'),
   ),
   (
     *CONVS,
