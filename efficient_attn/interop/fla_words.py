@@ -84,7 +84,7 @@ class Hybrid:
         'num_heads': ours.get(f'{options}num_heads'),
         'num_kv_heads': ours.get(f'{options}num_kv_heads'),
         'qkv_bias': ours.get(f'{options}qkv_bias'),
-        'window_size': ours.get(f'{options}window'),
+        'window_size': ours.get(f'{options}window', None),
         'rope_theta': ours.get(f'{options}rotary.base'),
       })  # fmt: skip
     return {'attn': specs[0] if len(specs) == 1 else specs or None}

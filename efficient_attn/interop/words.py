@@ -66,11 +66,12 @@ class Ours:
     count, pattern = self._values['num_layers'], self.pattern
     return tuple(pattern[i % len(pattern)] for i in range(count))
 
-  def get(self, name: str, default: Any = None) -> Any:
+  def get(self, name: str, default: Any = NEEDED) -> Any:
     """Returns a value, or the default where no mixer has it.
 
     Raises:
-      ConfigError: a star stands for mixers that differ in it.
+      ConfigError: a star stands for mixers that differ in it, or there is
+        neither a value nor a default.
     """
     found = [self._values[x] for x in expand(name, self.pattern)
              if x in self._values]  # fmt: skip
@@ -78,6 +79,10 @@ class Ours:
       raise ConfigError(
         f'model.{name} is {" and ".join(map(str, found))}, but the format has '
         'one for all layers'
+      )
+    if not found and default is NEEDED:
+      raise ConfigError(
+        f'model.pattern={self.pattern}: models of this format have {name}'
       )
     return found[0] if found else default
 
