@@ -35,6 +35,24 @@ FLA = dict(
 HEADS = FLA | dict(head_dim=4, expand_v=1.5)
 HYBRID = dict(attn=dict(layers=[1], num_heads=4, window_size=5))
 
+MOE = KV | dict(num_experts_per_tok=2, num_local_experts=3)
+MLA = TINY | dict(
+  q_lora_rank=6,
+  kv_lora_rank=7,
+  qk_nope_head_dim=8,
+  qk_rope_head_dim=4,
+  v_head_dim=5,
+)
+DEEPSEEK = MLA | dict(
+  n_routed_experts=4,
+  num_experts_per_tok=2,
+  moe_intermediate_size=6,
+  n_shared_experts=1,
+  n_group=2,
+  topk_group=1,
+  first_k_dense_replace=1,
+)
+
 # A config.json by hand for each family.
 WORDS = {
   'llama': KV,
@@ -54,6 +72,55 @@ WORDS = {
   'mamba': MAMBA,
   'mamba2': MAMBA | dict(num_heads=4, head_dim=8, n_groups=2),
   'falcon_mamba': MAMBA,
+  'rwkv': dict(vocab_size=19, hidden_size=16, num_hidden_layers=2),
+  'recurrent_gemma': KV | dict(attention_window_size=5),
+  'lfm2': KV | dict(layer_types=['conv', 'full_attention', 'conv']),
+  'xlstm': dict(
+    vocab_size=19, hidden_size=16, num_hidden_layers=2, num_heads=2
+  ),
+  'falcon_h1': KV
+  | dict(mamba_d_ssm=24, mamba_n_heads=6, mamba_d_head=4, mamba_d_state=4),
+  'jamba': KV
+  | dict(attn_layer_period=2, attn_layer_offset=1, num_experts=3)
+  | dict(mamba_dt_rank=3),
+  'qwen3_next': KV
+  | dict(
+    num_hidden_layers=4,
+    head_dim=8,
+    linear_key_head_dim=3,
+    linear_value_head_dim=5,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    num_experts=3,
+    num_experts_per_tok=2,
+    moe_intermediate_size=6,
+    shared_expert_intermediate_size=7,
+  ),
+  'kimi_linear': TINY
+  | dict(
+    num_key_value_heads=4,
+    layer_types=['linear_attention', 'full_attention', 'linear_attention'],
+    mlp_layer_types=['dense', 'sparse', 'sparse'],
+    linear_num_heads=2,
+    linear_head_dim=6,
+    kv_lora_rank=7,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=5,
+    num_experts=4,
+    num_experts_per_token=2,
+    num_expert_group=2,
+    topk_group=1,
+    moe_intermediate_size=6,
+    num_shared_experts=1,
+  ),
+  'mixtral': MOE,
+  'qwen3_moe': MOE | dict(moe_intermediate_size=6, decoder_sparse_step=2),
+  'olmoe': KV | dict(num_experts=3, num_experts_per_tok=2),
+  'gpt_oss': MOE | dict(head_dim=8, sliding_window=5),
+  'deepseek_v2': DEEPSEEK | dict(topk_method='group_limited_greedy'),
+  'deepseek_v3': DEEPSEEK,
+  'minicpm3': MLA,
   'comba': HEADS | HYBRID,
   'delta_net': FLA | HYBRID,
   'gated_deltanet': HEADS | dict(num_v_heads=4),
