@@ -1,13 +1,12 @@
-"""DeepSeek-V2 (2405.04434) and V3 (2412.19437), and MiniCPM3.
+"""DeepSeek-V2 (2405.04434) and V3 (2412.19437).
 
-Their attention is MLA; DeepSeek's ffns are dense, then mixtures of experts.
+Their attention is MLA; their ffns are dense, then mixtures of experts.
 """
 
 import dataclasses
-import math
 
 from efficient_attn.interop.families.experts import DENSE, EXPERTS
-from efficient_attn.interop.families.llama import COMMON, FFN, LLAMA, NORMS
+from efficient_attn.interop.families.llama import COMMON, LLAMA, NORMS
 from efficient_attn.interop.rotary_words import Rope
 from efficient_attn.interop.table import linear, row
 from efficient_attn.interop.words import COUNT, Ffns, Only, Word, word
@@ -53,7 +52,7 @@ SHARED = tuple(
 IGNORED = ('head_dim', 'qk_head_dim')
 
 
-def _queries(config):
+def queries(config):
   """Queries that are not compressed have one matrix."""
   rank = config.mixers.get('mla', {}).get('q_rank')
   return {
@@ -156,7 +155,7 @@ DEEPSEEK_V2 = dataclasses.replace(
     'scoring_func',
     'seq_aux',
   ),
-  indices=_queries,
+  indices=queries,
 )
 
 DEEPSEEK_V3 = dataclasses.replace(
@@ -186,49 +185,4 @@ DEEPSEEK_V3 = dataclasses.replace(
   ),
   skip=(*LLAMA.skip, 'model.layers.61.*'),  # predicts one more token
   ignored=(*DEEPSEEK_V2.ignored, 'num_nextn_predict_layers', 'topk_method'),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Depth:
-  """MiniCPM's factors of branches and of logits, which depend on sizes."""
-
-  theirs: tuple[str, ...] = ('scale_depth', 'dim_model_base')
-
-  def read(self, words):
-    """Returns the factors."""
-    branch = word(words, 'scale_depth', 1.4) / math.sqrt(words[COUNT])
-    base = word(words, 'dim_model_base', 256)
-    return {
-      'residuals.mla.branch': branch,
-      'residuals.glu.branch': branch,
-      'logits.scale': base / words['hidden_size'],
-    }
-
-  def write(self, ours):
-    """Returns what the factors are made of."""
-    depth = ours.get('residuals.mla.branch') * math.sqrt(ours.get('num_layers'))
-    base = ours.get('logits.scale') * ours.get('d_model')
-    return {
-      'scale_depth': float(f'{depth:.12g}'),
-      'dim_model_base': round(base),
-    }
-
-
-MINICPM3 = dataclasses.replace(
-  LLAMA,
-  architecture='MiniCPM3ForCausalLM',
-  words=(
-    *LATENT,
-    Word('rms_norm_eps', 'norms.eps', 1e-5),
-    Word('tie_word_embeddings', 'tie_embeddings', True),
-    Word('scale_emb', 'embedding.scale', 12),
-    Word('mlp_bias', 'ffn_bias', False),
-    Depth(),
-    Rope(),
-  ),
-  ours=LLAMA.ours | {'pattern': ('mla',)},
-  blocks=(*NORMS, *MLA, *FFN),
-  ignored=IGNORED,
-  indices=_queries,
 )
