@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from efficient_attn.ops import chunks, scores, shapes
 from efficient_attn.ops.recurrent import triangular
+from efficient_attn.ops.scores.forget import HARDEST
 
 FORMS = ('blockwise', 'recurrent', 'parallel')
 
@@ -102,7 +103,7 @@ def path_attention(
     past = past._replace(key=key, forget=forget)
   scale = channels**-0.5 if scale is None else scale
   gate = jnp.zeros(beta.shape, dtype) if log_forget is None else log_forget
-  gate = jnp.maximum(gate.astype(dtype), scores.HARDEST)
+  gate = jnp.maximum(gate.astype(dtype), HARDEST)
   tokens = (scale * q.astype(dtype), *(x.astype(dtype) for x in (k, w, beta)))
   offset = past.length if past else 0
   starts = start = past and past.start
