@@ -51,7 +51,7 @@ FAMILIES = {
   'gpt_oss': gpt_oss.GPT_OSS,
   'deepseek_v2': deepseek.DEEPSEEK_V2,
   'deepseek_v3': deepseek.DEEPSEEK_V3,
-  'minicpm3': deepseek.MINICPM3,
+  'minicpm3': minicpm3.MINICPM3,
   'mamba': mamba.MAMBA,
   'mamba2': mamba.MAMBA2,
   'falcon_mamba': mamba.FALCON_MAMBA,
@@ -73,5 +73,4 @@ FAMILIES = {
   'hgrn2': fla.HGRN2,
   'kda': fla_delta.KDA,
   'retnet': fla.RETNET,
-  'minicpm3': minicpm3.MINICPM3,
 }
