@@ -121,6 +121,7 @@ WORDS = {
   'deepseek_v2': DEEPSEEK | dict(topk_method='group_limited_greedy'),
   'deepseek_v3': DEEPSEEK,
   'minicpm3': MLA,
+  'minimax': MOE,
   'comba': HEADS | HYBRID,
   'delta_net': FLA | HYBRID,
   'gated_deltanet': HEADS | dict(num_v_heads=4),
@@ -162,7 +163,7 @@ def test_a_model_comes_back(name, tmp_path):
     tmp_path / 'saved',
     source=tmp_path / 'source',
   )
-  found, again = interop.load(tmp_path / 'saved')
+  found, again = interop.load(tmp_path / 'saved', scan_layers=True)
   assert not differences(found.model, config)
   wanted, found = arrays(model), arrays(again)
   assert found.keys() == wanted.keys()
