@@ -147,7 +147,7 @@ class Rope:
     """Returns `rope_parameters`."""
     if not self.kinds:
       found = {'rope_parameters': self._written(ours, '*')}
-      scaling = ours.get('mixers.*.rotary.scaling')
+      scaling = ours.get('mixers.*.rotary.scaling', None)
       if scaling and scaling['type'] == 'dynamic':
         found['max_position_embeddings'] = scaling['original_length']
       return found
@@ -161,8 +161,8 @@ class Rope:
 
   def _written(self, ours, mixer):
     rotary = f'mixers.{mixer}.rotary'
-    scaling = ours.get(f'{rotary}.scaling') or {'type': 'default'}
-    base = ours.get(f'{rotary}.base')
+    scaling = ours.get(f'{rotary}.scaling', None) or {'type': 'default'}
+    base = ours.get(f'{rotary}.base', None)
     if base is None:  # no layer is rotated
       return {'rope_type': 'default', 'rope_theta': self.base}
     found = {'rope_theta': base}

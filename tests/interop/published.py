@@ -6,6 +6,10 @@ that no zero of an initialisation hides a mistake.
 
 import torch
 import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+  MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+)
 
 from tests.interop.pairs import hidden
 
@@ -243,19 +247,24 @@ CASES = {
 }
 
 
+def make_config(model_type: str, words: dict):
+  """Returns a config of transformers' own class.
+
+  AutoConfig gives that of another package, once that is imported.
+  """
+  return getattr(transformers, CONFIG_MAPPING_NAMES[model_type])(**words)
+
+
 def make(case: str, words: dict | None = None) -> torch.nn.Module:
   """Returns a random model in float32, of CASES unless words are given."""
   torch.manual_seed(0)
   model_type = case.partition('-')[0]
+  kind = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
   with hidden('fla', 'xlstm'):  # what runs is their PyTorch
-    config = transformers.AutoConfig.for_model(
-      model_type, **(CASES[case] if words is None else words)
-    )
-    kind = transformers.AutoModelForCausalLM._model_mapping[type(config)]
+    config = make_config(model_type, CASES[case] if words is None else words)
   # Eager code adds the ALiBi of Falcon twice.
   eager = model_type != 'falcon'
   config._attn_implementation = 'eager' if eager else 'sdpa'
-  model = transformers.AutoModelForCausalLM.from_config(config).eval()
   model = kind(config).eval()
   with torch.no_grad():
     for p in model.parameters():
