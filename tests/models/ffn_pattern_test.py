@@ -103,8 +103,9 @@ def test_dropout_of_the_first_layers_has_keys_of_its_own():
 
 def test_a_run_records_the_options_of_its_ffns():
   config = complete(resolve(dict(model=BASE | {'name': 'lm'})))
-  assert config.model.ffns['glu'] == dict(limit=0.0, offset=0.0)
-  assert config.model.ffns['glu:wide'] == dict(
+  plain = dict(gate_scale=1.0, limit=0.0, offset=0.0)
+  assert config.model.ffns['glu'] == plain
+  assert config.model.ffns['glu:wide'] == plain | dict(
     ffn_dim=96, limit=1.0, offset=1.0
   )
   assert config.model.ffns['mlp'] == dict(bias=True, activation='relu2')

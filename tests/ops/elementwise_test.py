@@ -208,9 +208,7 @@ def test_wrong_calls(name):
     NotImplementedError, match="no parallel form.*'recurrent'"
   ):
     op(**arrays, **given, form='parallel')
-  unknown = (
-    "(pass None or 'xla'|implementation 'cuda' of selective_scan does not)"
-  )
+  unknown = "(pass None or 'xla'|implementation 'cuda' of \\w+ does not)"
   with pytest.raises((NotImplementedError, ConfigError), match=unknown):
     op(**arrays, **given, implementation='cuda')
   for key, x in arrays.items():
