@@ -40,6 +40,7 @@ IN_TURN = (
   'tests/experiments/mutations_test',
   'tests/experiments/rules_test',
   'tests/experiments/survey_test',
+  'tests/interop/',
   'tests/kernels/',
   'tests/layers/',
   'tests/models/',
