@@ -111,6 +111,7 @@ def test_lengths_that_prompts_cannot_have(lengths):
     )
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize(
   'pattern', [('attention',), ('window', 'gla'), ('moba',), ('ttt_linear',)]
 )

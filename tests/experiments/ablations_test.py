@@ -188,6 +188,7 @@ def of_gla(config):
   )
 
 
+@pytest.mark.in_turn
 def test_sizes_are_counted_and_matched(config):
   config = of_gla(config)
   batch = harness.first_batch(config)

@@ -51,6 +51,7 @@ def is_running(pid):
   return state != 'Z'
 
 
+@pytest.mark.in_turn
 def test_parts_resume_and_do_not_stop_each_other(tmp_path, capfd):
   child = tmp_path / 'child'
   parts = [

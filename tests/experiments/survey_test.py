@@ -182,6 +182,7 @@ def test_a_failing_claim_stops_nothing_and_is_tried_again(tmp_path):
   assert run.verdicts(ONE, record['claims']['R98']) == [FAILS, HOLDS]
 
 
+@pytest.mark.in_turn
 def test_a_value_keeps_what_it_was_made_with(tmp_path, monkeypatch):
   first = run.measure(FAKE, tmp_path)['claims']['R97']
   assert first['commit'] and first['versions']['jax'] and first['seeds'] == []

@@ -70,6 +70,7 @@ def test_layers_one_by_one_are_the_stack(name, scan):
   np.testing.assert_allclose(x, stack(X)[0], atol=1e-5)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize('name', PATTERNS)
 def test_scanned_and_unrolled_become_each_other(name):
   pattern, count = PATTERNS[name]

@@ -231,6 +231,7 @@ def test_it_learns_a_batch():
   assert losses[0] > 3 and losses[-1] < 0.05
 
 
+@pytest.mark.in_turn
 def test_generate_reads_sources_of_unequal_length():
   model = plain()
   begin = jnp.full((B, 1), 3)

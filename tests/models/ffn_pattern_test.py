@@ -63,6 +63,7 @@ def test_each_layer_has_its_mixer_and_ffn(scan_layers, num_layers):
   assert [b.name for b in layers] == mixers
 
 
+@pytest.mark.in_turn
 def test_scanned_unrolled_and_cached_agree():
   scanned = build(num_layers=14)  # one, twice six, one
   unrolled = build(num_layers=14, scan_layers=False)

@@ -79,6 +79,7 @@ def sharing(**changes):
   return filled(lambda: models.build(config, rngs=nnx.Rngs(0)))
 
 
+@pytest.mark.in_turn
 def test_a_model_that_shares_decodes_what_it_computes():
   model = sharing()
 

@@ -158,6 +158,7 @@ def test_causality_is_bitwise(kind):
     assert np.any(changed[:, cut:] != out[:, cut:]), cut
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize('gate', [0.0, -1000.0, -np.inf, 'mixture'])
 def test_extreme_gates_in_float32(gate):
   arrays, _ = make('titans', LENGTH, dtype=np.float32)

@@ -108,6 +108,7 @@ def test_forms_agree_in_outputs_states_and_gradients(form, segments):
   jax.tree.map(close, found, expected)
 
 
+@pytest.mark.in_turn
 def test_lengths_and_chunk_sizes():
   lengths = (1, 2, CHUNK - 1, CHUNK, CHUNK + 1)
   cases = {(T, CHUNK): (make(T), make_ids(T)) for T in lengths}

@@ -106,6 +106,7 @@ def test_forms_agree_in_outputs_states_and_gradients(form, state, segments):
   jax.tree.map(close, found, expected)
 
 
+@pytest.mark.in_turn
 def test_lengths():
   cases = {T: make(T) for T in (1, 2, CHUNK - 1, CHUNK, CHUNK + 1)}
   ids = {T: make_ids(T) for T in cases}

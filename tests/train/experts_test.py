@@ -98,6 +98,7 @@ def test_corrections_move_against_the_excess(name):
   assert (routers(before)['weight'] != routers(after)['weight']).any()
 
 
+@pytest.mark.in_turn
 def test_the_penalty_moves_the_router_and_is_reported():
   plain = after_a_step(name='sgd', balance_weight=0.0)
   added = after_a_step(name='sgd', balance_weight=1.0, z_weight=0.1)
@@ -107,6 +108,7 @@ def test_the_penalty_moves_the_router_and_is_reported():
   assert jnp.abs(one - two).max() > 1e-5
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize(
   'changes', [dict(mesh='data=2,fsdp=2,tensor=2'), dict(accumulate=2)], ids=str
 )

@@ -51,6 +51,7 @@ RUNS = [
 
 @pytest.mark.in_turn
 # Three runs on two devices: one of them has a run that fills it up.
+@pytest.mark.in_turn
 @pytest.mark.parametrize(
   'devices', [pytest.param(1, marks=pytest.mark.exhaustive), 2]
 )

@@ -101,6 +101,7 @@ def test_masked_tokens(packing):
   assert sums['tokens_read'] == B * S
 
 
+@pytest.mark.in_turn
 def test_target_tokens():
   model, sums = made('encoder_decoder', 'target_tokens')
   wanted = 0

@@ -128,6 +128,7 @@ def test_how_a_step_is_computed_does_not_matter(one_device, changes, tmp_path):
   np.testing.assert_allclose(losses(tmp_path), losses(one_device), rtol=2e-5)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize(
   'mesh',
   [
