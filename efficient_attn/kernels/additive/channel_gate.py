@@ -75,11 +75,8 @@ def forward(
     states [chunks, B, K, G, V, H].
   """
   sizes = sizes_of(q, v, operand, HEADS['channel', 'forward'])
-  matrix = (sizes.width, sizes.channels)
   blocks = Blocks(sizes, backward=False)
-  heads = sizes.kv_heads * sizes.group
-  first = jnp.swapaxes(state, -1, -2).reshape(sizes.batch, heads, *matrix)
-  out, last, *states = forward_pass(
+  return forward_pass(
     _body(_forward, sizes, scale, inclusive, starts),
     blocks,
     q if inclusive else past_starts(q, starts),
@@ -91,10 +88,11 @@ def forward(
         blocks.tokens(sizes.heads, sizes.channels),
       ),
     ],
-    first,
+    state,
     marked_reads(starts, blocks),
     dtype=dtype,
     save=save,
+    transposed=True,
     name='channel_gate_forward',
     interpret=interpret,
     cost=(
@@ -103,9 +101,6 @@ def forward(
       sizes.channels,
     ),
   )
-  last = jnp.swapaxes(last, -1, -2).reshape(state.shape)
-  shape = (sizes.chunks, *state.shape[:-2], *matrix)
-  return out, last, *(x.reshape(shape) for x in states)
 
 
 def _forward(q_ref, k_ref, v_ref, gate_ref, first_ref, *refs,
@@ -144,10 +139,7 @@ def backward(
   outputs and last state.
   """
   sizes = sizes_of(q, v, operand, HEADS['channel', 'backward'])
-  matrix = (sizes.width, sizes.channels)
   blocks = Blocks(sizes, backward=True)
-  heads = sizes.kv_heads * sizes.group
-  last = jnp.swapaxes(d_last, -1, -2).reshape(sizes.batch, heads, *matrix)
   gate = closed_gate(log_decay, starts, sizes)
   gates = [(gate, blocks.tokens(sizes.heads, sizes.channels))]
   d_q, d_k, d_v, d_gate, d_first = backward_pass(
@@ -160,8 +152,9 @@ def backward(
     states,
     marked_reads(starts, blocks),
     d_out,
-    last,
+    d_last,
     [(x.shape, jnp.float32, spec) for x, spec in gates],
+    transposed=True,
     name='channel_gate_backward',
     interpret=interpret,
     cost=(
@@ -175,7 +168,7 @@ def backward(
     d_k,
     d_v,
     gate_cotangent(d_gate, log_decay, starts, sizes),
-    jnp.swapaxes(d_first, -1, -2).reshape(d_last.shape),
+    d_first,
   )
 
 

@@ -71,9 +71,7 @@ def forward(
   matrix = (sizes.channels, sizes.width)
   rows, columns, _ = prepare(log_decay, starts, sizes)
   blocks = Blocks(sizes, backward=False)
-  heads = sizes.kv_heads * sizes.group
-  first = state.reshape(sizes.batch, heads, *matrix)
-  out, last, *states = forward_pass(
+  return forward_pass(
     functools.partial(_forward, sizes=sizes, scale=scale),
     blocks,
     q,
@@ -83,7 +81,7 @@ def forward(
       (rows, blocks.rows(rows.shape[-2])),
       (columns, blocks.columns(columns.shape[-1])),
     ],
-    first,
+    state,
     [],
     dtype=dtype,
     save=save,
@@ -91,8 +89,6 @@ def forward(
     interpret=interpret,
     cost=(CHUNK * sum(matrix) + 2 * sizes.channels * sizes.width, CHUNK),
   )
-  states = [x.reshape(sizes.chunks, *state.shape) for x in states]
-  return out, last.reshape(state.shape), *states
 
 
 def _forward(q_ref, k_ref, v_ref, rows_ref, columns_ref, first_ref,
@@ -136,8 +132,7 @@ def backward(
   matrix = (sizes.channels, sizes.width)
   rows, columns, resets = prepare(log_decay, starts, sizes)
   blocks = Blocks(sizes, backward=True)
-  heads, count = sizes.kv_heads * sizes.group, sizes.heads
-  last = d_last.reshape(sizes.batch, heads, *matrix)
+  count = sizes.heads
   d_q, d_k, d_v, d_rows, d_columns, d_first = backward_pass(
     functools.partial(_backward, sizes=sizes, scale=scale),
     blocks,
@@ -151,7 +146,7 @@ def backward(
     states,
     [],
     d_out,
-    last,
+    d_last,
     [
       ((*rows.shape[:3], count, CHUNK), jnp.float32, blocks.rows(count)),
       ((*columns.shape[:-1], count), jnp.float32, blocks.columns(count)),
@@ -168,7 +163,7 @@ def backward(
     d_k,
     d_v,
     gate_cotangent(d_sum, resets, log_decay, sizes),
-    d_first.reshape(d_last.shape),
+    d_first,
   )
 
 

@@ -93,21 +93,19 @@ def forward(
     states [chunks, B, K, G, V, H].
   """
   sizes = sizes_of(q, v, operand, HEADS['forward'])
-  matrix = (sizes.width, sizes.channels)
   blocks = Blocks(sizes, backward=False)
-  heads = sizes.kv_heads * sizes.group
-  first = jnp.swapaxes(state, -1, -2).reshape(sizes.batch, heads, *matrix)
-  out, last, *states = forward_pass(
+  return forward_pass(
     _body(_forward, sizes, scale, inclusive, erase, starts),
     blocks,
     q if inclusive else past_starts(q, starts),
     k,
     v,
     _gates(beta, log_decay, starts, blocks),
-    first,
+    state,
     [*marked_reads(starts, blocks), *_strengths(erase, blocks)],
     dtype=dtype,
     save=save,
+    transposed=True,
     name='delta_rule_channel_forward',
     interpret=interpret,
     cost=(
@@ -116,9 +114,6 @@ def forward(
       sizes.channels,
     ),
   )
-  last = jnp.swapaxes(last, -1, -2).reshape(state.shape)
-  shape = (sizes.chunks, *state.shape[:-2], *matrix)
-  return out, last, *(x.reshape(shape) for x in states)
 
 
 def _body(kernel, sizes, scale, inclusive, erase, starts):
@@ -226,10 +221,8 @@ def backward(
   outputs and last state.
   """
   sizes = sizes_of(q, v, operand, HEADS['backward'])
-  matrix = (sizes.width, sizes.channels)
   blocks = Blocks(sizes, backward=True)
   heads = sizes.kv_heads * sizes.group
-  last = jnp.swapaxes(d_last, -1, -2).reshape(sizes.batch, heads, *matrix)
   gates = _gates(beta, log_decay, starts, blocks)
   strengths = _strengths(erase, blocks)
   d_q, d_k, d_v, d_beta, d_gate, *d_erase, d_first = backward_pass(
@@ -242,11 +235,12 @@ def backward(
     states,
     [*marked_reads(starts, blocks), *strengths],
     d_out,
-    last,
+    d_last,
     [
       *((x.shape, jnp.float32, spec) for x, spec in gates),
       *((x.shape, x.dtype, spec) for x, spec in strengths),
     ],
+    transposed=True,
     name='delta_rule_channel_backward',
     interpret=interpret,
     cost=(
@@ -263,7 +257,7 @@ def backward(
     by_token(d_beta, beta),
     by_token(d_erase[0], erase) if d_erase else None,
     gate_cotangent(d_gate, log_decay, starts, sizes),
-    jnp.swapaxes(d_first, -1, -2).reshape(d_last.shape),
+    d_first,
   )
 
 

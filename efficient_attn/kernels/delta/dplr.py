@@ -95,21 +95,19 @@ def forward(
     states [chunks, B, K, G, V, H].
   """
   sizes = sizes_of(q, v, operand, HEADS['forward'])
-  matrix = (sizes.width, sizes.channels)
   blocks = Blocks(sizes, backward=False)
-  heads = sizes.kv_heads * sizes.group
-  first = jnp.swapaxes(state, -1, -2).reshape(sizes.batch, heads, *matrix)
-  out, last, *states = forward_pass(
+  return forward_pass(
     _body(_forward, sizes, scale, inclusive, starts),
     blocks,
     q if inclusive else past_starts(q, starts),
     k,
     v,
     _gates(past_starts(a, starts), b, log_decay, starts, blocks),
-    first,
+    state,
     marked_reads(starts, blocks),
     dtype=dtype,
     save=save,
+    transposed=True,
     name='dplr_forward',
     interpret=interpret,
     cost=(
@@ -118,9 +116,6 @@ def forward(
       sizes.channels,
     ),
   )
-  last = jnp.swapaxes(last, -1, -2).reshape(state.shape)
-  shape = (sizes.chunks, *state.shape[:-2], *matrix)
-  return out, last, *(x.reshape(shape) for x in states)
 
 
 def _body(kernel, sizes, scale, inclusive, starts):
@@ -208,10 +203,7 @@ def backward(
   outputs and last state.
   """
   sizes = sizes_of(q, v, operand, HEADS['backward'])
-  matrix = (sizes.width, sizes.channels)
   blocks = Blocks(sizes, backward=True)
-  heads = sizes.kv_heads * sizes.group
-  last = jnp.swapaxes(d_last, -1, -2).reshape(sizes.batch, heads, *matrix)
   gates = _gates(past_starts(a, starts), b, log_decay, starts, blocks)
   d_q, d_k, d_v, d_a, d_b, d_gate, d_first = backward_pass(
     _body(_backward, sizes, scale, inclusive, starts),
@@ -223,8 +215,9 @@ def backward(
     states,
     marked_reads(starts, blocks),
     d_out,
-    last,
+    d_last,
     [*blocks.key_parts(a, b), (gates[2][0].shape, jnp.float32, gates[2][1])],
+    transposed=True,
     name='dplr_backward',
     interpret=interpret,
     cost=(
@@ -241,7 +234,7 @@ def backward(
     d_b,
     d_v,
     gate_cotangent(d_gate, log_decay, starts, sizes),
-    jnp.swapaxes(d_first, -1, -2).reshape(d_last.shape),
+    d_first,
   )
 
 

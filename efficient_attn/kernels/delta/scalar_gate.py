@@ -82,12 +82,9 @@ def forward(
     states [chunks, B, K, G, H, V].
   """
   sizes = sizes_of(q, v, operand, HEADS['forward'])
-  matrix = (sizes.channels, sizes.width)
   rows, columns, _ = prepare(log_decay, starts, sizes, _strength(beta, sizes))
   blocks = Blocks(sizes, backward=False)
-  heads = sizes.kv_heads * sizes.group
-  first = state.reshape(sizes.batch, heads, *matrix)
-  out, last, *states = forward_pass(
+  return forward_pass(
     functools.partial(_forward, sizes=sizes, scale=scale),
     blocks,
     q,
@@ -97,7 +94,7 @@ def forward(
       (rows, blocks.rows(rows.shape[-2])),
       (columns, blocks.columns(columns.shape[-1])),
     ],
-    first,
+    state,
     [],
     dtype=dtype,
     save=save,
@@ -109,8 +106,6 @@ def forward(
       CHUNK,
     ),
   )
-  states = [x.reshape(sizes.chunks, *state.shape) for x in states]
-  return out, last.reshape(state.shape), *states
 
 
 def _strength(beta, sizes):
@@ -184,13 +179,11 @@ def backward(
   outputs and last state.
   """
   sizes = sizes_of(q, v, operand, HEADS['backward'])
-  matrix = (sizes.channels, sizes.width)
   rows, columns, resets = prepare(
     log_decay, starts, sizes, _strength(beta, sizes)
   )
   blocks = Blocks(sizes, backward=True)
-  heads, count = sizes.kv_heads * sizes.group, 2 * sizes.heads
-  last = d_last.reshape(sizes.batch, heads, *matrix)
+  count = 2 * sizes.heads
   d_q, d_k, d_v, d_rows, d_columns, d_first = backward_pass(
     functools.partial(_backward, sizes=sizes, scale=scale),
     blocks,
@@ -204,7 +197,7 @@ def backward(
     states,
     [],
     d_out,
-    last,
+    d_last,
     [
       ((*rows.shape[:3], count, CHUNK), jnp.float32, blocks.rows(count)),
       ((*columns.shape[:-1], count), jnp.float32, blocks.columns(count)),
@@ -231,7 +224,7 @@ def backward(
     d_v,
     by_token(by_row(1)[..., None], beta),
     gate_cotangent(by_row(0), resets, log_decay, sizes),
-    d_first.reshape(d_last.shape),
+    d_first,
   )
 
 
