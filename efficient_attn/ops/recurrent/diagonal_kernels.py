@@ -8,10 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from efficient_attn.ops import dispatch
-from efficient_attn.ops.recurrent import chunk_states, forms
+from efficient_attn.ops.recurrent import by_kernel, chunk_states, forms
 
 NAME = 'diagonal_scan'
-SPAN = 128  # tokens between two states that the forward pass keeps
 
 
 def recur(
@@ -58,7 +57,7 @@ def recur(
     chunk,
     length=tokens[0].shape[1],
     parallel=False,
-    span=SPAN,
+    span=by_kernel.SPAN,
     **options,
   )
 
@@ -85,7 +84,7 @@ def recur(
 
     return run
 
-  function = forms.by_kernel(
+  function = by_kernel.differentiated(
     xla,
     definition,
     forms.Passes(call, forward, backward),
@@ -99,29 +98,16 @@ def recur(
 
 
 def request(x: Any, **options: Any) -> dict[str, Any]:
-  """What the kernel may refuse, of x [B, T, N, H]; see `refuses`."""
+  """Returns what `refuses` reads, of x [B, T, N, H]."""
   return dict(length=x.shape[1], channels=x.shape[2] * x.shape[3], **options)
 
 
-def refuses(
-  *,
-  length: int,
-  channels: int,
-  dtype: jnp.dtype,
-  form: str | None,
-  chunk_size: int,
-) -> str | None:
-  """Why a kernel of channels cannot serve a call, or None."""
-  if form not in (None, 'chunkwise'):
-    return f"form = {form!r}, it has the form 'chunkwise'"
-  if length == 1:
-    return 'T = 1, a single step needs no kernel'
-  if dtype != jnp.float32:
-    return f'the state is {dtype}, it computes in float32'
+def refuses(*, channels: int, **options: Any) -> str | None:
+  """Returns why a kernel of channels cannot serve a call, or None."""
+  if reason := by_kernel.refuses(**options):
+    return reason
   if channels < 128:
     return f'N * H = {channels}, it takes 128 and more'
-  if chunk_size > SPAN:
-    return f'chunk_size = {chunk_size}, its chunks are of {SPAN} tokens'
   return None
 
 

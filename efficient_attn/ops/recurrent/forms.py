@@ -13,7 +13,7 @@ computed again. Accelerators run many chunks at once, see `passes`.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -140,81 +140,6 @@ def per_accelerator(
     *args,
     partitionable=dict.fromkeys(ACCELERATORS, accelerated),
   )
-
-
-def by_kernel(
-  xla: Sequence[Passes],
-  definition: Callable,
-  wrap: Passes,
-  kernels: Sequence[Mapping],
-) -> Callable:
-  """The recurrence by a kernel where there is one, with its gradient.
-
-  Args:
-    xla: what `passes` returns, in general and of `ACCELERATORS`.
-    definition: what it returns besides.
-    wrap: functions that give the passes of `xla`, and the definition, the
-      arguments and results of the kernels.
-    kernels: by platform, for each of the passes, see `dispatch.kernels`.
-  """
-  chosen = (
-    functools.partial(per_accelerator, *map(wrapped, both), kernels=table)
-    for wrapped, both, table in zip(
-      wrap, zip(*xla, strict=True), kernels, strict=True
-    )
-  )
-  return differentiable(*chosen, wrap.call(definition))
-
-
-def with_constants(
-  as_saved: Callable = lambda states: states,
-  as_states: Callable = lambda saved, constants: saved,
-) -> Passes:
-  """The `wrap` of a recurrence whose carry is (state, constants).
-
-  Constants are the same for all tokens, but only what a recurrence is given is
-  differentiated: in plain JAX they ride along with the state. A kernel takes
-  (tokens, state, constants), without segment ids.
-
-  Args:
-    as_saved: maps states before chunks to what a kernel saves of them.
-    as_states: the inverse, of that and the constants.
-  """
-
-  def call(function):
-    def run(tokens, state, constants):
-      out, (last, _) = function(tokens, (state, constants), None)
-      return out, last
-
-    return run
-
-  def forward(function):
-    def run(tokens, state, constants):
-      carry = state, constants
-      (out, (last, _)), (states, _) = function(tokens, carry, None)
-      return (out, last), as_saved(states)
-
-    return run
-
-  def backward(function):
-    def run(args, saved, cotangents):
-      tokens, state, constants = args
-      states = as_states(saved, constants)
-      count = jax.tree.leaves(states)[0].shape[0]
-      of_chunks = jax.tree.map(
-        lambda x: jnp.broadcast_to(x, (count, *x.shape)), constants
-      )
-      d_out, d_last = cotangents
-      found, (d_state, d_constants), _ = function(
-        (tokens, (state, constants), None),
-        (states, of_chunks),
-        (d_out, (d_last, jax.tree.map(jnp.zeros_like, constants))),
-      )
-      return found, d_state, d_constants
-
-    return run
-
-  return Passes(call, forward, backward)
 
 
 def recur(

@@ -9,9 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from efficient_attn.ops import chunks, dispatch, shapes
-from efficient_attn.ops.recurrent import chunk_states, forms, gates
-
-SPAN = 128  # tokens between two states that the forward pass keeps
+from efficient_attn.ops.recurrent import by_kernel, chunk_states, forms, gates
 
 
 def recur(
@@ -141,7 +139,7 @@ def _by_kernel(
     length=tokens[0][0].shape[1],
     form=form,
     chunk_size=chunk_size,
-    span=SPAN,
+    span=by_kernel.SPAN,
     dtype=operand,
   )
   transposed = _by_channel(op, tokens, inclusive)
@@ -177,7 +175,7 @@ def _by_kernel(
 
     return run
 
-  function = forms.by_kernel(
+  function = by_kernel.differentiated(
     xla,
     definition,
     forms.Passes(call, forward, backward),
@@ -196,7 +194,7 @@ def _operand(tokens, state):
 
 
 def _by_channel(op, tokens, inclusive):
-  """Whether a call takes the kernel with a gate per channel.
+  """Tells calls of the kernel with a gate per channel from the others.
 
   A gate that is the same for all channels is repeated for what the kernels of
   one per head have not.
@@ -249,7 +247,7 @@ def explain(
 
 
 def _request(q, v, **options):
-  """What a kernel may refuse, from shapes and statics; see `_refuses`."""
+  """Returns what `_refuses` reads, from shapes and statics."""
   return dict(
     length=q.shape[1], channels=q.shape[-1], width=v.shape[-1], **options
   )
@@ -257,27 +255,18 @@ def _request(q, v, **options):
 
 def _refuses(
   *,
-  length: int,
   channels: int,
   width: int,
-  dtype: jnp.dtype,
   per_channel: bool,
   inclusive: bool,
-  form: str | None,
-  chunk_size: int,
+  **options: Any,
 ) -> str | None:
-  """Why a kernel cannot serve a call, or None."""
-  if form not in (None, 'chunkwise'):
-    return f"form = {form!r}, it has the form 'chunkwise'"
-  if length == 1:
-    return 'T = 1, a single step needs no kernel'
-  if dtype != jnp.float32:
-    return f'the state is {dtype}, it computes in float32'
+  """Returns why a kernel cannot serve a call, or None."""
+  if reason := by_kernel.refuses(**options):
+    return reason
   for axis, size in (('H', channels), ('V', width)):
     if not 16 <= size <= 256:
       return f'{axis} = {size}, it takes 16 to 256'
-  if chunk_size > SPAN:
-    return f'chunk_size = {chunk_size}, its chunks are of {SPAN} tokens'
   if not (inclusive or per_channel):
     return "read = 'exclusive', it needs a gate per channel for that"
   return None
@@ -310,7 +299,7 @@ def _kernel(op, tokens, inclusive):
 
 
 def _arguments(op, tokens, segment_ids, inclusive):
-  """What a kernel takes: keys, values, the gate and starts."""
+  """Returns keys, values, the gate and starts, as a kernel takes them."""
   keys, values, gate = tokens
   starts = None
   if segment_ids is not None:

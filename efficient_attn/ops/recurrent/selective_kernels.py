@@ -7,10 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from efficient_attn.ops import dispatch
-from efficient_attn.ops.recurrent import chunk_states, forms
+from efficient_attn.ops.recurrent import by_kernel, chunk_states
 
 NAME = 'selective_scan'
-SPAN = 128  # tokens between two states that the forward pass keeps
 
 
 def recur(
@@ -42,40 +41,21 @@ def recur(
   Returns:
     y: [B, T, N, H] and the state after the last token.
   """
-  length = tokens[0].shape[1]
   options = dict(form=form, chunk_size=chunk_size)
   rows = dispatch.choose(
     KERNELS,
     implementation,
     op=NAME,
-    length=length,
+    length=tokens[0].shape[1],
     shape=A.shape,
     dtype=state.dtype,
     exact=exact,
     **options,
   )
-  if not rows or dispatch.XLA_PARALLEL in rows.values():
-    y, (state, _) = forms.recur(
-      step,
-      chunk,
-      tokens,
-      (state, A),
-      segment_ids=None,
-      parallel=False,
-      **options,
-    )
-    return y, state
-  *xla, definition = forms.passes(
-    step, chunk, length=length, parallel=False, span=SPAN, **options
+  wrap = by_kernel.with_constants(_by_state, _by_channel)
+  return by_kernel.recur_with_constants(
+    KERNELS, rows, wrap, step, chunk, tokens, state, A, **options
   )
-
-  function = forms.by_kernel(
-    xla,
-    definition,
-    forms.with_constants(_by_state, _by_channel),
-    [dispatch.kernels(KERNELS, rows, stage) for stage in forms.Passes._fields],
-  )
-  return function(tokens, state, A)
 
 
 def _by_state(x):
@@ -91,30 +71,18 @@ def _by_channel(x, A):
 
 
 def _refuses(
-  *,
-  length: int,
-  shape: tuple[int, int, int],
-  dtype: jnp.dtype,
-  exact: bool,
-  form: str | None,
-  chunk_size: int,
+  *, shape: tuple[int, int, int], exact: bool, **options: Any
 ) -> str | None:
-  """Why the kernel cannot serve a call, or None."""
+  """Returns why the kernel cannot serve a call, or None."""
+  if reason := by_kernel.refuses(**options):
+    return reason
   heads, channels, states = shape
-  if form not in (None, 'chunkwise'):
-    return f"form = {form!r}, it has the form 'chunkwise'"
-  if length == 1:
-    return 'T = 1, a single step needs no kernel'
-  if dtype != jnp.float32:
-    return f'the state is {dtype}, it computes in float32'
   if exact:
     return "discretization = 'zoh', it has 'euler'"
   if heads * channels % 128:
     return f'N * H = {heads * channels}, it takes multiples of 128'
   if states % 8 or states > 64:
     return f'S = {states}, it takes multiples of 8 up to 64'
-  if chunk_size > SPAN:
-    return f'chunk_size = {chunk_size}, its chunks are of {SPAN} tokens'
   return None
 
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 from efficient_attn.ops import dispatch
 from efficient_attn.ops.recurrent import (
+  by_kernel,
   chunk_states,
   diagonal_kernels,
-  forms,
 )
 
 NAME = 'wkv4'
@@ -51,32 +51,10 @@ def recur(
     op=NAME,
     **diagonal_kernels.request(tokens[0], dtype=state[0].dtype, **options),
   )
-  if not rows or dispatch.XLA_PARALLEL in rows.values():
-    out, (state, _) = forms.recur(
-      step,
-      chunk,
-      tokens,
-      (state, constants),
-      segment_ids=None,
-      parallel=False,
-      **options,
-    )
-    return out, state
-  *xla, definition = forms.passes(
-    step,
-    chunk,
-    length=tokens[0].shape[1],
-    parallel=False,
-    span=diagonal_kernels.SPAN,
-    **options,
+  wrap = by_kernel.with_constants()
+  return by_kernel.recur_with_constants(
+    KERNELS, rows, wrap, step, chunk, tokens, state, constants, **options
   )
-  function = forms.by_kernel(
-    xla,
-    definition,
-    forms.with_constants(),
-    [dispatch.kernels(KERNELS, rows, stage) for stage in forms.Passes._fields],
-  )
-  return function(tokens, state, constants)
 
 
 # Pallas takes as long to import as all of this package.
