@@ -9,16 +9,15 @@ definition.
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from efficient_attn.ops import dispatch, masks, scores
+from efficient_attn.ops import dispatch, masks
 from efficient_attn.ops.per_platform import per_platform
 from efficient_attn.ops.shapes import Scalar, Shaped, fold_scale
-from efficient_attn.ops.softmax.attention_reference import attention_reference
 from efficient_attn.ops.softmax.attention_tiles import device_here, kernel_tiles
 from efficient_attn.ops.softmax.stats import Stats
 
@@ -33,43 +32,27 @@ LANES = 128
 
 
 def serves(query: Shaped, key: Shaped) -> bool:
-  """Whether a call is a decoder's: few queries over more keys."""
+  """Tells the calls of a decoder: few queries over more keys."""
   T, S = query.shape[1], key.shape[1]
   return T == 1 or (T <= MOST_QUERIES and S >= LEAST_KEYS)
 
 
 def attend(
-  query: Float[Array, 'B T N H'],
-  key: Float[Array, 'B S K H'],
-  value: Float[Array, 'B S K V'],
-  *,
+  definition: Callable,
+  *arrays: Any,
   rows: Mapping[str | None, str],
-  mask: masks.Mask | None,
-  bias: scores.Score | None,
-  scale: Scalar | None,
-  logits_soft_cap: float | None,
-  sinks: Float[Array, 'N'] | None,
+  **statics: Any,
 ) -> tuple[Float[Array, 'B T N V'], Stats]:
   """Attention by a kernel where `rows` names one, else the definition.
 
-  Takes the arguments of `attention_kernels.attend`.
+  Args:
+    definition: of `arrays`.
+    *arrays: query, key, value, mask, bias and sinks of `attention`.
+    rows: the kernel of each platform, see `dispatch.choose`.
+    **statics: what a kernel takes besides, its scale folded.
   """
-  query, statics = _statics(query, scale, logits_soft_cap)
-
-  def definition(query, key, value, mask, bias, sinks):
-    return attention_reference(
-      query,
-      key,
-      value,
-      mask=mask,
-      bias=bias,
-      scale=statics['scale'],
-      logits_soft_cap=logits_soft_cap,
-      sinks=sinks,
-    )
-
   kernels = dispatch.kernels(KERNELS, rows, 'call', **statics)
-  return per_platform(definition, kernels, query, key, value, mask, bias, sinks)
+  return per_platform(definition, kernels, *arrays)
 
 
 def attend_pages(
@@ -98,26 +81,28 @@ def attend_pages(
     scale: scale.
     logits_soft_cap: a number, or None.
   """
-  query, statics = _statics(query, scale, logits_soft_cap)
-  plain = functools.partial(
-    definition, scale=statics['scale'], logits_soft_cap=logits_soft_cap
-  )
-  kernels = dispatch.kernels(PAGED, rows, 'call', **statics)
-  arrays = query, key_pages, value_pages, block_table, lengths
-  return per_platform(plain, kernels, *arrays)
-
-
-def _statics(query, scale, soft_cap):
   query, scale = fold_scale(
     query, query.shape[-1] ** -0.5 if scale is None else scale
   )
-  return query, dict(scale=scale, soft_cap=soft_cap, device=device_here())
+  plain = functools.partial(
+    definition, scale=scale, logits_soft_cap=logits_soft_cap
+  )
+  kernels = dispatch.kernels(
+    PAGED,
+    rows,
+    'call',
+    scale=scale,
+    soft_cap=logits_soft_cap,
+    device=device_here(),
+  )
+  arrays = query, key_pages, value_pages, block_table, lengths
+  return per_platform(plain, kernels, *arrays)
 
 
 def refuses(
   *, query: Shaped, value: Shaped, soft_cap: Scalar | None
 ) -> str | None:
-  """Why the kernel cannot serve a call, or None.
+  """Returns why the kernel cannot serve a call, or None.
 
   Args:
     query: [B, T, N, H].
@@ -223,7 +208,7 @@ def _call_pages(
 
 
 def _added(mask, bias, T, S, keys, count):
-  """What is added to logits [#B, #N, T, S'], and the kinds of all pieces.
+  """Returns what logits gain, [#B, #N, T, S'], and the kinds of all pieces.
 
   S' is whole programs of `count` pieces of as many keys.
   """

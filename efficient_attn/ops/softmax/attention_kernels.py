@@ -58,34 +58,10 @@ def attend(
     logits_soft_cap: a number, or None.
     sinks: sinks.
   """
-  if attention_decode.serves(query, key):
-    return attention_decode.attend(
-      query,
-      key,
-      value,
-      rows=rows,
-      mask=mask,
-      bias=bias,
-      scale=scale,
-      logits_soft_cap=logits_soft_cap,
-      sinks=sinks,
-    )
   query, scale = fold_scale(
     query, query.shape[-1] ** -0.5 if scale is None else scale
   )
-  options = make_options(
-    mask, query.shape[1], key.shape[1], scale=scale, soft_cap=logits_soft_cap
-  )
-  known = _known(mask, bias)
-  kernels = functools.partial(
-    dispatch.kernels,
-    KERNELS,
-    rows,
-    known=known,
-    scale=scale,
-    soft_cap=logits_soft_cap,
-    device=device_here(),
-  )
+  statics = dict(scale=scale, soft_cap=logits_soft_cap, device=device_here())
 
   def definition(query, key, value, mask, bias, sinks):
     return attention_reference(
@@ -99,6 +75,16 @@ def attend(
       sinks=sinks,
     )
 
+  if attention_decode.serves(query, key):
+    arrays = query, key, value, mask, bias, sinks
+    return attention_decode.attend(definition, *arrays, rows=rows, **statics)
+  options = make_options(
+    mask, query.shape[1], key.shape[1], scale=scale, soft_cap=logits_soft_cap
+  )
+  known = _known(mask, bias)
+  kernels = functools.partial(
+    dispatch.kernels, KERNELS, rows, known=known, **statics
+  )
   plain = functools.partial(blockwise.attend, options)
 
   def forward(*args):
