@@ -14,7 +14,7 @@ from efficient_attn.values import Positive, choose, nearest, read_value
 
 
 class Dialect(NamedTuple):
-  """How to tell a dialect, and to translate it.
+  """Tells a dialect from others, and translates it.
 
   Attributes:
     library: that writes it.

@@ -1,4 +1,4 @@
-"""What a family of published models is: words, and a table of tensors."""
+"""Describes a family of published models: words, and a table of tensors."""
 
 import dataclasses
 import itertools

@@ -27,7 +27,7 @@ IGNORED = (
 
 @dataclasses.dataclass(frozen=True)
 class Hybrid:
-  """Which layers are softmax attention, and their options.
+  """Names the layers of softmax attention, and their options.
 
   `attn` is {layers, num_heads, ...}, or a list of these for several kinds of
   attention; the second is 'attention:1' in our pattern.

@@ -1,4 +1,4 @@
-"""Which tensor of a file holds which parameter, by a family's table."""
+"""Finds the tensor of a file for each parameter, by a family's table."""
 
 import dataclasses
 import fnmatch

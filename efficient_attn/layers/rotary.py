@@ -25,7 +25,7 @@ from efficient_attn.values import OneOf, Positive, PositiveFloat, Share
 
 @dataclasses.dataclass(frozen=True)
 class Scaling:
-  """How frequencies change; `original_length` is that of the training before.
+  """Changes frequencies; `original_length` is that of the training before.
 
   Attributes:
     attention_factor: of queries and keys; None: the rule of the type.

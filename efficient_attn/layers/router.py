@@ -32,7 +32,7 @@ from efficient_attn.values import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Routing:
-  """How experts are chosen and weighted, and what keeps their loads even."""
+  """Options of choosing and weighting experts, and of evening their loads."""
 
   scores: Annotated[str, OneOf(('softmax', 'sigmoid'))] = 'softmax'
   normalize: bool = True  # the weights of a token, to a sum of one

@@ -1,4 +1,4 @@
-"""What the kernels of recurrences have in common.
+"""Shared parts of the kernels of recurrences.
 
 They are chunkwise, in float32 states, and keep a state every `SPAN` tokens, as
 the XLA forms do which stand in where a kernel does not serve.

@@ -185,7 +185,7 @@ def _written(k, v, w, before, after):
 
 
 def _read(sums, k, v, u, before):
-  """What a token reads of the sums before it and of itself."""
+  """Returns what a token reads of the sums before it and of itself."""
   shift = jax.lax.stop_gradient(jnp.maximum(before, u + k))
   old, own = jnp.exp(_moved(-shift, before)), jnp.exp(u + k - shift)
   num, den = (kept(old, x) for x in sums)

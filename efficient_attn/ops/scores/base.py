@@ -41,7 +41,7 @@ class Score:
   def tile(
     self, rows: Int[Array, 'R'], cols: Int[Array, 'C']
   ) -> Float[Array, '#B #N R C']:
-    """What is added to the logits of one tile.
+    """Returns what is added to the logits of one tile.
 
     Args:
       rows: consecutive query indices, all inside [0, T).

@@ -145,7 +145,7 @@ def _kernels(name, implementation, request):
 
 
 def _takes_kernel(name, request):
-  """Whether a kernel is better than `name`, where there is one."""
+  """Tells whether a kernel, where there is one, is better than `name`."""
   query, value = request['query'], request['value']
   return name == 'blockwise' or (
     attention_decode.serves(query, value)

@@ -34,7 +34,7 @@ class _InTile:
 def learned_arrays(
   form: Any, expression: Any, learned: Sequence[bool]
 ) -> tuple[bool, ...]:
-  """Which arrays of a kernel's form of an expression have a gradient.
+  """Returns the arrays of a kernel's form of an expression with a gradient.
 
   Args:
     form: what `in_kernel` gave, maybe of the arrays of the expression.
@@ -85,7 +85,7 @@ def to_term(expression: Any, learned: Sequence[bool] = ()) -> tuple:
 
 
 def may_admit(mask: masks.Mask | None, schedule: Any) -> jax.Array | None:
-  """Whether each tile may admit a pair, [#B, #N, tiles], or None: all may."""
+  """Tells which tiles may admit a pair, [#B, #N, tiles]; None: all may."""
   T, S = schedule.length, schedule.keys
   R, C = min(schedule.rows, T), min(schedule.cols, S)
   corner = jnp.arange(R), jnp.arange(C)
