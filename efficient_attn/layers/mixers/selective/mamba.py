@@ -22,7 +22,7 @@ from flax import nnx
 from efficient_attn.layers.conv import ShortConv
 from efficient_attn.layers.decay import time_step_bias
 from efficient_attn.layers.headwise import split_heads
-from efficient_attn.layers.norm import RMSNorm, l2_normalize
+from efficient_attn.layers.norm import RMSNorm
 from efficient_attn.layers.param import Projection, param, value_of
 from efficient_attn.layers.recurrence import Convolved, Recurrence
 from efficient_attn.ops.recurrent.selective_scan import selective_scan
@@ -83,9 +83,11 @@ class Mamba(Convolved):
     states = jnp.broadcast_to(jnp.arange(1.0, d_state + 1), (*shape, d_state))
     self.a_log = param(jnp.log(states), (*heads, None), weight_decay=False)
     self.skip = param(jnp.ones(shape), (*heads,), weight_decay=False)
-    if select_norm == 'scaled':
-      widths = (rank, d_state, d_state)
-      self.select_norms = nnx.List(RMSNorm(w, eps=norm_eps) for w in widths)
+    if select_norm != 'none':
+      self.select_norms = nnx.List(
+        RMSNorm(width, eps=norm_eps, learned=select_norm == 'scaled')
+        for width in (rank, d_state, d_state)
+      )
     self.select_norm, self.norm_eps = select_norm, norm_eps
     self.out = Projection(heads, embed, bias=out_bias, rngs=rngs)
     self.sizes = dict(N=shape[0], H=shape[1], S=d_state)
@@ -112,17 +114,9 @@ class Mamba(Convolved):
   def selected(self, value):
     """Returns dt's low rank, B and C, [B, T, rank] and twice [B, T, S]."""
     parts = jnp.split(self.select(value), self.splits, -1)
-    if self.select_norm == 'scaled':
-      return [norm(a) for norm, a in zip(self.select_norms, parts, strict=True)]
-    if self.select_norm == 'plain':
-      return [_rms_normalize(a, self.norm_eps) for a in parts]
-    return parts
-
-
-def _rms_normalize(x, eps):
-  """Divides x by the square root of the mean of its squares and eps."""
-  size = x.shape[-1]
-  return l2_normalize(x, eps=size * eps) * size**0.5
+    if self.select_norm == 'none':
+      return parts
+    return [norm(a) for norm, a in zip(self.select_norms, parts, strict=True)]
 
 
 def _uniform(key, shape, fan_in):
