@@ -21,10 +21,9 @@ from efficient_attn.layers.block import residual_of
 from efficient_attn.layers.ffns import (
   FFNS,
   OF_THE_MODEL,
-  ffn_options,
-  read_ffn_options,
+  complete_ffn_options,
 )
-from efficient_attn.layers.mixers import mixer_options, read_options
+from efficient_attn.layers.mixers import complete_options
 from efficient_attn.layers.mixers.test_time import TEST_TIME
 from efficient_attn.layers.norm import norm_options
 from efficient_attn.layers.stack import row_of
@@ -120,9 +119,8 @@ def complete(config: ModelConfig) -> dict[str, Any]:
   mixers = {}
   for name in dict.fromkeys(config.pattern):
     row = row_of(name)
-    given = read_options(row, config.mixers.get(name, {}))
-    defaults = {k: p.default for k, p in mixer_options(row).items()}
-    mixers[name] = options = as_dict(defaults | given)
+    options = as_dict(complete_options(row, config.mixers.get(name, {})))
+    mixers[name] = options
     options.pop('implementation', None)
     if row not in TEST_TIME:  # whose chunks are a part of the function
       options.pop('chunk_size', None)
@@ -156,12 +154,12 @@ def complete(config: ModelConfig) -> dict[str, Any]:
 def _ffn_values(config, name):
   """Returns every option of an ffn."""
   row = row_of(name)
-  options = read_ffn_options(row, config.ffns.get(name, {}), f'ffns.{name}')
+  given = config.ffns.get(name, {})
+  options = complete_ffn_options(row, given, f'ffns.{name}')
   if FFNS[row] is None:
     return options
-  defaults = {k: p.default for k, p in ffn_options(row).items()}
-  defaults |= {k: getattr(config, key) for k, key in OF_THE_MODEL.items()}
-  options = as_dict(defaults | options)
+  shared = {k: getattr(config, key) for k, key in OF_THE_MODEL.items()}
+  options = as_dict(shared | options)
   if not options['ffn_dim']:
     made = nnx.eval_shape(
       lambda: FFNS[row](config.d_model, 0, jnp.abs, rngs=nnx.Rngs(0))

@@ -82,3 +82,11 @@ def read_ffn_options(
   }
   kinds |= {k: p.annotation for k, p in ffn_options(name).items()}
   return read_arguments(kinds, options, f'{key}.', name)
+
+
+def complete_ffn_options(
+  name: str, options: Mapping[str, Any], key: str
+) -> dict[str, Any]:
+  """Returns what `read_ffn_options` does, and a row's own other defaults."""
+  defaults = {k: p.default for k, p in ffn_options(name).items()}
+  return defaults | read_ffn_options(name, options, key)

@@ -20,12 +20,11 @@ import optax
 from efficient_attn import config as configs
 from efficient_attn import data, sharding
 from efficient_attn.config import Config, ConfigError, choose
-from efficient_attn.layers.ffns import FFNS, ffn_options, read_ffn_options
+from efficient_attn.layers.ffns import FFNS, complete_ffn_options
 from efficient_attn.layers.mixers import (
   MIXERS,
   choose_mixer,
-  mixer_options,
-  read_options,
+  complete_options,
 )
 from efficient_attn.layers.stack import row_of
 from efficient_attn.models import cost
@@ -145,18 +144,16 @@ def complete(config: Config) -> Config:
     row = row_of(name)
     choose_mixer(key, row)
     given = config.model.mixers.get(name, {})
-    defaults = {k: p.default for k, p in mixer_options(row).items()}
-    options = read_options(row, given, f'model.mixers.{name}')
-    mixers[name] = configs.as_dict(defaults | options)
+    options = complete_options(row, given, f'model.mixers.{name}')
+    mixers[name] = configs.as_dict(options)
   ffns = {}
   used = dict.fromkeys(ffn for _, ffn in config.model.layers)
   for name in (*config.model.ffns, *used):
     row = row_of(name)
     choose('model.ffn', row, FFNS)
     given = config.model.ffns.get(name, {})
-    defaults = {k: p.default for k, p in ffn_options(row).items()}
-    options = read_ffn_options(row, given, f'model.ffns.{name}')
-    ffns[name] = configs.as_dict(defaults | options)
+    options = complete_ffn_options(row, given, f'model.ffns.{name}')
+    ffns[name] = configs.as_dict(options)
   return dataclasses.replace(
     config,
     model=dataclasses.replace(config.model, mixers=mixers, ffns=ffns),

@@ -131,3 +131,11 @@ def read_options(
   kinds = {k: p.annotation for k, p in mixer_options(name).items()}
   kinds['num_heads'] = Positive  # that of the model by default
   return read_arguments(kinds, options, f'{key}.', name)
+
+
+def complete_options(
+  name: str, options: Mapping[str, Any], key: str = ''
+) -> dict[str, Any]:
+  """Returns what `read_options` does, and the default of every other option."""
+  defaults = {k: p.default for k, p in mixer_options(name).items()}
+  return defaults | read_options(name, options, key)
